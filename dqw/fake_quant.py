@@ -1,0 +1,127 @@
+"""Fake quantization with a learned clip: the module that QAT layers hold for their weight."""
+
+import torch
+from torch import Tensor, nn
+
+from dqw import grids, ops
+from dqw.recipe import QuantSpec
+
+# The smallest scale: 2^-23 is exact in float16, where group scales are stored.
+SMALLEST_SCALE = 2.0**-23
+
+_CHUNK_ROWS = 4096  # the clip search works on slices, to bound its temporaries
+
+
+class FakeQuantize(nn.Module):
+    """Rounds a weight to its grid; the gradient goes straight through and the clip learns.
+
+    ``clip`` (float32, (1, 1) | (rows, 1) | (rows, groups)) is the weight that the top level stands
+    for. It is learned by RCF (arXiv 1909.13144), which is LSQ's gradient (arXiv 1902.08153) with
+    scale = clip / level_max, damped by LSQ's 1 / sqrt(weights per clip × level_max).
+
+    Scales of groups are rounded to float16 here already, as they are stored, so that a frozen
+    layer holds bit for bit the weights it was trained with.
+    """
+
+    bucket: Tensor
+
+    def __init__(self, spec: QuantSpec, weight: Tensor) -> None:
+        """``weight``: the latent weight, (rows, …), for the initial clip by least squared error."""
+        super().__init__()
+        self.spec = spec
+        self.group_size = spec.group_size or 0
+        self.level_max = grids.level_max(spec.grid, spec.bits)
+        bucket = grids.bucket(spec.grid, spec.bits).to(weight.device)
+        self.register_buffer("bucket", bucket, persistent=False)
+        matrix = weight.detach().flatten(1)
+        self.register_buffer("deviation", _deviation(matrix) if spec.weight_norm else None)
+        scale = least_squares_scale(matrix, spec, bucket)
+        clip = scale * self.level_max
+        if self.deviation is not None:
+            clip = clip / self.deviation
+        self.clip = nn.Parameter(clip)
+        per_clip = matrix.numel() / clip.numel()
+        self.gradient_scale = float((per_clip * self.level_max) ** -0.5)
+
+    def scale(self, rows: Tensor | None = None) -> Tensor:
+        """The scale in use, float32, differentiable in ``clip``; ``rows`` picks some rows of it."""
+        clip = self.clip if rows is None or self.clip.shape[0] == 1 else self.clip[rows]
+        if self.deviation is not None:
+            clip = clip * self.deviation
+        exact = (clip / self.level_max).clamp(min=SMALLEST_SCALE)
+        stored = exact.detach().to(scale_dtype(self.spec)).float()
+        # Forward: exactly `stored`. Backward: the exact scale's gradient, damped.
+        return stored + (exact - exact.detach()) * self.gradient_scale
+
+    def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Fake-quantized ``weight``, same shape and dtype; ``rows``: which rows these are."""
+        matrix = weight.flatten(1)
+        scale = self.scale(rows)
+        return ops.fake_quant(matrix, scale, self.bucket, self.group_size).view_as(weight)
+
+    def extra_repr(self) -> str:
+        s = self.spec
+        where = "tensor" if s.per_tensor else f"groups of {s.group_size}" if s.group_size else "row"
+        return f"{s.bits} bits {s.grid}, per {where}"
+
+
+def scale_dtype(spec: QuantSpec) -> torch.dtype:
+    """Groups have many scales: float16. Rows and tensors have few: float32."""
+    return torch.float16 if spec.group_size else torch.float32
+
+
+def _deviation(matrix: Tensor) -> Tensor:
+    """Standard deviation per tensor, (1, 1). APoT also subtracts the mean before quantizing; a
+    Whisper layer's mean is under 1 % of its deviation, and a packed weight has no offset to put
+    it back with, so only the deviation is divided out, and put back in the scale."""
+    return matrix.float().std().clamp(min=1e-12).view(1, 1)
+
+
+@torch.no_grad()
+def least_squares_scale(matrix: Tensor, spec: QuantSpec, bucket: Tensor) -> Tensor:
+    """The scale of least squared error, float32: (1, 1), (rows, 1) or (rows, groups).
+
+    Clips from 0.3 to 1.1 of the largest magnitude are tried, 4 % apart (APoT of 6 bits and more
+    has few levels near its top and goes on to 4 times); then the best is refined twice by the
+    closed form <w, level> / <level, level>, kept where it lowers the error.
+    """
+    if spec.per_tensor:
+        return _search(matrix.float().view(1, -1), 0, spec, bucket)
+    size = spec.group_size or 0
+    parts = [_search(m.float(), size, spec, bucket) for m in matrix.split(_CHUNK_ROWS)]
+    return torch.cat(parts) if parts else matrix.new_zeros((0, 1))
+
+
+def _search(w: Tensor, group_size: int, spec: QuantSpec, bucket: Tensor) -> Tensor:
+    top = bucket.numel() // 2
+
+    def grouped(x: Tensor) -> Tensor:
+        if not group_size:
+            return x.unsqueeze(1)
+        pad = -x.shape[1] % group_size
+        return nn.functional.pad(x, (0, pad)).unflatten(1, (-1, group_size))
+
+    def error(scale: Tensor) -> Tensor:
+        return grouped(ops.fake_quant(w, scale, bucket, group_size).sub_(w)).square_().sum(-1)
+
+    largest = grouped(w.abs()).amax(-1)
+    best = (largest / top).clamp(min=SMALLEST_SCALE)
+    best_error = error(best)
+    widest = 4.0 if spec.grid == "apot" and spec.bits >= 6 else 1.1
+    fraction = 0.3
+    while fraction < widest:
+        scale = (largest * (fraction / top)).clamp(min=SMALLEST_SCALE)
+        best, best_error = _keep_better(best, best_error, scale, error(scale))
+        fraction *= 1.04
+    for _ in range(2):
+        level = grouped(ops.quantize(w, best, bucket, group_size).float())
+        power = level.square().sum(-1)
+        fitted = (grouped(w) * level).sum(-1) / power.clamp(min=1.0)
+        scale = torch.where(power > 0, fitted, best).clamp(min=SMALLEST_SCALE)
+        best, best_error = _keep_better(best, best_error, scale, error(scale))
+    return best
+
+
+def _keep_better(a: Tensor, a_error: Tensor, b: Tensor, b_error: Tensor) -> tuple[Tensor, Tensor]:
+    better = b_error < a_error
+    return torch.where(better, b, a), torch.where(better, b_error, a_error)

@@ -1,0 +1,108 @@
+"""Which values a code may take: APoT, PoT and uniform grids of 2 to 8 bits, as exact integers.
+
+A b-bit code is a sign and b-1 bits of magnitude, so a grid is its sorted list of unsigned
+magnitudes; multiplied by one scale they are the weights a layer may hold. Magnitudes are integers
+(a grid's values times their common denominator), which keeps products with int8 activations exact.
+
+The nearest level of x has one rule everywhere, in this file's ``bucket`` table: with
+y = |x| / scale, level = bucket[floor(2 y)]. Levels are integers, so the midpoints between them are
+half-integers, and a tie goes to the larger magnitude.
+"""
+
+from functools import cache
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from dqw.errors import UserError
+
+GRIDS = ("apot", "pot", "uniform")
+
+# PoT keeps levels down to 2**-14 of the clip. The published grid goes on to 2**-126 at 8 bits,
+# levels no weight can tell from zero; cut here, every level of every grid fits int16.
+_POT_SMALLEST_EXPONENT = -14
+
+
+def check_grid(grid: str, bits: int) -> None:
+    """Raise UserError unless ``grid`` is a known grid and ``bits`` is 2 to 8."""
+    if grid not in GRIDS:
+        raise UserError(f"grid {grid!r} is not known: choose one of {', '.join(GRIDS)}.")
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise UserError(f"bits is {bits!r}, but a weight code has 2 to 8 bits: choose 2 to 8.")
+
+
+@cache
+def magnitudes(grid: str, bits: int) -> tuple[int, ...]:
+    """Sorted unsigned integer levels of a signed ``bits``-bit grid, starting with 0.
+
+    ``apot``: sums of one power of two from each term (Li et al., ICLR 2020, arXiv 1909.13144,
+    k = 2, as in the authors' release for 3 to 7 bits; 8 bits by the same rule). 2 bits have one
+    bit of magnitude, where APoT, PoT and uniform are the same ternary grid, as in that release.
+    ``pot``: zero and powers of two down to 2**-14 of the largest. ``uniform``: 0 to 2**(bits-1)-1.
+    Raises UserError for an unknown grid or a width outside 2 to 8.
+    """
+    check_grid(grid, bits)
+    magnitude_bits = bits - 1
+    if grid == "uniform" or magnitude_bits == 1:
+        return tuple(range(2**magnitude_bits))
+    if grid == "pot":
+        smallest = max(-(2**magnitude_bits - 2), _POT_SMALLEST_EXPONENT)
+        return (0, *(2 ** (e - smallest) for e in range(smallest, 1)))
+    return _apot_magnitudes(magnitude_bits)
+
+
+def _apot_magnitudes(magnitude_bits: int) -> tuple[int, ...]:
+    """Levels of unsigned APoT with k = 2, as integers without a common factor of two.
+
+    n = magnitude_bits // 2 terms of two bits: {0, 2^-i, 2^-(i+n), 2^-(i+2n)}, i < n. An odd width
+    moves the last power to 2^-(i+2n+1) and adds a one-bit term {0, 2^-2n}.
+    """
+    n, odd = divmod(magnitude_bits, 2)
+    unit = 3 * n + odd  # every power is a multiple of 2^-unit
+    terms = [(0, *(2 ** (unit - e) for e in (i, i + n, i + 2 * n + odd))) for i in range(n)]
+    if odd:
+        terms.append((0, 2 ** (unit - 2 * n)))
+    sums = sorted({sum(choice) for choice in product(*terms)})
+    common = min(s & -s for s in sums if s)  # the largest power of two that divides them all
+    return tuple(s // common for s in sums)
+
+
+def level_max(grid: str, bits: int) -> int:
+    """The largest level: weight = scale × level, and clip = scale × level_max."""
+    return magnitudes(grid, bits)[-1]
+
+
+@cache
+def levels(grid: str, bits: int) -> Tensor:
+    """The signed level of every code, int16 of shape (2**bits,).
+
+    code = sign << (bits-1) | index into ``magnitudes``. Codes that stand for nothing (-0, and the
+    tail that PoT does not use) are level 0.
+    """
+    half = torch.zeros(2 ** (bits - 1), dtype=torch.int16)
+    values = magnitudes(grid, bits)
+    half[: len(values)] = torch.tensor(values, dtype=torch.int16)
+    return torch.cat([half, -half])
+
+
+@cache
+def bucket(grid: str, bits: int) -> Tensor:
+    """The rounding table: int16 of shape (2 × level_max + 1,), level = bucket[floor(2 |x| / scale)]."""
+    values = torch.tensor(magnitudes(grid, bits))
+    twice_midpoints = values[1:] + values[:-1]
+    doubled = torch.arange(2 * int(values[-1]) + 1)
+    index = torch.searchsorted(twice_midpoints, doubled, right=True)  # a tie goes up
+    return values[index].to(torch.int16)
+
+
+@cache
+def code_of_level(grid: str, bits: int) -> Tensor:
+    """The code of every signed level, uint8 of shape (2 × level_max + 1,), indexed by level + level_max."""
+    values = magnitudes(grid, bits)
+    top = values[-1]
+    table = torch.zeros(2 * top + 1, dtype=torch.uint8)
+    for index, value in enumerate(values):
+        table[top - value] = index | 1 << (bits - 1)
+        table[top + value] = index  # after the negative one, so that level 0 has code 0
+    return table

@@ -1,0 +1,177 @@
+"""``QuantLinear``, and the base class of every module whose weight is quantized.
+
+A module lives twice. While it learns, ``weight`` is the float latent weight and ``quantizer``
+rounds it on the way through. After ``freeze`` the same module holds packed codes: ``weight``
+(flat uint8, see ``dqw.packing``), ``scale`` and ``levels``, and the fused kernels run.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dqw import grids, ops
+from dqw.fake_quant import FakeQuantize, scale_dtype
+from dqw.packing import pack, packed_bytes
+from dqw.recipe import QuantSpec
+
+
+class QuantModule(nn.Module):
+    """A module with one quantized weight of (rows, cols).
+
+    spec: how it is quantized. chosen: mutual guidance sets it; a module that is not chosen is
+    quantized by ``rest_quantizer``, or stays float if there is none. frozen: holds packed codes.
+    """
+
+    def __init__(self, rows: int, cols: int, spec: QuantSpec) -> None:
+        super().__init__()
+        self.rows, self.cols, self.spec = rows, cols, spec
+        self.frozen = False
+        self.chosen = True
+        self.quantizer: FakeQuantize | None = None
+        self.rest_quantizer: FakeQuantize | None = None
+
+    @property
+    def group_size(self) -> int:
+        return self.spec.group_size or 0
+
+    @property
+    def stays_float(self) -> bool:
+        """Left out by guidance, with nothing to fall back on: freezing leaves it float."""
+        return not self.frozen and not self.chosen and self.rest_quantizer is None
+
+    def _learn(self, weight: nn.Parameter, rest_spec: QuantSpec | None) -> None:
+        """Take ``weight`` as the latent weight and find the initial clips."""
+        self.weight = weight
+        self.quantizer = FakeQuantize(self.spec, weight)
+        if rest_spec is not None:
+            self.rest_quantizer = FakeQuantize(rest_spec, weight)
+
+    def _allocate(self, device: torch.device | str | None = None) -> None:
+        """Empty packed buffers, to be filled from a folder."""
+        self.frozen = True
+        size = packed_bytes(self.rows, self.cols, self.spec.bits)
+        columns = -(-self.cols // self.group_size) if self.group_size else 1
+        rows = 1 if self.spec.per_tensor else self.rows
+        make = {"device": device}
+        self.register_buffer("weight", torch.empty(size, dtype=torch.uint8, **make))  # type: ignore[arg-type]
+        self.register_buffer(
+            "scale",
+            torch.empty(rows, columns, dtype=scale_dtype(self.spec), **make),  # type: ignore[arg-type]
+        )
+        self.register_buffer(
+            "levels",
+            torch.empty(2**self.spec.bits, dtype=torch.int16, **make),  # type: ignore[arg-type]
+        )
+
+    def _active_quantizer(self) -> FakeQuantize | None:
+        return self.quantizer if self.chosen else self.rest_quantizer
+
+    def fake_quantized_weight(self) -> Tensor:
+        """The weight as the frozen module will hold it, differentiable; latent shape and dtype."""
+        quantizer = self._active_quantizer()
+        return self.weight if quantizer is None else quantizer(self.weight)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Replace the latent weight by packed codes, in place. Only the codes remain."""
+        if self.frozen or self.stays_float:
+            return
+        quantizer = self._active_quantizer()
+        assert quantizer is not None
+        self.spec = quantizer.spec
+        scale = quantizer.scale()
+        matrix = self.weight.detach().flatten(1)
+        level = ops.quantize(matrix, scale, quantizer.bucket, self.group_size)
+        table = grids.code_of_level(self.spec.grid, self.spec.bits).to(level.device)
+        packed = pack(table[level.long() + quantizer.level_max], self.spec.bits)
+        del self.weight, self.quantizer, self.rest_quantizer
+        self.quantizer = self.rest_quantizer = None
+        self.chosen, self.frozen = True, True
+        self.register_buffer("weight", packed)
+        self.register_buffer("scale", scale.to(scale_dtype(self.spec)))
+        levels = grids.levels(self.spec.grid, self.spec.bits).clone().to(packed.device)
+        self.register_buffer("levels", levels)
+
+    def dequantized_weight(self) -> Tensor:
+        """Float32 (rows, cols): what the packed codes stand for, or the fake-quantized weight."""
+        if not self.frozen:
+            return self.fake_quantized_weight().detach().float().flatten(1)
+        return ops.dequantize(
+            self.weight, self.scale, self.levels, self.rows, self.cols, self.spec.bits, self.group_size
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantModule":
+        """Moves to another device take everything; casts leave the stored scales as they are."""
+        scale = self._buffers.pop("scale", None)
+        super()._apply(fn, recurse)
+        if scale is not None:
+            self._buffers["scale"] = scale.to(fn(scale.float()).device)
+        return self
+
+    def extra_repr(self) -> str:
+        kind = f"{self.spec.bits} bits {self.spec.grid}, packed" if self.frozen else "learning"
+        return f"rows={self.rows}, cols={self.cols}, {kind}"
+
+
+class QuantLinear(QuantModule):
+    """A Linear layer with a quantized weight: y = x Wᵀ + bias, x (…, in) → (…, out)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        spec: QuantSpec,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """An empty packed layer; ``from_linear`` makes one that learns."""
+        super().__init__(out_features, in_features, spec)
+        self.in_features, self.out_features = in_features, out_features
+        self._allocate(device)
+        self.bias = nn.Parameter(torch.empty(out_features, device=device)) if bias else None
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, spec: QuantSpec | None = None, rest_spec: QuantSpec | None = None
+    ) -> "QuantLinear":
+        """A learning layer that takes over ``linear``'s parameters (shared, not copied)."""
+        self = cls.__new__(cls)
+        QuantModule.__init__(self, linear.out_features, linear.in_features, spec or QuantSpec())
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+        self._learn(linear.weight, rest_spec)
+        return self
+
+    def to_linear(self) -> nn.Linear:
+        """A plain float Linear with the quantized weight: the same function, unpacked."""
+        with torch.device("meta"):
+            linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        linear.weight = nn.Parameter(self.dequantized_weight())
+        linear.bias = copy.deepcopy(self.bias)
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        int8 = self.spec.activations == "int8"
+        if self.frozen:
+            return packed_linear(self, x, self.bias)
+        if int8 and self._active_quantizer() is not None:
+            x = ops.fake_quant_activation(x)
+        return F.linear(x, self.fake_quantized_weight().to(x.dtype), self.bias)
+
+
+def packed_linear(module: QuantModule, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x (…, cols) times the frozen ``module``'s packed weight, transposed → (…, rows)."""
+    return ops.quant_linear(
+        x,
+        module.weight,
+        module.scale,
+        module.levels,
+        bias,
+        module.rows,
+        module.spec.bits,
+        module.group_size,
+        module.spec.activations == "int8",
+    )

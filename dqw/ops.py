@@ -1,0 +1,232 @@
+"""The operators ``torch.ops.dqw.*``: schemas, meta functions, gradients, and who computes them.
+
+Every operator has a reference in plain PyTorch (``dqw.reference``), registered for every device.
+On a CPU the compiled library takes its place when it could be loaded; on a GPU the Triton kernels
+do. That choice is made in this file and nowhere else; ``backend_info`` says what was chosen and
+why. ``DQW_BACKEND=reference`` keeps everything on the reference.
+
+Shapes: a weight is (rows, cols), rows = out features. ``scale`` is float32 (packed: also float16)
+of shape (1, 1) per tensor, (rows, 1) per channel, or (rows, ceil(cols / group_size)) per group of
+``group_size`` along the columns; ``group_size`` is 0 unless grouped. ``bucket`` and ``levels`` are
+the tables of ``dqw.grids``; ``weight`` is packed as in ``dqw.packing``.
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dqw import reference
+
+_SCHEMAS = {
+    "fake_quant": "(Tensor x, Tensor scale, Tensor bucket, int group_size) -> Tensor",
+    "fake_quant_backward": (
+        "(Tensor grad, Tensor x, Tensor scale, Tensor bucket, int group_size) -> (Tensor, Tensor)"
+    ),
+    "fake_quant_activation": "(Tensor x) -> Tensor",
+    "quantize": "(Tensor x, Tensor scale, Tensor bucket, int group_size) -> Tensor",
+    "dequantize": (
+        "(Tensor weight, Tensor scale, Tensor levels, int rows, int cols, int bits, int group_size)"
+        " -> Tensor"
+    ),
+    "quant_linear": (
+        "(Tensor x, Tensor weight, Tensor scale, Tensor levels, Tensor? bias, int rows, int bits, "
+        "int group_size, bool int8_activations) -> Tensor"
+    ),
+    "quant_embedding": (
+        "(Tensor ids, Tensor weight, Tensor scale, Tensor levels, int rows, int cols, int bits, "
+        "int group_size) -> Tensor"
+    ),
+}
+
+_library = torch.library.Library("dqw", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+# ---- meta functions: shapes and dtypes without data ----
+
+
+def _meta_fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _meta_fake_quant_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, bucket: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), scale.new_empty(scale.shape)
+
+
+def _meta_quantize(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.int16)
+
+
+def _meta_dequantize(
+    weight: Tensor, scale: Tensor, levels: Tensor, rows: int, cols: int, bits: int, group_size: int
+) -> Tensor:
+    return weight.new_empty((rows, cols), dtype=torch.float32)
+
+
+def _meta_quant_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    bits: int,
+    group_size: int,
+    int8_activations: bool,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _meta_quant_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    rows: int,
+    cols: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    return ids.new_empty((*ids.shape, cols), dtype=torch.float32)
+
+
+def _meta_fake_quant_activation(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+for _name in _SCHEMAS:
+    torch.library.register_fake(f"dqw::{_name}", globals()[f"_meta_{_name}"], lib=_library)
+
+
+# ---- gradients ----
+
+
+def _fake_quant_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, scale, bucket, group_size = inputs
+    ctx.save_for_backward(x, scale, bucket)
+    ctx.group_size = group_size
+
+
+def _fake_quant_grad(ctx, grad):  # type: ignore[no-untyped-def]
+    dx, dscale = torch.ops.dqw.fake_quant_backward(grad, *ctx.saved_tensors, ctx.group_size)
+    return dx, dscale, None, None
+
+
+def _quant_linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, scale, levels, bias, ctx.rows, ctx.bits, ctx.group_size, _ = inputs
+    ctx.save_for_backward(weight, scale, levels)
+    ctx.cols = x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _quant_linear_grad(ctx, grad):  # type: ignore[no-untyped-def]
+    """Packed weights take no gradient; the input does (straight through int8), and the bias."""
+    w = torch.ops.dqw.dequantize(
+        *ctx.saved_tensors, ctx.rows, ctx.cols, ctx.bits, ctx.group_size
+    ).to(grad.dtype)
+    dbias = None
+    if ctx.bias_dtype is not None:
+        dbias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return grad @ w, None, None, None, dbias, None, None, None, None
+
+
+torch.library.register_autograd(
+    "dqw::fake_quant", _fake_quant_grad, setup_context=_fake_quant_setup, lib=_library
+)
+torch.library.register_autograd(  # straight through: the range of a row always covers it
+    "dqw::fake_quant_activation", lambda ctx, grad: grad, lib=_library
+)
+torch.library.register_autograd(
+    "dqw::quant_linear", _quant_linear_grad, setup_context=_quant_linear_setup, lib=_library
+)
+
+
+# ---- who computes ----
+
+_LIBRARY_FILE = Path(__file__).parent / "_C.so"
+_cpu_reason = ""  # why the compiled CPU kernels do not serve; empty if they do
+
+
+def _load_cpu_kernels() -> None:
+    global _cpu_reason
+    if os.environ.get("DQW_BACKEND", "auto") == "reference":
+        _cpu_reason = "DQW_BACKEND=reference is set"
+        return
+    if not _LIBRARY_FILE.exists():
+        _cpu_reason = "the C++ library was not built; `pip install -e .` with a C++ compiler builds it"
+    else:
+        try:
+            torch.ops.load_library(str(_LIBRARY_FILE))
+        except OSError as error:
+            _cpu_reason = f"{_LIBRARY_FILE.name} does not load ({error}); reinstall dqw to rebuild it"
+    if _cpu_reason:
+        warnings.warn(f"dqw runs on its slow PyTorch reference: {_cpu_reason}.", stacklevel=2)
+
+
+_load_cpu_kernels()
+
+
+def _register_triton() -> None:
+    """CUDA tensors go to Triton; the kernels are imported when the first one comes."""
+
+    def forward(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
+        from dqw_kernels import fake_quant as kernel
+
+        return kernel.fake_quant(x, scale, bucket, group_size)
+
+    def backward(
+        grad: Tensor, x: Tensor, scale: Tensor, bucket: Tensor, group_size: int
+    ) -> tuple[Tensor, Tensor]:
+        from dqw_kernels import fake_quant as kernel
+
+        return kernel.fake_quant_backward(grad, x, scale, bucket, group_size)
+
+    _library.impl("fake_quant", forward, "CUDA")
+    _library.impl("fake_quant_backward", backward, "CUDA")
+
+
+def _triton_reason() -> str:
+    """Why Triton does not serve CUDA tensors; empty if it does."""
+    from importlib.util import find_spec
+
+    if os.environ.get("DQW_BACKEND", "auto") == "reference":
+        return "DQW_BACKEND=reference is set"
+    for module in ("triton", "dqw_kernels"):
+        if find_spec(module) is None:
+            return f"the package {module} is not installed"
+    return ""
+
+
+_cuda_reason = _triton_reason()
+if not _cuda_reason:
+    _register_triton()
+
+
+def backend_info() -> dict[str, dict[str, str]]:
+    """Which kernel serves each operator: {operator: {"cpu": …, "cuda": …}}, each with its reason."""
+    cpu = f"PyTorch reference ({_cpu_reason})"
+    if not _cpu_reason:
+        cpu = "C++"
+        if hasattr(torch.ops.dqw_cpu, "instruction_set"):
+            cpu += f", {torch.ops.dqw_cpu.instruction_set()}"
+    triton = f"PyTorch reference ({_cuda_reason})" if _cuda_reason else "Triton"
+    other = "PyTorch reference (no GPU kernel yet)"
+    return {
+        name: {"cpu": cpu, "cuda": triton if name.startswith("fake_quant") and name != "fake_quant_activation" else other}
+        for name in _SCHEMAS
+    }
+
+
+fake_quant = torch.ops.dqw.fake_quant.default
+fake_quant_activation = torch.ops.dqw.fake_quant_activation.default
+quantize = torch.ops.dqw.quantize.default
+dequantize = torch.ops.dqw.dequantize.default
+quant_linear = torch.ops.dqw.quant_linear.default
+quant_embedding = torch.ops.dqw.quant_embedding.default

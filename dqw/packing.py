@@ -1,0 +1,80 @@
+"""Codes to bytes and back: the packed weight format, version 1, the same on disk and in memory.
+
+Rows follow each other; a row is padded with code 0 to a multiple of 64 codes, and every block of
+64 codes takes 8 × bits bytes, with no bit unused. Inside a block the code's bits are split into
+planes, lowest bits first, so that a kernel can widen a whole block with shifts and masks:
+
+    4-bit plane, if bits & 4   32 bytes   byte j = code[j] | code[j+32] << 4
+    2-bit plane, if bits & 2   16 bytes   byte j = code[j] | code[j+16] << 2 | … | code[j+48] << 6
+    1-bit plane, if bits & 1    8 bytes   bit k  = code[k], little endian
+    8 bits                     64 bytes   byte j = code[j]
+
+The tensor is flat. That is on purpose: no loader that does not know the format can take it for a
+matrix of floats, so opening a packed folder without dqw stops with a size mismatch.
+"""
+
+import torch
+from torch import Tensor
+
+FORMAT_VERSION = 1
+BLOCK = 64  # codes
+
+
+def padded(cols: int) -> int:
+    """``cols`` rounded up to whole blocks."""
+    return -(-cols // BLOCK) * BLOCK
+
+
+def packed_bytes(rows: int, cols: int, bits: int) -> int:
+    """Bytes of a packed (rows, cols) matrix."""
+    return rows * padded(cols) // 8 * bits
+
+
+def _planes(bits: int) -> list[int]:
+    """Widths of a block's planes, in the order they lie in memory."""
+    return [8] if bits == 8 else [width for width in (4, 2, 1) if bits & width]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack ``codes`` (rows, cols), uint8 below 2**bits, into flat uint8 of ``packed_bytes``."""
+    rows, cols = codes.shape
+    codes = torch.nn.functional.pad(codes, (0, padded(cols) - cols))
+    blocks = codes.view(rows, padded(cols) // BLOCK, BLOCK)
+    out, shift = [], 0
+    for width in _planes(bits):
+        plane = blocks >> shift & (1 << width) - 1
+        parts = 8 // width
+        if width == 1:  # bit k of byte j is code 8j + k
+            plane = plane.unflatten(-1, (8, 8)).transpose(-1, -2)
+        else:  # part i of byte j is code j + i × 64/parts
+            plane = plane.unflatten(-1, (parts, BLOCK // parts))
+        packed = torch.zeros_like(plane[..., 0, :])
+        for i in range(parts):
+            packed |= plane[..., i, :] << i * width
+        out.append(packed)
+        shift += width
+    return torch.cat(out, dim=-1).flatten()
+
+
+def unpack(weight: Tensor, rows: int, cols: int, bits: int) -> Tensor:
+    """The codes (rows, cols), uint8, of a packed ``weight``; the inverse of ``pack``.
+
+    Raises ValueError if ``weight`` has not the size that (rows, cols) at ``bits`` takes.
+    """
+    if weight.numel() != packed_bytes(rows, cols, bits):
+        raise ValueError(
+            f"packed weight has {weight.numel()} bytes, "
+            f"but ({rows}, {cols}) at {bits} bits takes {packed_bytes(rows, cols, bits)}"
+        )
+    blocks = weight.view(rows, padded(cols) // BLOCK, 8 * bits)
+    codes = torch.zeros(rows, padded(cols) // BLOCK, BLOCK, dtype=torch.uint8, device=weight.device)
+    start = shift = 0
+    for width in _planes(bits):
+        plane = blocks[..., start : start + 8 * width]
+        parts = 8 // width
+        fields = torch.stack([plane >> i * width & (1 << width) - 1 for i in range(parts)], dim=-2)
+        if width == 1:
+            fields = fields.transpose(-1, -2)
+        codes |= fields.flatten(-2) << shift
+        start, shift = start + 8 * width, shift + width
+    return codes.view(rows, padded(cols))[:, :cols].contiguous()

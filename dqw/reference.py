@@ -1,0 +1,166 @@
+"""The operators in plain PyTorch: what every kernel must compute, on any device.
+
+Argument shapes are those of ``dqw.ops``. Clear before fast: temporaries are as large as the data.
+The float32 operations and their order are the contract; the compiled kernels repeat them, so
+fake quantization and the integer paths agree bit for bit.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dqw.packing import unpack
+
+
+def _per_column(scale: Tensor, cols: int, group_size: int) -> Tensor:
+    """``scale`` so that it broadcasts over (rows, cols)."""
+    if group_size:
+        return scale.repeat_interleave(group_size, dim=1)[:, :cols]
+    return scale
+
+
+def _doubled(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
+    """t = |x| × (2 / scale): twice the level that x would be, before rounding and clipping."""
+    return x.float().abs() * _per_column(2.0 / scale.float(), x.shape[1], group_size)
+
+
+def quantize(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
+    """The signed level nearest to each x (rows, cols) → int16. NaN gives level 0."""
+    t = _doubled(x, scale, bucket, group_size)
+    index = t.nan_to_num(0.0).clamp(max=bucket.numel() - 1).floor().long()
+    level = bucket[index]
+    return torch.where(torch.signbit(x), -level, level)
+
+
+def fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
+    """Round x (rows, cols) to the grid and give it back as weights, in x's dtype. NaN stays."""
+    level = quantize(x, scale, bucket, group_size).float()
+    y = level.abs() * _per_column(scale.float(), x.shape[1], group_size)
+    y = torch.copysign(y, x.float())
+    return torch.where(x.isnan(), x.float(), y).to(x.dtype)
+
+
+def fake_quant_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, bucket: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """Straight-through gradients of ``fake_quant``: dx in x's dtype, dscale in scale's shape.
+
+    Inside the clip dx = g and dscale gets g (level - x/scale); outside dx = 0 and dscale gets
+    g × sign(x) × level_max. That is LSQ (arXiv 1902.08153); times 1/level_max it is the gradient
+    of the clip in RCF (arXiv 1909.13144).
+    """
+    rows, cols = x.shape
+    t = _doubled(x, scale, bucket, group_size)
+    inside = t <= bucket.numel() - 1
+    level = quantize(x, scale, bucket, group_size).float()
+    g, xf = grad.float(), x.float()
+    per_weight = torch.where(
+        inside, level - xf / _per_column(scale.float(), cols, group_size), level
+    )
+    per_weight = torch.where(x.isnan(), xf, per_weight) * g
+    if group_size:
+        per_weight = F.pad(per_weight, (0, scale.shape[1] * group_size - cols))
+        dscale = per_weight.view(rows, -1, group_size).sum(-1)
+    elif scale.shape[0] == 1:
+        dscale = per_weight.sum().view(1, 1)
+    else:
+        dscale = per_weight.sum(1, keepdim=True)
+    dx = torch.where(inside | x.isnan(), g, torch.zeros_like(g)).to(x.dtype)
+    return dx, dscale.to(scale.dtype)
+
+
+def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dynamic int8 per row of the last dimension: float32 integers in -127…127, and their scale.
+
+    A row of zeros stays zero. A row with NaN or infinity has scale NaN, so all of its results are.
+    """
+    xf = x.float()
+    if x.shape[-1] == 0:
+        return xf, xf.new_zeros((*x.shape[:-1], 1))
+    largest = xf.abs().amax(dim=-1, keepdim=True)
+    finite = torch.isfinite(largest)
+    safe = torch.where(finite & (largest > 0), largest, torch.ones_like(largest))
+    q = torch.round(torch.where(finite, xf, torch.zeros_like(xf)) * (127.0 / safe))
+    q = q.clamp(-127, 127)
+    scale = torch.where(finite, largest / 127.0, torch.full_like(largest, torch.nan))
+    return q, scale
+
+
+def fake_quant_activation(x: Tensor) -> Tensor:
+    """Round each row of x (…, K) to 255 levels of its own largest magnitude, in x's dtype."""
+    q, scale = _quantize_rows(x)
+    return (q * scale).to(x.dtype)
+
+
+def _unpack_levels(weight: Tensor, levels: Tensor, rows: int, cols: int, bits: int) -> Tensor:
+    return levels[unpack(weight, rows, cols, bits).long()]
+
+
+def dequantize(
+    weight: Tensor, scale: Tensor, levels: Tensor, rows: int, cols: int, bits: int, group_size: int
+) -> Tensor:
+    """The float32 matrix (rows, cols) that a packed weight stands for: level × scale."""
+    level = _unpack_levels(weight, levels, rows, cols, bits).float()
+    return level * _per_column(scale.float(), cols, group_size)
+
+
+def quant_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    bits: int,
+    group_size: int,
+    int8_activations: bool,
+) -> Tensor:
+    """y = x Wᵀ + bias for x (…, K), packed W (rows, K) → (…, rows) in x's dtype.
+
+    Float activations: float32 products with the dequantized matrix. Int8 activations: x is rounded
+    as in ``fake_quant_activation``; sums of integers are exact (here in float64), then
+    float(sum) × (row scale × weight scale) per channel, or per group
+    row scale × Σ_g float(sum_g) × scale_g.
+    """
+    cols = x.shape[-1]
+    flat = x.reshape(-1, cols)
+    if not int8_activations:
+        w = dequantize(weight, scale, levels, rows, cols, bits, group_size)
+        y = flat.float() @ w.T
+    else:
+        q, row_scale = _quantize_rows(flat)
+        level = _unpack_levels(weight, levels, rows, cols, bits).double()
+        q, s = q.double(), scale.float()
+        if group_size:
+            y = flat.new_zeros(flat.shape[0], rows, dtype=torch.float32)
+            for g in range(s.shape[1]):
+                part = slice(g * group_size, (g + 1) * group_size)
+                y += (q[:, part] @ level[:, part].T).float() * s[:, g]
+            y *= row_scale
+        else:
+            y = (q @ level.T).float() * (row_scale * s.T)
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], rows)
+
+
+def quant_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    rows: int,
+    cols: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """Rows ``ids`` of a packed (rows, cols) table, float32 of shape ids.shape + (cols,).
+
+    Raises IndexError for an id outside the table.
+    """
+    flat = ids.reshape(-1).long()
+    if flat.numel() and (flat.min() < 0 or flat.max() >= rows):
+        raise IndexError(f"an id lies outside the embedding's {rows} rows")
+    taken = weight.view(rows, -1)[flat].flatten()
+    s = scale if scale.shape[0] == 1 else scale[flat]
+    return dequantize(taken, s, levels, flat.numel(), cols, bits, group_size).view(*ids.shape, cols)
