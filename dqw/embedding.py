@@ -62,7 +62,7 @@ class QuantEmbedding(QuantModule):
                 self.cols,
                 self.spec.bits,
                 self.group_size,
-            )
+            ).to(self.dtype)
         taken = F.embedding(ids, self.weight, self.padding_idx)
         quantizer = self._active_quantizer()
         if quantizer is None:

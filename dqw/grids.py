@@ -9,7 +9,7 @@ y = |x| / scale, level = bucket[floor(2 y)]. Levels are integers, so the midpoin
 half-integers, and a tie goes to the larger magnitude.
 """
 
-from functools import cache
+from functools import lru_cache
 from itertools import product
 
 import torch
@@ -32,7 +32,7 @@ def check_grid(grid: str, bits: int) -> None:
         raise UserError(f"bits is {bits!r}, but a weight code has 2 to 8 bits: choose 2 to 8.")
 
 
-@cache
+@lru_cache(maxsize=None, typed=True)
 def magnitudes(grid: str, bits: int) -> tuple[int, ...]:
     """Sorted unsigned integer levels of a signed ``bits``-bit grid, starting with 0.
 
@@ -73,7 +73,7 @@ def level_max(grid: str, bits: int) -> int:
     return magnitudes(grid, bits)[-1]
 
 
-@cache
+@lru_cache(maxsize=None, typed=True)
 def levels(grid: str, bits: int) -> Tensor:
     """The signed level of every code, int16 of shape (2**bits,).
 
@@ -86,7 +86,7 @@ def levels(grid: str, bits: int) -> Tensor:
     return torch.cat([half, -half])
 
 
-@cache
+@lru_cache(maxsize=None, typed=True)
 def bucket(grid: str, bits: int) -> Tensor:
     """The rounding table: int16 of shape (2 × level_max + 1,), level = bucket[floor(2 |x| / scale)]."""
     values = torch.tensor(magnitudes(grid, bits))
@@ -96,7 +96,7 @@ def bucket(grid: str, bits: int) -> Tensor:
     return values[index].to(torch.int16)
 
 
-@cache
+@lru_cache(maxsize=None, typed=True)
 def code_of_level(grid: str, bits: int) -> Tensor:
     """The code of every signed level, uint8 of shape (2 × level_max + 1,), indexed by level + level_max."""
     values = magnitudes(grid, bits)

@@ -30,6 +30,7 @@ class QuantModule(nn.Module):
         self.rows, self.cols, self.spec = rows, cols, spec
         self.frozen = False
         self.chosen = True
+        self.dtype = torch.get_default_dtype()  # what the layer computes in, once packed
         self.quantizer: FakeQuantize | None = None
         self.rest_quantizer: FakeQuantize | None = None
 
@@ -81,7 +82,7 @@ class QuantModule(nn.Module):
             return
         quantizer = self._active_quantizer()
         assert quantizer is not None
-        self.spec = quantizer.spec
+        self.spec, self.dtype = quantizer.spec, self.weight.dtype
         scale = quantizer.scale()
         matrix = self.weight.detach().flatten(1)
         level = ops.quantize(matrix, scale, quantizer.bucket, self.group_size)
@@ -108,7 +109,9 @@ class QuantModule(nn.Module):
         scale = self._buffers.pop("scale", None)
         super()._apply(fn, recurse)
         if scale is not None:
-            self._buffers["scale"] = scale.to(fn(scale.float()).device)
+            moved = fn(torch.empty_like(scale, dtype=self.dtype))
+            self._buffers["scale"] = scale.to(moved.device)
+            self.dtype = moved.dtype
         return self
 
     def extra_repr(self) -> str:

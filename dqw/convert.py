@@ -1,0 +1,202 @@
+"""A model's life in quantization: ``quantize`` → train → ``freeze``, each in place.
+
+float Whisper → ``quantize`` swaps modules that learn → ``freeze`` turns them into packed codes.
+``dequantize`` goes back to plain float modules with the quantized weights.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from dqw.conv import QuantConv1d
+from dqw.embedding import QuantEmbedding, TiedProjection
+from dqw.errors import UserError
+from dqw.linear import QuantLinear, QuantModule
+from dqw.recipe import ACTIVATIONS, QuantSpec, Recipe
+
+
+def quant_modules(model: nn.Module) -> dict[str, QuantModule]:
+    """Name → module for every module of ``model`` that holds a quantized weight."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantModule)}
+
+
+def quantize(
+    model: nn.Module,
+    recipe: Recipe | None = None,
+    progress: Callable[[str], object] | None = None,
+) -> nn.Module:
+    """Swap the layers of ``recipe``'s plan for modules that fake-quantize and learn, in place.
+
+    Clips start at the least squared error, so the model as it comes back is post-training
+    quantization. ``progress`` is called with each layer's name. Raises UserError if the model is
+    quantized already or the recipe's patterns match nothing.
+    """
+    recipe = recipe or Recipe()
+    if quant_modules(model):
+        raise UserError("the model is quantized already: start from a float checkpoint.")
+    rest = recipe.rest_spec()
+    for name, spec in recipe.plan(model).items():
+        if progress is not None:
+            progress(name)
+        module = model.get_submodule(name)
+        layer_rest = rest if isinstance(module, nn.Linear) else None
+        model.set_submodule(name, _learning(module, spec, layer_rest))
+    _tie_projection(model)
+    return model
+
+
+def _learning(module: nn.Module, spec: QuantSpec, rest: QuantSpec | None) -> QuantModule:
+    if isinstance(module, nn.Linear):
+        return QuantLinear.from_linear(module, spec, rest)
+    if isinstance(module, nn.Conv1d):
+        return QuantConv1d.from_conv(module, spec, rest)
+    if isinstance(module, nn.Embedding):
+        return QuantEmbedding.from_embedding(module, spec, rest)
+    raise TypeError(f"no quantized twin for {type(module).__name__}")
+
+
+def _tie_projection(model: nn.Module) -> None:
+    """Let the output projection read the quantized embedding, if the two were tied."""
+    embedding = _input_embedding(model)
+    if not isinstance(embedding, QuantEmbedding):
+        return
+    projection = model.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(projection, nn.Linear) and (
+        projection.weight is embedding.weight or embedding.frozen
+    ):
+        model.set_output_embeddings(TiedProjection(embedding))  # type: ignore[operator]
+        # transformers would look for the tied weight's name in every load and save.
+        model._tied_weights_keys = {}  # type: ignore[assignment]
+        model.all_tied_weights_keys = {}  # type: ignore[assignment]
+
+
+def _input_embedding(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_input_embeddings", None)
+    return get() if get is not None else None
+
+
+def swap_empty(model: nn.Module, plan: dict[str, QuantSpec]) -> None:
+    """Swap every layer of ``plan`` for an empty packed module on the same device, in place.
+
+    For loading: the folder's tensors are put into them afterwards. Raises UserError for a layer
+    the model does not have.
+    """
+    for name, spec in plan.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise UserError(
+                f"the folder's plan names the layer {name!r}, which a model of its config.json does "
+                "not have: the folder is damaged, write it again."
+            ) from error
+        empty = _empty(module, spec)
+        empty.dtype = next(module.parameters()).dtype
+        model.set_submodule(name, empty)
+    _tie_projection(model)
+
+
+def _empty(module: nn.Module, spec: QuantSpec) -> QuantModule:
+    device = next(module.parameters()).device
+    if isinstance(module, nn.Linear):
+        size = module.in_features, module.out_features
+        return QuantLinear(*size, module.bias is not None, spec, device)
+    if isinstance(module, nn.Embedding):
+        table = module.num_embeddings, module.embedding_dim
+        return QuantEmbedding(*table, spec, module.padding_idx, device)
+    if isinstance(module, nn.Conv1d):
+        return QuantConv1d(
+            module.in_channels,
+            module.out_channels,
+            module.kernel_size[0],
+            spec,
+            module.stride[0],
+            int(module.padding[0]),
+            module.bias is not None,
+            device,
+        )
+    raise UserError(f"the folder's plan names a {type(module).__name__}, which dqw cannot pack.")
+
+
+@torch.no_grad()
+def freeze(model: nn.Module) -> nn.Module:
+    """Turn every learning module into packed codes, in place, ready for ``save_pretrained``.
+
+    Modules that guidance left out go to their rest bits, or back to plain float layers. What stays
+    float is rounded to float16 here, as it will be stored, so that the model in memory and the
+    folder give the same results. Raises UserError if there is nothing to freeze.
+    """
+    modules = quant_modules(model)
+    if not modules:
+        raise UserError("the model has no quantized layers: call dqw.quantize(model, recipe) first.")
+    for name, module in modules.items():
+        if module.stays_float:
+            model.set_submodule(name, _plain(module))
+        else:
+            module.freeze()
+    round_float_rest(model)
+    if hasattr(model, "config"):
+        from dqw.hf import attach
+
+        attach(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def round_float_rest(model: nn.Module) -> None:
+    """Round every float tensor that is not a latent weight or a clip to float16, keeping dtypes."""
+    own = {id(t) for m in quant_modules(model).values() for t in _quantized_tensors(m)}
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point() and id(tensor) not in own:
+            tensor.data.copy_(tensor.data.half())
+
+
+def _quantized_tensors(module: QuantModule) -> list[torch.Tensor]:
+    """The tensors of ``module`` that are its quantized weight's: not its bias."""
+    own = [module.weight, *module.buffers(recurse=False)]
+    for quantizer in (module.quantizer, module.rest_quantizer):
+        if quantizer is not None:
+            own += [*quantizer.parameters(), *quantizer.buffers()]
+    return own
+
+
+def _plain(module: QuantModule) -> nn.Module:
+    if isinstance(module, QuantLinear):
+        return module.to_linear()
+    if isinstance(module, QuantConv1d):
+        return module.to_conv()
+    assert isinstance(module, QuantEmbedding)
+    return module.to_embedding()
+
+
+@torch.no_grad()
+def dequantize(model: nn.Module) -> nn.Module:
+    """Replace every quantized module by a plain float one with the same weights, in place."""
+    embedding = _input_embedding(model)
+    for name, module in quant_modules(model).items():
+        model.set_submodule(name, _plain(module))
+    if isinstance(embedding, QuantEmbedding):
+        projection = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
+        model.set_output_embeddings(projection)  # type: ignore[operator]
+        if "_tied_weights_keys" in vars(model):
+            del model._tied_weights_keys
+        projection.weight = _input_embedding(model).weight  # type: ignore[union-attr, assignment]
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(  # type: ignore[operator, assignment]
+            all_submodels=False
+        )
+    return model
+
+
+def set_activations(model: nn.Module, activations: str) -> nn.Module:
+    """Switch every quantized matrix product to "float" or "int8" activations, in place.
+
+    int8 is faster on a CPU; float is closer to the original. Convolutions stay float.
+    """
+    from dataclasses import replace
+
+    if activations not in ACTIVATIONS:
+        raise UserError(f"activations is {activations!r}: choose 'float' or 'int8'.")
+    for module in quant_modules(model).values():
+        if not isinstance(module, QuantConv1d):
+            module.spec = replace(module.spec, activations=activations)
+    return model
