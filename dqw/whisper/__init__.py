@@ -1,0 +1,1 @@
+"""Whisper around the kernels: audio in, datasets, checkpoint formats, transcribing, scoring."""

@@ -1,0 +1,192 @@
+"""Whisper checkpoints: a hub id, a Hugging Face folder, a faster-whisper folder or a packed one.
+
+Only safetensors, JSON and CTranslate2's model.bin are read, never a pickle. What is wrong with a
+folder (missing, cut off, edited) is said before the weights are loaded, in one sentence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dqw.errors import UserError
+from dqw.whisper.ct2 import is_ct2_folder, load_ct2, prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_COPY = "copy the folder again"
+
+
+def load_whisper(
+    name_or_path: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
+    """Model (eval mode, CPU) and processor of any checkpoint dqw knows.
+
+    `name_or_path`: a Hugging Face folder or hub id, a faster-whisper (CTranslate2) folder, or a
+    folder that `dqw compress` wrote. `dtype`: of the float weights; packed ones stay packed.
+    Raises UserError for a missing or damaged folder and for a hub id that can't be had.
+    """
+    path = Path(name_or_path)
+    if path.is_dir():
+        if is_ct2_folder(path):
+            return load_ct2(path, dtype)
+        verify_folder(path)
+    elif path.exists():
+        raise UserError(f"{path} is a file; give the model's folder")
+    elif path.is_absolute() or not _HUB_ID.fullmatch(str(name_or_path)):
+        raise UserError(f"the model folder {path} does not exist; check the path")
+    return _load_transformers(str(name_or_path), dtype, on_hub=not path.is_dir())
+
+
+def verify_folder(folder: str | Path) -> dict[str, Any]:
+    """Check a Hugging Face or packed folder without loading it; returns its config.json.
+
+    Checked: the files are there, model.safetensors is as long as its header says, and, when
+    config.json has quantization_config.weights_sha256, its bytes have that checksum.
+    Raises UserError with the file and the cure.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    if config.get("model_type") != "whisper":
+        raise UserError(f"{folder} holds a model of type {config.get('model_type')!r}, not whisper; "
+                        "give a Whisper folder")  # fmt: skip
+    for name in _weight_files(folder):
+        safetensors_header(folder / name)
+    expected = (config.get("quantization_config") or {}).get("weights_sha256")
+    if expected and file_sha256(folder / "model.safetensors") != expected:
+        raise UserError(
+            f"{folder / 'model.safetensors'} was changed after it was written (its sha256 is not the "
+            f"one in config.json); {_COPY} or compress once more"
+        )  # fmt: skip
+    return config
+
+
+def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> {dtype, shape, data_offsets} of a safetensors file; UserError if damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; {_COPY}")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        header = file.read(length) if 0 < length <= size - 8 else b""
+    try:
+        tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        needed = 8 + length + max(t["data_offsets"][1] for t in tensors.values())
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise UserError(f"{path} is cut off or damaged: its header can't be read; {_COPY}") from None
+    if size != needed:
+        fault = "is cut off" if size < needed else "has bytes too many"
+        raise UserError(f"{path} {fault}: {size} bytes, and its header says {needed}; {_COPY}")
+    return tensors
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_processor(processor: WhisperProcessor, folder: str | Path) -> None:
+    """Write tokenizer and feature extractor, and the English spelling map that `save_pretrained`
+    leaves out (without it, English would be scored by other rules after a reload)."""
+    processor.save_pretrained(folder)
+    spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None)
+    if spelling:
+        text = json.dumps(spelling, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (Path(folder) / "normalizer.json").write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Errors only, and no progress bars, from transformers within the block."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / "model.safetensors.index.json").is_file():
+        index = _read_json(folder / "model.safetensors.index.json")
+        return sorted(set(index.get("weight_map", {}).values()))
+    if not (folder / "model.safetensors").is_file() and (folder / "pytorch_model.bin").is_file():
+        raise UserError(
+            f"{folder} holds its weights as a pickle (pytorch_model.bin), which dqw does not read; "
+            "save it with save_pretrained in transformers 5, or take the safetensors version"
+        )
+    return ["model.safetensors"]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path.parent} lacks {path.name}: it is no model folder; check the path")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); {_COPY}") from None
+
+
+def _load_transformers(
+    name: str, dtype: torch.dtype, on_hub: bool
+) -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    import dqw  # noqa: F401  (registers the packed format with transformers)
+
+    try:
+        with quiet_transformers():
+            model, found = WhisperForConditionalGeneration.from_pretrained(
+                name, dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
+            processor = WhisperProcessor.from_pretrained(name)
+    except UserError:
+        raise
+    except Exception as error:  # hub, JSON and tensor errors have no common base
+        raise _explain(name, error, on_hub) from error
+    faults = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
+    if faults:
+        raise UserError(
+            f"{name} does not hold the weights its config.json speaks of ({len(faults)} tensors "
+            f"missing, unknown or of another shape, such as {faults[0]}); {_COPY}"
+        )
+    _modernize(model, processor)
+    return model.eval(), processor
+
+
+def _explain(name: str, error: Exception, on_hub: bool) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    if on_hub:
+        return UserError(
+            f"{name} is neither a folder here nor a model that could be had from the hub ({reason}); "
+            "check the name and the network"
+        )
+    return UserError(f"the model folder {name} could not be loaded ({reason}); {_COPY}")
+
+
+def _modernize(model: WhisperForConditionalGeneration, processor: WhisperProcessor) -> None:
+    """Checkpoints from before 2024 force decoder ids, where language and task are settings today."""
+    for config in (model.config, model.generation_config):
+        if getattr(config, "forced_decoder_ids", None) is not None:
+            config.forced_decoder_ids = None
+    for name, value in prompt_ids(processor.tokenizer).items():
+        if getattr(model.generation_config, name, None) is None:
+            setattr(model.generation_config, name, value)

@@ -1,0 +1,273 @@
+"""Speech to train and to score on: a manifest, a folder of audio, or a Hugging Face dataset.
+
+Manifest: one JSON object a line, with `audio` (a path relative to the manifest), and optionally
+`id`, `text` (null: no transcript; a teacher can write one), `language` (a code such as "ja") and
+`seconds`. Other keys are left alone. Everything is validated before the first clip is decoded,
+and audio is decoded one clip at a time, when `Item.load` is called.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dqw.errors import UserError
+from dqw.whisper.audio import SUFFIXES, EncodedAudio, audio_seconds, load_audio
+
+_TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text")
+_LANGUAGE_COLUMNS = ("language", "locale")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One clip. `text` None: unlabelled. `language`: a Whisper code, or None when not known.
+    `seconds` is None only where knowing it would mean decoding (Hugging Face datasets)."""
+
+    id: str
+    audio: Path | EncodedAudio
+    text: str | None = None
+    language: str | None = None
+    seconds: float | None = None
+
+    def load(self) -> np.ndarray:
+        """Mono float32 samples at 16 kHz; raises UserError naming the file."""
+        return load_audio(self.audio)
+
+
+@dataclass(frozen=True)
+class DatasetAudio:
+    """The audio of one row of a Hugging Face dataset, read when asked for."""
+
+    dataset: Any
+    row: int
+    column: str
+    name: str
+
+    def read_bytes(self) -> bytes:
+        cell = self.dataset[self.row][self.column]
+        if cell.get("bytes") is not None:
+            return cell["bytes"]
+        return Path(cell["path"]).read_bytes()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def load_items(
+    data: str | Path,
+    language: str | None = None,
+    *,
+    need_text: bool = False,
+    limit: int | None = None,
+) -> list[Item]:
+    """The clips of `data`, in its order.
+
+    `data`: a manifest.jsonl, a folder of audio (the transcript of NAME.wav is NAME.txt beside it;
+    a manifest.jsonl inside is used when there is one), a folder that `Dataset.save_to_disk` wrote,
+    or a Hugging Face dataset as name[:config][:split].
+    `language`: keep only the clips of this language; clips that name none are taken to be in it.
+    `need_text`: leave out clips without a transcript (an error when none has one).
+    `limit`: at most this many clips.
+    Raises UserError with the row or file and the cure.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"the limit is {limit}; give at least 1 clip")
+    code = language_code(language, "the language option")
+    items = _read(data)
+    if code is not None:
+        languages = sorted({item.language for item in items if item.language})
+        items = [replace(i, language=code) for i in items if i.language in (None, code)]
+        if not items:
+            raise UserError(f"{data} has no clip in '{code}'; it has {', '.join(languages)}")
+    if need_text:
+        items = [item for item in items if item.text is not None]
+        if not items:
+            raise UserError(f"no clip of {data} has a text; scoring needs transcripts")
+    return items[:limit]
+
+
+def language_code(language: str | None, where: str) -> str | None:
+    """Whisper's code for a code, an English name ("japanese") or a locale ("pt-BR", "ja_jp").
+
+    Raises UserError, starting with `where`, for anything else.
+    """
+    if language is None:
+        return None
+    from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
+
+    word = language.strip().lower().strip("<|>")
+    for guess in (word, word.replace("_", "-").split("-")[0]):
+        if guess in LANGUAGES:
+            return guess
+        if guess in TO_LANGUAGE_CODE:
+            return TO_LANGUAGE_CODE[guess]
+    raise UserError(
+        f"{where} is '{language}', which Whisper does not know; give a code such as en, de or ja"
+    )
+
+
+def _read(data: str | Path) -> list[Item]:
+    path = Path(data)
+    if path.is_dir():
+        if (path / "manifest.jsonl").is_file():
+            return _read_manifest(path / "manifest.jsonl")
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+            from datasets import Dataset
+
+            return _from_dataset(Dataset.load_from_disk(str(path)), str(path))
+        return _read_folder(path)
+    if path.is_file():
+        if path.suffix.lower() in SUFFIXES:
+            raise UserError(f"{path} is one audio file; give its folder or a manifest.jsonl")
+        return _read_manifest(path)
+    if path.suffix == ".jsonl" or path.is_absolute() or str(data).startswith((".", "~")):
+        raise UserError(f"{path} does not exist; give a manifest.jsonl, a folder or a dataset name")
+    return _read_hub(str(data))
+
+
+def _read_manifest(path: Path) -> list[Item]:
+    items: list[Item] = []
+    first_row: dict[str, int] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; save the manifest as UTF-8") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path} row {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is not JSON ({error.msg}); write one object a line") from None
+        item = _manifest_item(row, path.parent, where)
+        if item.id in first_row:
+            raise UserError(
+                f"{where}: the id '{item.id}' stands in row {first_row[item.id]} already; "
+                "give each row its own"
+            )
+        first_row[item.id] = number
+        items.append(item)
+    if not items:
+        raise UserError(f"{path} has no rows; write one JSON object a line")
+    return items
+
+
+def _manifest_item(row: Any, folder: Path, where: str) -> Item:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is not a JSON object; write {{\"audio\": …, \"text\": …}}")
+    if "audio" not in row:
+        keys = ", ".join(f"'{key}'" for key in row) or "none"
+        raise UserError(f"{where} lacks the key 'audio' (its keys: {keys}); rename the one that "
+                        "holds the file's path")  # fmt: skip
+    for key in ("audio", "text", "language", "id"):
+        if row.get(key) is not None and not isinstance(row[key], str):
+            raise UserError(f"{where}: '{key}' is {row[key]!r}, not a string; put it in quotes")
+    audio = row["audio"]
+    if not audio:
+        raise UserError(f"{where}: 'audio' is empty; give the file's path")
+    text = _checked_text(row.get("text"), where, "write null where there is no transcript")
+    try:
+        seconds = audio_seconds(folder / audio)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return Item(
+        id=row.get("id") or Path(audio).with_suffix("").as_posix(),
+        audio=folder / audio,
+        text=text,
+        language=language_code(row.get("language"), f"{where}: 'language'"),
+        seconds=seconds,
+    )
+
+
+def _checked_text(text: str | None, where: str, cure: str) -> str | None:
+    if text is not None and not text.strip():
+        raise UserError(f"{where}: the text is empty; {cure}")
+    return text
+
+
+def _read_folder(folder: Path) -> list[Item]:
+    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    if not files:
+        raise UserError(f"{folder} holds no audio; put wav, flac, mp3 or ogg files there")
+    items = []
+    for file in files:
+        beside, text = file.with_suffix(".txt"), None
+        if beside.is_file():
+            text = _checked_text(beside.read_text(encoding="utf-8").strip(), str(beside),
+                                 "write the transcript or delete the file")  # fmt: skip
+        name = file.relative_to(folder).as_posix()
+        items.append(Item(name, file, text, None, audio_seconds(file)))
+    return items
+
+
+def _read_hub(name: str) -> list[Item]:
+    parts = name.split(":")
+    if len(parts) > 3 or not all(parts):
+        raise UserError(f"'{name}' is no dataset name; write name, name:split or name:config:split")
+    config, split = None, "train"
+    if len(parts) == 3:
+        config, split = parts[1:]
+    elif len(parts) == 2:
+        looks_like_split = parts[1].split("[")[0] in ("train", "validation", "dev", "test", "all")
+        config, split = (None, parts[1]) if looks_like_split else (parts[1], "train")
+    from datasets import load_dataset
+
+    try:
+        dataset = load_dataset(parts[0], config, split=split)
+    except Exception as error:  # datasets raises dozens of kinds; the first line says which
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"{name} is neither a file here nor a dataset that could be loaded ({reason}); check "
+            "the path, or the dataset's name:config:split and the network"
+        ) from None
+    return _from_dataset(dataset, name)
+
+
+def _column(names: Iterable[str], wanted: Iterable[str]) -> str | None:
+    names = set(names)
+    return next((name for name in wanted if name in names), None)
+
+
+def _from_dataset(dataset: Any, name: str) -> list[Item]:
+    from datasets import Audio
+
+    features = dataset.features
+    column = next((key for key, value in features.items() if isinstance(value, Audio)), None)
+    if column is None:
+        raise UserError(f"{name} has no audio column (it has {', '.join(features)}); pick another")
+    dataset = dataset.cast_column(column, Audio(decode=False))
+    text_column = _column(features, _TEXT_COLUMNS)
+    language_column = _column(features, _LANGUAGE_COLUMNS)
+    labels = dataset.select_columns([c for c in (text_column, language_column, "id") if c in features])
+    items = []
+    for row in range(len(dataset)):
+        values = labels[row] if labels.column_names else {}
+        where = f"{name} row {row + 1}"
+        text = values.get(text_column) if text_column else None
+        spoken = values.get(language_column) if language_column else None
+        key = values.get("id")
+        items.append(
+            Item(
+                id=key if isinstance(key, str) and key else str(row),
+                audio=DatasetAudio(dataset, row, column, where),
+                text=_checked_text(text, where, "leave the row out"),
+                language=_known_language(spoken),
+            )
+        )
+    if not items:
+        raise UserError(f"{name} has no rows; pick another split")
+    return items
+
+
+def _known_language(name: Any) -> str | None:
+    """A dataset's own language labels are a help, not a promise: unknown ones count as none."""
+    try:
+        return language_code(name, "") if isinstance(name, str) else None
+    except UserError:
+        return None

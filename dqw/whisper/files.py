@@ -1,0 +1,35 @@
+"""Writing a file so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from dqw.errors import UserError
+
+
+def write_atomic(path: str | Path, chunks: str | Iterable[bytes], sha256: str | None = None) -> None:
+    """Write `chunks` (or a string as UTF-8) to a temporary name beside `path`, fsync, rename.
+
+    Folders are made. With `sha256`, bytes with another checksum raise UserError and leave nothing.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(chunks, str):
+        chunks = [chunks.encode("utf-8")]
+    partial = path.with_name(path.name + ".part")
+    digest = hashlib.sha256()
+    try:
+        with open(partial, "wb") as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        if sha256 and digest.hexdigest() != sha256:
+            raise UserError(f"{path} came out with another sha256 than expected; run it again")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
