@@ -193,13 +193,11 @@ class ProjectionBank(nn.Module):
     ) -> None:
         super().__init__()
         count = 1 if mode == "shared" else teacher_layers
-        self.maps = nn.ModuleList(
-            nn.Linear(teacher_width, student_width, bias=False) for _ in range(count)
+        self.maps = nn.ParameterList(
+            nn.init.orthogonal_(torch.empty(student_width, teacher_width)) for _ in range(count)
         )
-        for linear in self.maps:
-            nn.init.orthogonal_(linear.weight)
 
     def forward(self, state: Tensor, layer: int) -> Tensor:
         """(rows, teacher width) of teacher layer `layer` → (rows, student width)."""
-        linear = self.maps[min(layer, len(self.maps) - 1)]
-        return linear(state.to(linear.weight.dtype))
+        weight = self.maps[min(layer, len(self.maps) - 1)]
+        return F.linear(state.to(weight.dtype), weight)

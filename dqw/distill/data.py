@@ -1,0 +1,220 @@
+"""From clips to batches: labels, log-mel features, the order of an epoch.
+
+Nothing here draws from a global random generator. Order and augmentation are functions of (seed,
+epoch, index), so a run that goes on from a checkpoint sees exactly the batches it would have seen.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from dqw.distill.augment import concatenate_clips, perturb
+from dqw.distill.config import AugmentConfig
+from dqw.distill.losses import IGNORE
+from dqw.errors import UserError
+
+SAMPLE_RATE = 16_000
+WINDOW_SECONDS = 30.0
+# Whisper puts a space before a transcript, except in scripts that do not separate words.
+SPACELESS = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
+
+
+class SpeechItem(Protocol):
+    """What a clip has to have; `dqw.whisper.data.Item` has it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def text(self) -> str | None: ...
+    @property
+    def language(self) -> str | None: ...
+    @property
+    def seconds(self) -> float | None: ...
+    def load(self) -> np.ndarray:
+        """Mono float32 samples at 16 kHz, shape (samples,)."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A clip with the text to learn. `language` is a Whisper code, or None in an English model."""
+
+    item: SpeechItem
+    text: str
+    language: str | None
+
+
+class LabelEncoder:
+    """Texts to Whisper's token sequences.
+
+    `<|startoftranscript|><|xx|><|transcribe|><|notimestamps|> text <|endoftext|>`; an
+    English-only model has neither language nor task. The decoder reads all but the last token and
+    predicts all but the first. Task and timestamp tokens are always given at inference, so
+    predicting them is not trained (it would unlearn translation and timestamps); the language is,
+    because detection needs it.
+    """
+
+    def __init__(self, tokenizer: Any, multilingual: bool, max_length: int) -> None:
+        self.tokenizer = tokenizer
+        self.multilingual = multilingual
+        self.max_length = max_length
+        self.start = self._id("<|startoftranscript|>")
+        self.end = self._id("<|endoftext|>")
+        self.no_timestamps = self._id("<|notimestamps|>")
+        self.transcribe = self._id("<|transcribe|>") if multilingual else None
+
+    def _id(self, token: str) -> int:
+        index = self.tokenizer.get_vocab().get(token)
+        if index is None:
+            raise UserError(
+                f"the tokenizer lacks {token}: give the tokenizer of the student's checkpoint."
+            )
+        return int(index)
+
+    def prefix(self, language: str | None) -> list[int]:
+        if not self.multilingual:
+            return [self.start, self.no_timestamps]
+        assert language is not None and self.transcribe is not None
+        return [self.start, self._id(f"<|{language}|>"), self.transcribe, self.no_timestamps]
+
+    def encode(self, text: str, language: str | None) -> tuple[list[int], list[int]]:
+        """(decoder input ids, labels), of one length; forced positions have the label −100."""
+        prefix = self.prefix(language)
+        lead = "" if language in SPACELESS else " "
+        ids = self.tokenizer(lead + text.strip(), add_special_tokens=False).input_ids
+        tokens = [*prefix, *ids, self.end]
+        labels = tokens[1:]
+        trained = 1 if self.multilingual else 0
+        for place in range(trained, len(prefix) - 1):
+            labels[place] = IGNORE
+        return tokens[:-1], labels
+
+    def fits(self, text: str, language: str | None) -> bool:
+        return len(self.encode(text, language)[0]) <= self.max_length
+
+
+class SpeechDataset(Dataset[dict[str, Any]]):
+    """Examples as features and tokens; a key is epoch · len + index (see `EpochSampler`).
+
+    cache: keep features in memory as float16. Features pass through float16 either way, so that
+    a cached clip and a fresh one are the same to the last bit.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        encoder: LabelEncoder,
+        extractor: Any,
+        teacher_extractor: Any = None,
+        augment: AugmentConfig | None = None,
+        seed: int = 0,
+        cache: bool = False,
+    ) -> None:
+        self.examples = examples
+        self.encoder = encoder
+        self.extractors = {"input_features": extractor}
+        if teacher_extractor is not None:
+            self.extractors["teacher_features"] = teacher_extractor
+        self.augment = augment or AugmentConfig()
+        self.seed = seed
+        self.cache: dict[int, dict[str, Tensor]] | None = None
+        if cache and not self.augment.active:
+            self.cache = {}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, key: int) -> dict[str, Any]:
+        epoch, index = divmod(key, len(self.examples))
+        example = self.examples[index]
+        text = example.text
+        if self.augment.active:
+            dice = random.Random(f"{self.seed} {epoch} {index}")
+            wave, text = self._augmented(example, dice)
+            features = self._features(wave)
+        elif self.cache is None:
+            features = self._features(example.item.load())
+        else:
+            if index not in self.cache:
+                self.cache[index] = self._features(example.item.load())
+            features = self.cache[index]
+        ids, labels = self.encoder.encode(text, example.language)
+        return {**features, "ids": ids, "labels": labels}
+
+    def _augmented(self, example: Example, dice: random.Random) -> tuple[np.ndarray, str]:
+        """One waveform and its text; both lengths stay inside what the model takes."""
+        wave, text = example.item.load(), example.text
+        if dice.random() < self.augment.concatenate:
+            others = [other for other in self.examples if other.language == example.language]
+            dice.shuffle(others)
+            wave, text = concatenate_clips(
+                wave,
+                text,
+                ((other.item.load, other.text) for other in others if other is not example),
+                pause=int(self.augment.pause_seconds * SAMPLE_RATE),
+                limit=int(WINDOW_SECONDS * SAMPLE_RATE),
+                joint="" if example.language in SPACELESS else " ",
+                fits=lambda joined: self.encoder.fits(joined, example.language),
+            )
+        return perturb(wave, self.augment, dice, int(WINDOW_SECONDS * SAMPLE_RATE)), text
+
+    def _features(self, wave: np.ndarray) -> dict[str, Tensor]:
+        """Log-mel features by name, each (mel bins, 3000) float16."""
+        made = {}
+        for name, extractor in self.extractors.items():
+            mel = extractor(wave, sampling_rate=SAMPLE_RATE, return_tensors="np").input_features[0]
+            made[name] = torch.from_numpy(np.ascontiguousarray(mel)).half()
+        return made
+
+
+class EpochSampler(Sampler[int]):
+    """An order for each epoch, from (seed, epoch) alone; yields epoch · length + index."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(self.length))
+        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        return iter([self.epoch * self.length + index for index in order])
+
+
+class Collator:
+    """Stacks examples: features float32 (batch, mel, 3000), tokens padded on the right.
+
+    `decoder_mask` (batch, length) bool marks what is not padding; `labels` has −100 at padding
+    and at forced positions.
+    """
+
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        length = max(len(example["ids"]) for example in examples)
+        batch: dict[str, Tensor] = {
+            name: torch.stack([example[name] for example in examples]).float()
+            for name in ("input_features", "teacher_features")
+            if name in examples[0]
+        }
+        ids = torch.full((len(examples), length), self.pad, dtype=torch.long)
+        labels = torch.full((len(examples), length), IGNORE, dtype=torch.long)
+        mask = torch.zeros((len(examples), length), dtype=torch.bool)
+        for row, example in enumerate(examples):
+            size = len(example["ids"])
+            ids[row, :size] = torch.tensor(example["ids"])
+            labels[row, :size] = torch.tensor(example["labels"])
+            mask[row, :size] = True
+        return {**batch, "decoder_input_ids": ids, "labels": labels, "decoder_mask": mask}

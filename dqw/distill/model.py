@@ -1,0 +1,257 @@
+"""One step's forward pass: student and teacher on the same batch, all losses from that one pass.
+
+`DistillModel` is the module the trainer wraps and optimizes: the student and the projections, so
+that data-parallel training reduces both. The teacher is outside it and never gets a gradient.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqw.distill.config import DistillConfig
+from dqw.distill.layers import STACKS, LayerTap, stack_layers
+from dqw.distill.losses import IGNORE, ProjectionBank, hidden_loss, pairwise_costs, token_losses
+from dqw.distill.matching import Matching, match, needs_costs
+
+States = dict[str, dict[int, Tensor]]
+
+
+@dataclass
+class Batch:
+    """The tensors of one micro-batch, and which of its positions count.
+
+    Attributes:
+        features: (batch, mel, 3000) for the student; teacher_features the same for the teacher.
+        ids: (batch, length) int64 decoder inputs.
+        labels: (tokens,) int64 of the positions with a label; token_rows their flat places.
+        decoder_rows: flat places of the decoder positions that are not padding.
+    """
+
+    features: Tensor
+    teacher_features: Tensor
+    ids: Tensor
+    labels: Tensor
+    token_rows: Tensor
+    decoder_rows: Tensor
+
+    @classmethod
+    def of(cls, inputs: dict[str, Tensor]) -> Batch:
+        flat = inputs["labels"].reshape(-1)
+        token_rows = (flat != IGNORE).nonzero().squeeze(1)
+        features = inputs["input_features"]
+        return cls(
+            features=features,
+            teacher_features=inputs.get("teacher_features", features),
+            ids=inputs["decoder_input_ids"],
+            labels=flat.index_select(0, token_rows),
+            token_rows=token_rows,
+            decoder_rows=inputs["decoder_mask"].reshape(-1).nonzero().squeeze(1),
+        )
+
+    def head(self, clips: int) -> Batch:
+        """The first `clips` clips."""
+        length, cut = self.ids.shape[1], clips * self.ids.shape[1]
+        keep = self.token_rows < cut
+        assert length > 0
+        return Batch(
+            self.features[:clips],
+            self.teacher_features[:clips],
+            self.ids[:clips],
+            self.labels[keep],
+            self.token_rows[keep],
+            self.decoder_rows[self.decoder_rows < cut],
+        )
+
+
+@dataclass
+class TeacherOutput:
+    """What the teacher says to a batch: logits (tokens, vocabulary), states as flat rows."""
+
+    logits: Tensor | None
+    states: States
+
+
+@dataclass
+class StepLosses:
+    """Losses of one micro-batch. `tokens` (weighted), `ce` and `kl` are sums over `count` tokens,
+    `hidden` is a mean over layers, `per_layer` maps encoder.3 to its hidden loss, `matching` is
+    the one that was used."""
+
+    tokens: Tensor
+    hidden: Tensor
+    ce: Tensor
+    kl: Tensor
+    count: int
+    per_layer: dict[str, Tensor]
+    matching: dict[str, Matching]
+
+
+def forward_pass(
+    model: Any,
+    features: Tensor,
+    batch: Batch,
+    taps: dict[str, LayerTap],
+    wanted: dict[str, set[int]],
+) -> tuple[Tensor, States]:
+    """Last decoder states at the labelled positions (tokens, width), and the tapped layers' rows.
+
+    Encoder and decoder are called on their own: no cache is built, and the projection to the
+    vocabulary is left to the caller, who applies it to the positions that count.
+    """
+    with ExitStack() as opened:
+        seen = {s: opened.enter_context(tap.open(wanted[s])) for s, tap in taps.items()}
+        heard = model.model.encoder(features).last_hidden_state
+        last = model.model.decoder(
+            input_ids=batch.ids, encoder_hidden_states=heard, use_cache=False
+        ).last_hidden_state
+    rows = last.flatten(0, 1).index_select(0, batch.token_rows)
+    states: States = {}
+    for stack, layers in seen.items():
+        flat = {index: state.flatten(0, 1) for index, state in layers.items()}
+        if stack == "decoder":
+            flat = {i: state.index_select(0, batch.decoder_rows) for i, state in flat.items()}
+        states[stack] = flat
+    return rows, states
+
+
+class DistillModel(nn.Module):
+    """Student and projections; its forward pass gives the losses of a micro-batch.
+
+    Raises ValueError if no stack can be distilled although the configuration asks for it.
+    """
+
+    def __init__(self, student: Any, teacher: Any, config: DistillConfig) -> None:
+        super().__init__()
+        self.student = student
+        self.settings = config
+        self.kind = "ffn" if config.hidden_loss == "ffn" else "states"
+        self.depth = {s: len(stack_layers(student, s)) for s in STACKS}
+        self.teacher_depth = {s: len(stack_layers(teacher, s)) for s in STACKS}
+        self.widths = {
+            s: (_width(teacher, s, self.kind), _width(student, s, self.kind)) for s in STACKS
+        }
+        self.stacks = tuple(s for s in STACKS if self._distilled(s))
+        self.taps = {s: LayerTap(student, s, self.kind) for s in self.stacks}
+        self.projections = nn.ModuleDict()
+        for stack in self.stacks:
+            wide, narrow = self.widths[stack]
+            if wide != narrow:
+                self.projections[stack] = ProjectionBank(
+                    wide, narrow, self.teacher_depth[stack], config.projection
+                )
+
+    @property
+    def config(self) -> Any:
+        return self.student.config
+
+    def _distilled(self, stack: str) -> bool:
+        """Whether the hidden states of `stack` can and shall be compared."""
+        if not self.settings.uses_hidden:
+            return False
+        if stack == "encoder":
+            if not any(p.requires_grad for p in self.student.model.encoder.parameters()):
+                return False
+            if self.settings.encoder_states == "auto":
+                return self.widths[stack][0] == self.widths[stack][1]
+            return self.settings.encoder_states == "always"
+        return True
+
+    def projected(self, stack: str, state: Tensor, layer: int) -> Tensor:
+        """Teacher rows in the student's width."""
+        return self.projections[stack](state, layer) if stack in self.projections else state
+
+    def costs(self, student: States, teacher: States, stack: str) -> Tensor:
+        """Pairwise hidden losses (L_S, L_T) of `stack`, without gradients."""
+        with torch.no_grad():
+            learned = [student[stack][i].detach() for i in range(self.depth[stack])]
+            rows = learned[0].shape[0]
+            stride = max(-(-rows // self.settings.matching_rows), 1)
+            targets = [
+                self.projected(stack, teacher[stack][j][::stride], j)
+                for j in range(self.teacher_depth[stack])
+            ]
+        return pairwise_costs(
+            [state[::stride] for state in learned],
+            targets,
+            self.settings.hidden_loss,
+            self.settings.hidden_temperature,
+        )
+
+    def find_matching(self, student: States, teacher: States, stack: str) -> Matching:
+        if not needs_costs(self.settings.matching):
+            return self.static_matching(stack)
+        return match(self.settings.matching, self.costs(student, teacher, stack))
+
+    def static_matching(self, stack: str) -> Matching:
+        return match(
+            self.settings.matching, torch.zeros(self.depth[stack], self.teacher_depth[stack])
+        )
+
+    def layer_loss(self, student: States, teacher: States, stack: str, i: int, j: int) -> Tensor:
+        """The hidden loss between student layer `i` and teacher layer `j`."""
+        target = self.projected(stack, teacher[stack][j], j)
+        return hidden_loss(
+            student[stack][i], target, self.settings.hidden_loss, self.settings.hidden_temperature
+        )
+
+    def forward(
+        self,
+        features: Tensor,
+        batch: Batch,
+        teacher: TeacherOutput,
+        matching: dict[str, Matching],
+        distilled: dict[str, list[int]],
+    ) -> StepLosses:
+        """Losses of one micro-batch.
+
+        Args:
+            features: (batch, mel, 3000) for the student, masked or not.
+            matching: per stack; a stack that it lacks is matched here, from this batch's losses.
+            distilled: per stack the student layers that have a hidden loss.
+        """
+        open_matching = {s for s in self.stacks if s not in matching}
+        wanted = {
+            s: set(range(self.depth[s])) if s in open_matching else set(distilled[s])
+            for s in self.stacks
+        }
+        rows, states = forward_pass(self.student, features, batch, self.taps, wanted)
+        found = {s: self.find_matching(states, teacher.states, s) for s in open_matching}
+        matching = {s: found[s] if s in found else matching[s] for s in self.stacks}
+        config = self.settings
+        tokens, ce, kl = token_losses(
+            self.student.proj_out(rows),
+            teacher.logits,
+            batch.labels,
+            ce_weight=config.ce,
+            kl_weight=config.kl if teacher.logits is not None else 0.0,
+            temperature=config.temperature,
+        )
+        per_layer = {
+            f"{stack}.{i}": self.layer_loss(states, teacher.states, stack, i, matching[stack][i])
+            for stack in self.stacks
+            for i in distilled[stack]
+        }
+        hidden = torch.stack(list(per_layer.values())).mean() if per_layer else tokens.new_zeros(())
+        detached = {name: loss.detach() for name, loss in per_layer.items()}
+        return StepLosses(tokens, hidden, ce, kl, batch.labels.numel(), detached, matching)
+
+
+@torch.no_grad()
+def teacher_pass(
+    teacher: Any, features: Tensor, batch: Batch, taps: dict[str, LayerTap],
+    wanted: dict[str, set[int]], logits: bool,
+) -> TeacherOutput:  # fmt: skip
+    """The frozen teacher on a batch, in its own dtype, without a graph."""
+    rows, states = forward_pass(teacher, features.to(teacher.dtype), batch, taps, wanted)
+    return TeacherOutput(teacher.proj_out(rows) if logits else None, states)
+
+
+def _width(model: Any, stack: str, kind: str) -> int:
+    if kind == "states":
+        return int(model.config.d_model)
+    return int(getattr(model.config, f"{stack}_ffn_dim"))

@@ -1,0 +1,176 @@
+"""From items to examples: which clips can be learned from, with which text, and why others not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dqw.distill.config import DistillConfig, TrainConfig
+from dqw.distill.data import SAMPLE_RATE, WINDOW_SECONDS, Example, LabelEncoder, SpeechItem
+from dqw.distill.labels import write_labels
+from dqw.errors import UserError
+
+# A clip this little over the window is cut by rounding, not by speech.
+SLACK_SECONDS = 0.05
+# A long clip is cut where it is quietest, within this much of the window's end.
+SEARCH_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a long clip, samples `start` to `stop`; an item of its own, without text."""
+
+    source: SpeechItem
+    start: int
+    stop: int
+    text: str | None = None
+
+    @property
+    def id(self) -> str:
+        return f"{self.source.id}@{self.start}"
+
+    @property
+    def language(self) -> str | None:
+        return self.source.language
+
+    @property
+    def seconds(self) -> float:
+        return (self.stop - self.start) / SAMPLE_RATE
+
+    def load(self) -> np.ndarray:
+        return self.source.load()[self.start : self.stop]
+
+
+@dataclass
+class Prepared:
+    """Examples, and the ids of clips left out, by reason."""
+
+    examples: list[Example] = field(default_factory=list)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    def skip(self, reason: str, item: SpeechItem) -> None:
+        self.skipped.setdefault(reason, []).append(item.id)
+
+    def fingerprint(self) -> str:
+        """A hash of ids, texts and languages in their order: what a resumed run must share."""
+        digest = hashlib.blake2b(digest_size=16)
+        for example in self.examples:
+            digest.update(repr((example.item.id, example.text, example.language)).encode())
+        return digest.hexdigest()
+
+
+def prepare(
+    items: Iterable[SpeechItem],
+    encoder: LabelEncoder,
+    teacher: Any,
+    processor: Any,
+    distill: DistillConfig,
+    train: TrainConfig,
+    labels_path: Path,
+    progress: Callable[[int, int], object] | None = None,
+) -> Prepared:
+    """Choose, cut and label the clips.
+
+    Labelled clips of more than 30 s are left out (their text would not match what is heard);
+    unlabelled ones are cut into windows at quiet places and labelled by the teacher.
+    `processor` is the teacher's. Raises UserError if nothing is left to learn from, or if a
+    labelled clip has no language and the model needs one.
+    """
+    made = Prepared()
+    labelled: list[SpeechItem] = []
+    unlabelled: list[SpeechItem] = []
+    for item in items:
+        wants_teacher = distill.teacher_labels == "all" or item.text is None
+        if wants_teacher and distill.teacher_labels == "never":
+            made.skip("no text", item)
+            continue
+        seconds = item.seconds
+        if seconds is None:
+            seconds = len(item.load()) / SAMPLE_RATE
+        if not wants_teacher:
+            if seconds > WINDOW_SECONDS + SLACK_SECONDS:
+                made.skip("longer than 30 s", item)
+            else:
+                labelled.append(item)
+        elif seconds > WINDOW_SECONDS + SLACK_SECONDS:
+            unlabelled += windows(item)
+        else:
+            unlabelled.append(item)
+    texts: dict[str, dict[str, Any]] = {}
+    if unlabelled:
+        texts = write_labels(
+            teacher,
+            processor,
+            unlabelled,
+            labels_path,
+            multilingual=encoder.multilingual,
+            language=train.language,
+            batch_size=train.label_batch_size,
+            progress=progress,
+        )
+    for item in [*labelled, *unlabelled]:
+        _add(made, item, texts.get(item.id), encoder, train.language)
+    if not made.examples:
+        reasons = "; ".join(f"{reason}: {len(ids)}" for reason, ids in made.skipped.items())
+        raise UserError(
+            f"no clip is left to learn from ({reasons or 'the data holds none'}): give clips of up "
+            "to 30 s with a text, or allow teacher labels."
+        )
+    return made
+
+
+def _add(
+    made: Prepared,
+    item: SpeechItem,
+    label: dict[str, Any] | None,
+    encoder: LabelEncoder,
+    default_language: str | None,
+) -> None:
+    text = item.text if label is None else label["text"]
+    language = item.language or default_language or (label or {}).get("language")
+    if label is not None and label["fault"]:
+        made.skip(f"teacher label {label['fault']}", item)
+        return
+    if text is None or not text.strip():
+        made.skip("empty text", item)
+        return
+    if not encoder.multilingual:
+        language = None
+    elif language is None:
+        raise UserError(
+            f"the clip {item.id} has a text but no language, and the model needs one: add it to "
+            "the data, or set train.language (--language)."
+        )
+    if not encoder.fits(text, language):
+        made.skip(f"text of more than {encoder.max_length} tokens", item)
+        return
+    made.examples.append(Example(item, text, language))
+
+
+def windows(item: SpeechItem) -> Sequence[Window]:
+    """Cut a long clip into windows of at most 30 s, each but the last ended at a quiet place."""
+    wave = item.load()
+    longest = int(WINDOW_SECONDS * SAMPLE_RATE)
+    made: list[Window] = []
+    start = 0
+    while len(wave) - start > longest:
+        stop = start + quiet_place(wave[start : start + longest])
+        made.append(Window(item, start, stop))
+        start = stop
+    made.append(Window(item, start, len(wave)))
+    return made
+
+
+def quiet_place(wave: np.ndarray) -> int:
+    """The middle of the quietest 0.2 s within the last five seconds of `wave`, in samples."""
+    size = SAMPLE_RATE // 5
+    first = max(len(wave) - int(SEARCH_SECONDS * SAMPLE_RATE), 0)
+    power = np.square(wave[first:], dtype=np.float64)
+    sums = np.concatenate([[0.0], np.cumsum(power)])
+    energy = sums[size:] - sums[:-size]
+    return first + int(energy.argmin()) + size // 2

@@ -1,0 +1,310 @@
+"""`distill`: one call from a student, a teacher and clips to a trained student.
+
+output_dir/
+  checkpoint-120/        see dqw.distill.checkpoint
+  teacher_labels.jsonl   texts the teacher wrote
+  log.jsonl              losses of every logged step
+  guidance.jsonl         losses and choices of every guidance update
+  tensorboard/           the same losses for TensorBoard
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Seq2SeqTrainingArguments
+
+from dqw.distill import checkpoint as store
+from dqw.distill.callbacks import ReportCallback, cut_log, tensorboard_callback
+from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig
+from dqw.distill.data import Collator, LabelEncoder, SpeechDataset, SpeechItem
+from dqw.distill.guidance import Choice
+from dqw.distill.model import DistillModel
+from dqw.distill.prepare import Prepared, prepare
+from dqw.distill.progress import Display, StepReport, display
+from dqw.distill.trainer import DistillTrainer
+from dqw.errors import UserError
+
+CACHED_CLIPS = 2000  # about 1 GB of float16 features at 80 mels
+
+
+@dataclass
+class TrainResult:
+    """What a run did.
+
+    Attributes:
+        steps: optimizer steps in all, resumed ones included; seconds: of this call's training.
+        losses: loss and its parts at the last logged step; empty if nothing was left to train.
+        examples: how many clips were learned from; skipped: ids of the others, by reason.
+        matching: the last matching per stack; choice: the last choice of guidance.
+        resumed_from: the step this call went on from, or None.
+    """
+
+    steps: int
+    seconds: float
+    output_dir: Path
+    examples: int
+    losses: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    matching: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    choice: Choice | None = None
+    resumed_from: int | None = None
+
+
+def distill(
+    student: Any,
+    teacher: Any,
+    processor: Any,
+    items: Iterable[SpeechItem],
+    output_dir: str | Path,
+    config: DistillConfig | None = None,
+    *,
+    guidance: GuidanceConfig | None = None,
+    train: TrainConfig | None = None,
+    resume: bool = False,
+    progress: str | Callable[[StepReport], object] | Display = "auto",
+    teacher_processor: Any = None,
+) -> TrainResult:
+    """Train `student` in place to be like `teacher` on `items`.
+
+    Args:
+        student: WhisperForConditionalGeneration, after `dqw.quantize` for joint distillation and
+            quantization, or plain for distillation alone. Ends in eval mode, not frozen.
+        teacher: another WhisperForConditionalGeneration of the same vocabulary; never changed but
+            for its dtype and device.
+        processor: the student's WhisperProcessor (feature extractor and tokenizer).
+        items: clips (see `SpeechItem`).
+        output_dir: checkpoints and logs; must not hold checkpoints unless `resume`.
+        config, guidance, train: settings; None takes the defaults.
+        resume: go on from the newest complete checkpoint there, if there is one.
+        progress: `auto`, `live`, `plain`, `off`, a function that gets each StepReport, or a
+            Display.
+        teacher_processor: the teacher's, where it reads other features (128 mel bins).
+
+    Raises:
+        UserError: models do not fit each other, no clip is left, the folder is in use, a resumed
+            run has other settings or data, or the disk is full.
+    """
+    config, guidance = config or DistillConfig(), guidance or GuidanceConfig()
+    train, folder = train or TrainConfig(), Path(output_dir)
+    check_models(student, teacher, teacher_processor)
+    if guidance.mode in ("distill_guided", "mutual") and not config.uses_hidden:
+        raise UserError(
+            f"guidance.mode = {guidance.mode!r} chooses layers by their distillation loss, but "
+            "hidden states are not compared: give distill.hidden a positive weight and a matching."
+        )
+    found = _checkpoint(folder, resume)
+    shown = _display(progress)
+    _settle(student, teacher, config, train)
+    encoder = LabelEncoder(
+        processor.tokenizer, is_multilingual(student), student.config.max_target_positions
+    )
+    made = prepare(
+        items, encoder, teacher, teacher_processor or processor, config, train,
+        folder / "teacher_labels.jsonl",
+        progress=lambda done, total: shown.note(f"teacher labels {done}/{total}"),
+    )  # fmt: skip
+    for reason, ids in made.skipped.items():
+        shown.note(f"left out, {reason}: {len(ids)} ({', '.join(ids[:3])}{'…' if ids[3:] else ''})")
+    dataset = SpeechDataset(
+        made.examples,
+        encoder,
+        processor.feature_extractor,
+        teacher_processor.feature_extractor if teacher_processor is not None else None,
+        augment=config.augment,
+        seed=train.seed,
+        cache=train.cache_features == "always"
+        or (train.cache_features == "auto" and len(made.examples) <= CACHED_CLIPS),
+    )
+    args = training_arguments(train, folder, len(dataset), needs_unused=_may_skip(config, guidance))
+    report = ReportCallback(shown, folder / "log.jsonl")
+    trainer = DistillTrainer(
+        DistillModel(student, teacher, config),
+        teacher,
+        (config, guidance, train),
+        args,
+        train_dataset=dataset,
+        data_collator=Collator(pad=encoder.end),
+        callbacks=[report],
+    )
+    report.trainer = trainer
+    trainer.extra_settings = {"data": {"clips": len(dataset), "content": made.fingerprint()}}
+    step = _resume_step(found, folder, trainer.settings)
+    if train.tensorboard and trainer.is_world_process_zero():
+        writer = tensorboard_callback(folder / "tensorboard", step)
+        if writer is not None:
+            trainer.add_callback(writer)
+    began = time.monotonic()
+    try:
+        if found is not None and step is not None and step >= args.max_steps:
+            trainer._load_from_checkpoint(str(found))
+        else:
+            trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    finally:
+        shown.stop()
+    student.eval()
+    return _result(trainer, made, report, time.monotonic() - began, step, folder, args.max_steps)
+
+
+def training_arguments(
+    train: TrainConfig, folder: Path, clips: int, needs_unused: bool
+) -> Seq2SeqTrainingArguments:
+    """`TrainConfig` in transformers' words; steps are always given as a number."""
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulate,
+        learning_rate=train.lr,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup_steps,
+        max_grad_norm=train.max_grad_norm,
+        max_steps=1,
+        save_strategy="steps",
+        save_steps=train.save_steps or 2**31,
+        logging_steps=train.log_steps,
+        logging_first_step=True,
+        bf16=train.precision == "bf16",
+        fp16=train.precision == "fp16",
+        use_cpu=not torch.cuda.is_available(),
+        seed=train.seed,
+        dataloader_num_workers=train.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=needs_unused,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used through torchrun, not DataParallel
+    batches = math.ceil(clips / (train.batch_size * args.world_size))
+    per_epoch = math.ceil(batches / train.accumulate)
+    args.max_steps = train.steps or max(math.ceil(train.epochs * per_epoch), 1)
+    return args
+
+
+def is_multilingual(model: Any) -> bool:
+    """Whether the model knows languages: its generation config's word, else its vocabulary's size
+    (English-only checkpoints have 51,864 tokens)."""
+    known = getattr(getattr(model, "generation_config", None), "is_multilingual", None)
+    return bool(known) if known is not None else model.config.vocab_size != 51864
+
+
+def check_models(student: Any, teacher: Any, teacher_processor: Any) -> None:
+    """Raise UserError where `teacher` cannot teach `student`."""
+    if student is teacher:
+        raise UserError("student and teacher are one model: load the teacher a second time.")
+    ours, theirs = student.config, teacher.config
+    if ours.vocab_size != theirs.vocab_size:
+        raise UserError(
+            f"the student has {ours.vocab_size} tokens and the teacher {theirs.vocab_size}: choose "
+            "two checkpoints of one vocabulary (51865: tiny to large-v2, multilingual; 51864: .en; "
+            "51866: large-v3 and turbo)."
+        )
+    if is_multilingual(student) != is_multilingual(teacher):
+        raise UserError(
+            "one of student and teacher is English-only, the other multilingual: choose two of a "
+            "kind."
+        )
+    if ours.num_mel_bins != theirs.num_mel_bins and teacher_processor is None:
+        raise UserError(
+            f"the student reads {ours.num_mel_bins} mel bins and the teacher "
+            f"{theirs.num_mel_bins}: give the teacher's own processor."
+        )
+    for key in ("max_source_positions", "max_target_positions"):
+        if getattr(ours, key) > getattr(theirs, key):
+            raise UserError(
+                f"the student's {key} is {getattr(ours, key)}, the teacher's "
+                f"{getattr(theirs, key)}: choose a teacher that hears and writes at least as much."
+            )
+
+
+def _settle(student: Any, teacher: Any, config: DistillConfig, train: TrainConfig) -> None:
+    """Dtypes, and what is frozen."""
+    # A fake-quantized student learns in float32; autocast lowers what may be lowered.
+    student.float()
+    on_cpu = not torch.cuda.is_available()
+    dtype = (
+        teacher.dtype if config.teacher_dtype == "keep" else getattr(torch, config.teacher_dtype)
+    )
+    # CPUs have no fast float16 arithmetic, and the same numbers fit float32.
+    teacher.to(torch.float32 if on_cpu and dtype == torch.float16 else dtype)
+    if train.freeze_encoder:
+        student.model.encoder.requires_grad_(False)
+    if train.freeze_embedding:
+        student.model.decoder.embed_tokens.requires_grad_(False)
+
+
+def _display(progress: str | Callable[[StepReport], object] | Display) -> Display:
+    if isinstance(progress, Display):
+        return progress
+    if isinstance(progress, str):
+        return display(progress)
+    return display("off", progress)
+
+
+def _checkpoint(folder: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from, after the remains of a killed save are gone."""
+    store.clean(folder)
+    found = store.newest(folder)
+    if found is not None and not resume:
+        raise UserError(
+            f"{folder} holds the checkpoints of another run: pass resume (--resume) to go on with "
+            "it, or choose another folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return found
+
+
+def _resume_step(found: Path | None, folder: Path, settings: dict[str, Any]) -> int | None:
+    """Check that a resumed run is the same run, and cut its logs back to the checkpoint."""
+    logs = (folder / "log.jsonl", folder / "guidance.jsonl")
+    if found is None:
+        for path in logs:
+            path.unlink(missing_ok=True)
+        return None
+    before = store.read_run(found)["settings"]
+    for table in settings:
+        for key, value in settings[table].items():
+            old = before.get(table, {}).get(key)
+            if old != value:
+                raise UserError(
+                    f"the run in {folder} began with {table}.{key} = {old!r}, now it is {value!r}: "
+                    "resume with the same settings and data, or choose another folder."
+                )
+    step = store.step_of(found)
+    cut_log(logs[0], step)
+    cut_log(logs[1], step - 1)  # a choice is logged before the step that it is for
+    return step
+
+
+def _may_skip(config: DistillConfig, guidance: GuidanceConfig) -> bool:
+    """Whether a step may leave parameters without a gradient: unchosen clips, unused maps."""
+    return guidance.mode != "all" or config.uses_hidden
+
+
+def _result(
+    trainer: DistillTrainer,
+    made: Prepared,
+    report: ReportCallback,
+    seconds: float,
+    resumed_from: int | None,
+    folder: Path,
+    steps: int,
+) -> TrainResult:
+    return TrainResult(
+        steps=steps,
+        seconds=seconds,
+        output_dir=folder,
+        examples=len(made.examples),
+        losses=dict(report.last.losses) if report.last is not None else {},
+        skipped=made.skipped,
+        matching=dict(trainer.matching),
+        choice=trainer.guidance.choice,
+        resumed_from=resumed_from,
+    )
