@@ -46,7 +46,8 @@ class QuantConv1d(QuantModule):
         QuantModule.__init__(
             self, conv.out_channels, conv.in_channels * kernel, spec or QuantSpec()
         )
-        self.kernel_size, self.stride, self.padding = (kernel,), conv.stride, conv.padding
+        self.kernel_size, self.stride = (kernel,), (conv.stride[0],)
+        self.padding = (conv.padding[0],)
         self.bias = conv.bias
         self._learn(conv.weight, rest_spec)
         return self
@@ -55,9 +56,7 @@ class QuantConv1d(QuantModule):
         """A plain float Conv1d with the quantized weight."""
         kernel = self.kernel_size[0]
         with torch.device("meta"):
-            conv = nn.Conv1d(
-                self.cols // kernel, self.rows, kernel, self.stride, self.padding
-            )
+            conv = nn.Conv1d(self.cols // kernel, self.rows, kernel, self.stride, self.padding)
         conv.weight = nn.Parameter(self.dequantized_weight().view(self.rows, -1, kernel))
         conv.bias = copy.deepcopy(self.bias)
         return conv

@@ -87,8 +87,8 @@ def swap_empty(model: nn.Module, plan: dict[str, QuantSpec]) -> None:
             module = model.get_submodule(name)
         except AttributeError as error:
             raise UserError(
-                f"the folder's plan names the layer {name!r}, which a model of its config.json does "
-                "not have: the folder is damaged, write it again."
+                f"the folder's plan names the layer {name!r}, which a model of its config.json "
+                "does not have: the folder is damaged, write it again."
             ) from error
         empty = _empty(module, spec)
         empty.dtype = next(module.parameters()).dtype
@@ -128,7 +128,9 @@ def freeze(model: nn.Module) -> nn.Module:
     """
     modules = quant_modules(model)
     if not modules:
-        raise UserError("the model has no quantized layers: call dqw.quantize(model, recipe) first.")
+        raise UserError(
+            "the model has no quantized layers: call dqw.quantize(model, recipe) first."
+        )
     for name, module in modules.items():
         if module.stays_float:
             model.set_submodule(name, _plain(module))
@@ -181,7 +183,7 @@ def dequantize(model: nn.Module) -> nn.Module:
         if "_tied_weights_keys" in vars(model):
             del model._tied_weights_keys
         projection.weight = _input_embedding(model).weight  # type: ignore[union-attr, assignment]
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(  # type: ignore[operator, assignment]
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(  # type: ignore[operator]
             all_submodels=False
         )
     return model

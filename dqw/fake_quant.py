@@ -24,6 +24,7 @@ class FakeQuantize(nn.Module):
     """
 
     bucket: Tensor
+    deviation: Tensor | None
 
     def __init__(self, spec: QuantSpec, weight: Tensor) -> None:
         """``weight``: the latent weight, (rows, …), for the initial clip by least squared error."""

@@ -88,7 +88,7 @@ def levels(grid: str, bits: int) -> Tensor:
 
 @lru_cache(maxsize=None, typed=True)
 def bucket(grid: str, bits: int) -> Tensor:
-    """The rounding table: int16 of shape (2 × level_max + 1,), level = bucket[floor(2 |x| / scale)]."""
+    """The rounding table: level = bucket[floor(2 |x| / scale)], int16 of (2 × level_max + 1,)."""
     values = torch.tensor(magnitudes(grid, bits))
     twice_midpoints = values[1:] + values[:-1]
     doubled = torch.arange(2 * int(values[-1]) + 1)
@@ -98,7 +98,7 @@ def bucket(grid: str, bits: int) -> Tensor:
 
 @lru_cache(maxsize=None, typed=True)
 def code_of_level(grid: str, bits: int) -> Tensor:
-    """The code of every signed level, uint8 of shape (2 × level_max + 1,), indexed by level + level_max."""
+    """The code of every level, uint8 of (2 × level_max + 1,), indexed by level + level_max."""
     values = magnitudes(grid, bits)
     top = values[-1]
     table = torch.zeros(2 * top + 1, dtype=torch.uint8)

@@ -50,7 +50,7 @@ class DqwConfig(QuantizationConfigMixin):
 
 @register_quantizer("dqw")
 class DqwQuantizer(HfQuantizer):
-    """Loads and saves packed models; quantizing is ``dqw.quantize``'s work, not from_pretrained's."""
+    """Loads and saves packed models; quantizing one is the work of ``dqw.quantize``."""
 
     requires_calibration = True  # from_pretrained of a float folder with a DqwConfig says so
     quantization_config: DqwConfig

@@ -25,6 +25,11 @@ class QuantModule(nn.Module):
     quantized by ``rest_quantizer``, or stays float if there is none. frozen: holds packed codes.
     """
 
+    weight: Tensor
+    scale: Tensor
+    levels: Tensor
+    bias: Tensor | None
+
     def __init__(self, rows: int, cols: int, spec: QuantSpec) -> None:
         super().__init__()
         self.rows, self.cols, self.spec = rows, cols, spec
@@ -43,7 +48,7 @@ class QuantModule(nn.Module):
         """Left out by guidance, with nothing to fall back on: freezing leaves it float."""
         return not self.frozen and not self.chosen and self.rest_quantizer is None
 
-    def _learn(self, weight: nn.Parameter, rest_spec: QuantSpec | None) -> None:
+    def _learn(self, weight: Tensor, rest_spec: QuantSpec | None) -> None:
         """Take ``weight`` as the latent weight and find the initial clips."""
         self.weight = weight
         self.quantizer = FakeQuantize(self.spec, weight)
@@ -101,7 +106,13 @@ class QuantModule(nn.Module):
         if not self.frozen:
             return self.fake_quantized_weight().detach().float().flatten(1)
         return ops.dequantize(
-            self.weight, self.scale, self.levels, self.rows, self.cols, self.spec.bits, self.group_size
+            self.weight,
+            self.scale,
+            self.levels,
+            self.rows,
+            self.cols,
+            self.spec.bits,
+            self.group_size,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantModule":
@@ -153,7 +164,7 @@ class QuantLinear(QuantModule):
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
         linear.weight = nn.Parameter(self.dequantized_weight())
-        linear.bias = copy.deepcopy(self.bias)
+        linear.bias = copy.deepcopy(self.bias)  # type: ignore[assignment]
         return linear
 
     def forward(self, x: Tensor) -> Tensor:

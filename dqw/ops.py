@@ -114,7 +114,7 @@ def _fake_quant_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-d
     ctx.group_size = group_size
 
 
-def _fake_quant_grad(ctx, grad):  # type: ignore[no-untyped-def]
+def _fake_quant_grad(ctx, grad):
     dx, dscale = torch.ops.dqw.fake_quant_backward(grad, *ctx.saved_tensors, ctx.group_size)
     return dx, dscale, None, None
 
@@ -126,7 +126,7 @@ def _quant_linear_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _quant_linear_grad(ctx, grad):  # type: ignore[no-untyped-def]
+def _quant_linear_grad(ctx, grad):
     """Packed weights take no gradient; the input does (straight through int8), and the bias."""
     w = torch.ops.dqw.dequantize(
         *ctx.saved_tensors, ctx.rows, ctx.cols, ctx.bits, ctx.group_size
@@ -160,12 +160,16 @@ def _load_cpu_kernels() -> None:
         _cpu_reason = "DQW_BACKEND=reference is set"
         return
     if not _LIBRARY_FILE.exists():
-        _cpu_reason = "the C++ library was not built; `pip install -e .` with a C++ compiler builds it"
+        _cpu_reason = (
+            "the C++ library was not built; install dqw where a C++ compiler is"
+        )
     else:
         try:
             torch.ops.load_library(str(_LIBRARY_FILE))
         except OSError as error:
-            _cpu_reason = f"{_LIBRARY_FILE.name} does not load ({error}); reinstall dqw to rebuild it"
+            _cpu_reason = (
+                f"{_LIBRARY_FILE.name} does not load ({error}); reinstall dqw to rebuild it"
+            )
     if _cpu_reason:
         warnings.warn(f"dqw runs on its slow PyTorch reference: {_cpu_reason}.", stacklevel=2)
 
@@ -210,17 +214,16 @@ if not _cuda_reason:
 
 
 def backend_info() -> dict[str, dict[str, str]]:
-    """Which kernel serves each operator: {operator: {"cpu": …, "cuda": …}}, each with its reason."""
+    """Which kernel serves each operator, and why: {operator: {"cpu": …, "cuda": …}}."""
     cpu = f"PyTorch reference ({_cpu_reason})"
     if not _cpu_reason:
         cpu = "C++"
         if hasattr(torch.ops.dqw_cpu, "instruction_set"):
             cpu += f", {torch.ops.dqw_cpu.instruction_set()}"
-    triton = f"PyTorch reference ({_cuda_reason})" if _cuda_reason else "Triton"
-    other = "PyTorch reference (no GPU kernel yet)"
+    cuda = f"PyTorch reference ({_cuda_reason or 'no GPU kernel yet'})"
+    on_triton = () if _cuda_reason else ("fake_quant", "fake_quant_backward")
     return {
-        name: {"cpu": cpu, "cuda": triton if name.startswith("fake_quant") and name != "fake_quant_activation" else other}
-        for name in _SCHEMAS
+        name: {"cpu": cpu, "cuda": "Triton" if name in on_triton else cuda} for name in _SCHEMAS
     }
 
 

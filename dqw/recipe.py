@@ -41,7 +41,7 @@ class QuantSpec:
         check_grid(self.grid, self.bits)
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise UserError(
-                f"group_size is {self.group_size!r}: choose 32, 64 or 128, or 0 for one scale a row."
+                f"group_size is {self.group_size!r}: choose 32, 64, 128, or 0 for one scale a row."
             )
         if self.per_tensor and self.group_size is not None:
             raise UserError("per_tensor and group_size exclude each other: give one of them.")
@@ -114,7 +114,9 @@ class Recipe:
                 f"recipe {path} cannot be read ({error.strerror}): give an existing TOML file."
             ) from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"recipe {path} is not valid TOML ({error}): mend that line.") from error
+            raise UserError(
+                f"recipe {path} is not valid TOML ({error}): mend that line."
+            ) from error
         return cls.from_dict(data, str(path))
 
     @classmethod
@@ -171,7 +173,7 @@ class Recipe:
         for glob in [*q.skip, *(rule.match for rule in q.override)]:
             if not any(fnmatchcase(name, glob) for name in names):
                 raise UserError(
-                    f"the recipe's pattern {glob!r} matches no layer: layers are named like {names[0]}."
+                    f"the recipe's pattern {glob!r} matches no layer: names are like {names[0]}."
                 )
         return plan
 
@@ -203,7 +205,7 @@ def _overridden(spec: QuantSpec, rule: Override) -> QuantSpec:
 
 
 def _known(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """``values`` if every key is a field of the dataclass ``kind`` and of its type, else UserError."""
+    """``values`` if each key is a field of the dataclass ``kind``, of its type; else UserError."""
     known = {f.name: f for f in fields(kind)}
     for key, value in values.items():
         if key not in known:

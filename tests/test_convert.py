@@ -60,7 +60,9 @@ def test_frozen_weights_are_bit_for_bit_the_learned_ones() -> None:
     model = dqw.quantize(make_tiny_whisper())
     for module in quant_modules(model).values():  # off the initial clips
         module.quantizer.clip.data.mul_(0.77)
-    before = {n: m.fake_quantized_weight().detach().flatten(1) for n, m in quant_modules(model).items()}
+    before = {
+        n: m.fake_quantized_weight().detach().flatten(1) for n, m in quant_modules(model).items()
+    }
     dqw.freeze(model)
     for name, module in quant_modules(model).items():
         assert torch.equal(module.dequantized_weight(), before[name]), name
@@ -90,7 +92,9 @@ def test_unchosen_layers_stay_float_or_take_rest_bits(tmp_path: Path) -> None:
         round_float_rest(model)
         learning = logits(model)
         dqw.freeze(model)
-        torch.testing.assert_close(logits(model), learning, rtol=0, atol=2e-3 if not rest_bits else 2e-5)
+        torch.testing.assert_close(
+            logits(model), learning, rtol=0, atol=2e-3 if not rest_bits else 2e-5
+        )
         model.save_pretrained(tmp_path / str(rest_bits))
         loaded = WhisperForConditionalGeneration.from_pretrained(tmp_path / str(rest_bits))
         kept = loaded.get_submodule(fc1)
@@ -137,8 +141,13 @@ def test_encoder_compiles_whole() -> None:
 
 def test_without_dqw_the_folder_fails_loudly(tmp_path: Path) -> None:
     dqw.freeze(dqw.quantize(make_tiny_whisper())).save_pretrained(tmp_path)
-    code = "import sys; from transformers import WhisperForConditionalGeneration as W; W.from_pretrained(sys.argv[1])"
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    code = (
+        "import sys; from transformers import WhisperForConditionalGeneration as W; "
+        "W.from_pretrained(sys.argv[1])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
     assert run.returncode != 0 and "size mismatch" in run.stdout + run.stderr
 
 
@@ -149,8 +158,13 @@ def test_least_squares_clip_beats_the_largest_weight() -> None:
         quantizer = dqw.FakeQuantize(spec, w)
         widest = w.abs().amax(1, keepdim=True) / quantizer.level_max
         error = (quantizer(w) - w).square().sum(1)
-        assert (error <= (reference.fake_quant(w, widest, quantizer.bucket, 0) - w).square().sum(1)).all()
-        assert error.sum() < 0.9 * (reference.fake_quant(w, widest, quantizer.bucket, 0) - w).square().sum()
+        assert (
+            error <= (reference.fake_quant(w, widest, quantizer.bucket, 0) - w).square().sum(1)
+        ).all()
+        assert (
+            error.sum()
+            < 0.9 * (reference.fake_quant(w, widest, quantizer.bucket, 0) - w).square().sum()
+        )
 
 
 def test_a_group_that_does_not_divide_is_padded() -> None:

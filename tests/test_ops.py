@@ -1,4 +1,4 @@
-"""The operators' contract, on whatever backend serves: opcheck, compile, gradients in closed form."""
+"""The operators' contract on whatever backend serves: opcheck, compile, gradients."""
 
 import pytest
 import torch

@@ -1,0 +1,297 @@
+"""From a float Whisper to a small folder: what ``dqw compress`` does, as one function.
+
+teacher and student → plan → fake quantization → distillation → freeze → a folder. The training
+run lives beside the folder, in OUT.run (checkpoints, labels, logs); the folder itself is written
+under a temporary name and appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqw.errors import UserError
+from dqw.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    from dqw.whisper.data import Item
+
+Say = Callable[[str], object]
+
+# Files that the size of a model does not count: the tokenizer is the same for every Whisper.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "normalizer.json",
+)
+
+
+@dataclass
+class Job:
+    """One compression: names as the user gave them, and the recipe.
+
+    teacher, student: hub id, Hugging Face folder or faster-whisper folder; student None: a copy of
+    the teacher, or ``student_layers`` of it. data: manifest, audio folder or dataset name; not
+    needed with ``ptq_only``. language: for items that name none.
+    """
+
+    teacher: str
+    out: Path
+    student: str | None = None
+    data: str | None = None
+    student_layers: tuple[int, int] | None = None
+    language: str | None = None
+    ptq_only: bool = False
+    resume: bool = False
+
+    @property
+    def run(self) -> Path:
+        """The training run's folder."""
+        return self.out.with_name(self.out.name + ".run")
+
+
+def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
+    """Run ``job`` and return the folder it wrote. ``say`` gets a line at every station.
+
+    Raises UserError before any long work for whatever can be known then: an output folder that
+    exists, unknown data rows, models that do not fit each other, an unfinished run.
+    """
+    check_output(job)
+    items: list[Item] = []
+    if not job.ptq_only:
+        from dqw.whisper.data import load_items
+
+        if job.data is None:
+            raise UserError(
+                "--data is missing: give a manifest.jsonl, an audio folder or a dataset."
+            )
+        items = load_items(job.data, language=job.language)
+        seconds = sum(item.seconds or 0 for item in items)
+        say(f"data: {len(items)} clips, {seconds / 60:.1f} min")
+    teacher, student, processor = load_models(job, say)
+    quantize_student(student, recipe, say)
+    if not job.ptq_only:
+        train(job, recipe, student, teacher, processor, items, say)
+    folder = save_student(student, processor, job.out, provenance(job, recipe))
+    say(f"wrote {folder}: {model_mib(folder):.1f} MiB without the tokenizer")
+    return folder
+
+
+def check_output(job: Job) -> None:
+    """Refuse to overwrite, and to start anew beside an unfinished run or resume where none is."""
+    out, run = job.out, job.run
+    if out.exists():
+        raise UserError(f"{out} exists already: give another --out, or remove it first.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{out.parent} cannot be made ({error.strerror}): give another --out."
+        ) from error
+    if job.ptq_only:
+        return
+    unfinished = run.exists() and not (run / "finished").exists()
+    if job.resume and not unfinished:
+        raise UserError(f"there is no unfinished run in {run}: leave out --resume.")
+    if unfinished and not job.resume:
+        raise UserError(f"{run} holds an unfinished run: add --resume to go on, or remove it.")
+
+
+def load_models(
+    job: Job, say: Say
+) -> tuple[WhisperForConditionalGeneration, WhisperForConditionalGeneration, WhisperProcessor]:
+    """Teacher, student (both float32, on the CPU) and the student's processor."""
+    import copy
+
+    from dqw.convert import quant_modules
+    from dqw.whisper.checkpoint import load_whisper
+    from dqw.whisper.student import cut_student
+
+    if job.student and job.student_layers:
+        raise UserError("--student and --student-layers exclude each other: give one of them.")
+    say(f"teacher: {job.teacher}")
+    teacher, processor = load_whisper(job.teacher)
+    if job.student_layers:
+        student = cut_student(teacher, *job.student_layers)
+    elif job.student and job.student != job.teacher:
+        say(f"student: {job.student}")
+        student, processor = load_whisper(job.student)
+    else:
+        student = copy.deepcopy(teacher)
+    if quant_modules(student):
+        raise UserError("the student is quantized already: give a float checkpoint.")
+    a, b = teacher.config, student.config
+    if a.vocab_size != b.vocab_size:
+        raise UserError(
+            f"teacher and student have vocabularies of {a.vocab_size} and {b.vocab_size} tokens: "
+            "take both multilingual, or both English-only, and of one generation."
+        )
+    if a.num_mel_bins != b.num_mel_bins:
+        raise UserError(
+            f"teacher and student hear {a.num_mel_bins} and {b.num_mel_bins} mel bins: "
+            "take two models of one generation."
+        )
+    return teacher, student, processor
+
+
+def quantize_student(student: WhisperForConditionalGeneration, recipe: Recipe, say: Say) -> None:
+    """Swap in the learning modules; their clips start at the least squared error."""
+    from dqw.convert import quant_modules, quantize
+
+    start = time.monotonic()
+    with _progress("clips", len(recipe.plan(student))) as advance:
+        quantize(student, recipe, progress=advance)
+    count = len(quant_modules(student))
+    say(
+        f"quantized {count} layers at their least squared error in {time.monotonic() - start:.0f} s"
+    )
+
+
+def train(
+    job: Job,
+    recipe: Recipe,
+    student: WhisperForConditionalGeneration,
+    teacher: WhisperForConditionalGeneration,
+    processor: WhisperProcessor,
+    items: list[Item],
+    say: Say,
+) -> None:
+    """Distil ``teacher`` into the quantized ``student``, in place; resumable in ``job.run``."""
+    from dqw.distill import distill
+
+    run = job.run
+    settings = run / "recipe.json"
+    wanted = json.dumps(provenance(job, recipe), indent=1, sort_keys=True)
+    if job.resume:
+        if settings.exists() and settings.read_text(encoding="utf-8") != wanted:
+            raise UserError(
+                f"the run in {run} was started with other settings (see {settings.name}): "
+                "resume with those, or remove it."
+            )
+    elif run.exists():
+        shutil.rmtree(run)
+    run.mkdir(parents=True, exist_ok=True)
+    settings.write_text(wanted, encoding="utf-8")
+    distill(
+        student,
+        teacher,
+        processor,
+        items,
+        distill=recipe.distill,
+        guidance=recipe.guidance,
+        train=recipe.train,
+        output_dir=run,
+        resume=job.resume,
+    )
+    (run / "finished").touch()
+
+
+def provenance(job: Job, recipe: Recipe) -> dict[str, Any]:
+    """How a folder came to be, for its config.json; names without their folders."""
+    made = {
+        "teacher": Path(job.teacher).name,
+        "student": Path(job.student or job.teacher).name,
+        "student_layers": list(job.student_layers or ()) or None,
+        "quant": recipe.to_dict()["quant"],
+    }
+    if not job.ptq_only:
+        made |= {k: recipe.to_dict()[k] for k in ("distill", "guidance", "train")}
+    return made
+
+
+def save_student(
+    student: WhisperForConditionalGeneration,
+    processor: WhisperProcessor,
+    out: Path,
+    made_by: dict[str, Any] | None = None,
+) -> Path:
+    """Freeze ``student`` (if it still learns) and write the folder ``out``, whole or not at all."""
+    import dqw
+    from dqw.convert import freeze, quant_modules
+    from dqw.hf import attach
+    from dqw.whisper.checkpoint import file_sha256, save_processor
+
+    if not all(m.frozen for m in quant_modules(student).values()):
+        freeze(student)
+    attach(student, dqw_version=dqw.__version__, made_by=made_by)
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(shutil.rmtree, partial, ignore_errors=True)
+            student.save_pretrained(partial)
+            save_processor(processor, partial)
+            _seal(partial, file_sha256(partial / "model.safetensors"))
+            (partial / "README.md").write_text(_card(out.name), encoding="utf-8")
+            for file in partial.iterdir():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            os.rename(partial, out)
+    except OSError as error:
+        raise UserError(
+            f"{out} could not be written ({error.strerror or error}): make room there, or give "
+            "another --out; nothing was left behind."
+        ) from error
+    return out
+
+
+def _seal(folder: Path, sha256: str) -> None:
+    """Put the weights' checksum into config.json, so that an edited file is noticed on load."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"]["weights_sha256"] = sha256
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _card(name: str) -> str:
+    return f"""# {name}
+
+A Whisper packed by dqw. Transcribe with `dqw transcribe AUDIO --model {name}`, or in Python:
+
+```python
+import dqw  # teaches transformers to read this folder
+from transformers import pipeline
+
+asr = pipeline("automatic-speech-recognition", model="{name}")
+```
+
+Without `import dqw` loading stops with a size mismatch.
+"""
+
+
+def model_mib(folder: str | Path) -> float:
+    """MiB of all files in ``folder`` but the tokenizer's and the model card."""
+    files = [f for f in Path(folder).iterdir() if f.is_file()]
+    skip = (*_TOKENIZER_FILES, "README.md")
+    return sum(f.stat().st_size for f in files if f.name not in skip) / 2**20
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int):  # type: ignore[no-untyped-def]
+    """A rich progress bar on stderr that a callback with one name advances."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda name: bar.update(task, advance=1)

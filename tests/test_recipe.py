@@ -1,0 +1,69 @@
+"""Recipes: TOML in, a plan out, and one sentence for every mistake."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from dqw.errors import UserError
+from dqw.recipe import QuantSpec, Recipe
+
+SHIPPED = sorted(p.name for p in (files("dqw") / "recipes").iterdir() if p.name.endswith(".toml"))
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_read(name: str) -> None:
+    Recipe.from_toml(str(files("dqw") / "recipes" / name))
+
+
+def test_reads_every_table(tmp_path: Path) -> None:
+    recipe = Recipe.from_toml(
+        write(
+            tmp_path,
+            "[quant]\nbits = 3\n[[quant.override]]\nmatch = '*.fc1'\nbits = 5\n"
+            "[distill]\nkl = 0.5\n[guidance]\nmode = 'mutual'\n[train]\nsteps = 7\n",
+        )
+    )
+    assert (recipe.quant.bits, recipe.quant.override[0].bits) == (3, 5)
+    assert (recipe.distill.kl, recipe.guidance.mode, recipe.train.steps) == (0.5, "mutual", 7)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[quant]\nbit = 3\n", "unknown key 'bit'"),
+        ("[quantization]\nbits = 3\n", r"unknown table \[quantization\]"),
+        ("[quant]\nbits = 'four'\n", "a int is needed"),
+        ("[quant\n", "not valid TOML"),
+        ("[[quant.override]]\nmatch = '*'\nbit = 3\n", "unknown key 'bit'"),
+        ("[distill]\nmatching = 'best'\n", "matching"),
+    ],
+)
+def test_mistakes_name_file_and_cure(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Recipe.from_toml(write(tmp_path, text))
+
+
+def test_a_missing_file_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="existing TOML file"):
+        Recipe.from_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    "bad", [{"bits": 1}, {"bits": 9}, {"grid": "log"}, {"group_size": 48}, {"activations": "int4"}]
+)
+def test_specs_refuse_what_no_kernel_serves(bad: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="choose"):
+        QuantSpec.from_dict(bad)
+
+
+def test_spec_survives_json() -> None:
+    for spec in (QuantSpec(), QuantSpec(group_size=None), QuantSpec(8, "pot", None, True)):
+        assert QuantSpec.from_dict(spec.to_dict()) == spec
