@@ -32,7 +32,9 @@ class EncodedAudio(Protocol):
     def read_bytes(self) -> bytes: ...
 
 
-def load_audio(source: str | Path | EncodedAudio | np.ndarray, rate: int | None = None) -> np.ndarray:
+def load_audio(
+    source: str | Path | EncodedAudio | np.ndarray, rate: int | None = None
+) -> np.ndarray:
     """Mono float32 samples at 16 kHz, shape (samples,).
 
     `source`: a path, an object with `read_bytes()`, or an array of shape (samples,) or

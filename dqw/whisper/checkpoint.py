@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dqw.errors import UserError
-from dqw.whisper.ct2 import is_ct2_folder, load_ct2, prompt_ids
+from dqw.whisper.ct2 import is_ct2_folder, load_ct2
+from dqw.whisper.tokenizer import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
@@ -58,16 +59,16 @@ def verify_folder(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     config = _read_json(folder / "config.json")
     if config.get("model_type") != "whisper":
-        raise UserError(f"{folder} holds a model of type {config.get('model_type')!r}, not whisper; "
-                        "give a Whisper folder")  # fmt: skip
-    for name in _weight_files(folder):
+        kind = config.get("model_type")
+        raise UserError(f"{folder} holds a model of type {kind!r}; give a Whisper folder")
+    for name in weight_files(folder):
         safetensors_header(folder / name)
     expected = (config.get("quantization_config") or {}).get("weights_sha256")
     if expected and file_sha256(folder / "model.safetensors") != expected:
         raise UserError(
-            f"{folder / 'model.safetensors'} was changed after it was written (its sha256 is not the "
-            f"one in config.json); {_COPY} or compress once more"
-        )  # fmt: skip
+            f"{folder / 'model.safetensors'} was changed after it was written (its sha256 is not "
+            f"the one in config.json); {_COPY} or compress once more"
+        )
     return config
 
 
@@ -85,7 +86,9 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         tensors.pop("__metadata__", None)
         needed = 8 + length + max(t["data_offsets"][1] for t in tensors.values())
     except (ValueError, AttributeError, KeyError, TypeError):
-        raise UserError(f"{path} is cut off or damaged: its header can't be read; {_COPY}") from None
+        raise UserError(
+            f"{path} is cut off or damaged: its header can't be read; {_COPY}"
+        ) from None
     if size != needed:
         fault = "is cut off" if size < needed else "has bytes too many"
         raise UserError(f"{path} {fault}: {size} bytes, and its header says {needed}; {_COPY}")
@@ -124,7 +127,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
     if (folder / "model.safetensors.index.json").is_file():
         index = _read_json(folder / "model.safetensors.index.json")
         return sorted(set(index.get("weight_map", {}).values()))
@@ -154,9 +157,10 @@ def _load_transformers(
 
     try:
         with quiet_transformers():
-            model, found = WhisperForConditionalGeneration.from_pretrained(
+            loaded: Any = WhisperForConditionalGeneration.from_pretrained(
                 name, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
+            model, found = loaded
             processor = WhisperProcessor.from_pretrained(name)
     except UserError:
         raise
@@ -176,15 +180,16 @@ def _explain(name: str, error: Exception, on_hub: bool) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     if on_hub:
         return UserError(
-            f"{name} is neither a folder here nor a model that could be had from the hub ({reason}); "
-            "check the name and the network"
+            f"{name} is neither a folder here nor a model that could be had from the hub "
+            f"({reason}); check the name and the network"
         )
     return UserError(f"the model folder {name} could not be loaded ({reason}); {_COPY}")
 
 
 def _modernize(model: WhisperForConditionalGeneration, processor: WhisperProcessor) -> None:
-    """Checkpoints from before 2024 force decoder ids, where language and task are settings today."""
-    for config in (model.config, model.generation_config):
+    """Before 2024 checkpoints forced decoder ids; language and task are settings today."""
+    configs: list[Any] = [model.config, model.generation_config]
+    for config in configs:
         if getattr(config, "forced_decoder_ids", None) is not None:
             config.forced_decoder_ids = None
     for name, value in prompt_ids(processor.tokenizer).items():

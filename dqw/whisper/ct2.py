@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from dqw.errors import UserError
+from dqw.whisper.tokenizer import load_tokenizer, prompt_ids
 
 if TYPE_CHECKING:
     from transformers import (
@@ -150,8 +151,11 @@ def load_ct2(
     Returns the model in eval mode on the CPU with float weights in `dtype`, and its processor; a
     normalizer.json (English spellings, for scoring) is used when the folder has one.
     """
-    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
-    from transformers import WhisperProcessor
+    from transformers import (
+        WhisperFeatureExtractor,
+        WhisperForConditionalGeneration,
+        WhisperProcessor,
+    )
 
     folder = Path(folder)
     file = read_model_bin(folder / "model.bin")
@@ -175,7 +179,7 @@ def load_ct2(
 
 
 def state_dict(file: Ct2File, config: WhisperConfig) -> dict[str, torch.Tensor]:
-    """Hugging Face names -> float tensors, fused matrices taken apart; proj_out is the embedding."""
+    """Hugging Face names -> float tensors; fused matrices are taken apart."""
     out: dict[str, torch.Tensor] = {}
 
     def dense(ours: str, theirs: str, part: int = 0, parts: int = 1, bias: bool = True) -> None:
@@ -214,80 +218,6 @@ def state_dict(file: Ct2File, config: WhisperConfig) -> dict[str, torch.Tensor]:
     return out
 
 
-def load_tokenizer(folder: Path) -> WhisperTokenizer:
-    """The tokenizer of a folder's tokenizer.json, with its special tokens in Whisper's order.
-
-    Raises UserError when the file is missing or damaged, or when ids come out differently (a
-    tokenizer.json that lacks merges encodes wrongly without a word).
-    """
-    from tokenizers import AddedToken
-    from transformers import WhisperTokenizer
-
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise UserError(
-            f"{folder} lacks tokenizer.json; copy it from the model's page (openai/whisper-*)"
-        )
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        vocab = stored["model"]["vocab"]
-        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in
-                  stored["model"]["merges"]]  # fmt: skip
-        added = sorted(stored["added_tokens"], key=lambda token: token["id"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again") from None
-    names = {token["content"]: token["id"] for token in added}
-    end = "<|endoftext|>"
-    if end not in names or "<|notimestamps|>" not in names:
-        raise UserError(f"{path} is not Whisper's: it lacks {end} or <|notimestamps|>; copy it again")
-    # Byte-level BPE: one piece a byte, one a merge, so the counts must agree.
-    pieces = sum(1 for piece in vocab if piece and piece not in names)
-    if pieces != 256 + len(merges):
-        raise UserError(
-            f"{path} has {pieces} pieces for {len(merges)} merges: {abs(pieces - 256 - len(merges))} "
-            "are missing, and text would be encoded wrongly; take the tokenizer.json of openai/whisper-*"
-        )  # fmt: skip
-    special = [AddedToken(t, normalized=False, special=True) for t in names if not _is_time(t)]
-    normalizer = folder / "normalizer.json"
-    tokenizer = WhisperTokenizer(
-        vocab=vocab,
-        merges=merges,
-        normalizer_file=str(normalizer) if normalizer.is_file() else None,
-        extra_special_tokens=special,
-        model_max_length=448,
-    )
-    # Older files stop before the timestamps; their ids follow in any Whisper.
-    times = [t for t in names if _is_time(t)] or [f"<|{i * 0.02:.2f}|>" for i in range(1501)]
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in times])
-    for token, number in names.items():
-        if tokenizer.convert_tokens_to_ids(token) != number:
-            raise UserError(f"{path}: the token {token} has id {number}, out of order; copy it again")
-    return tokenizer
-
-
-def prompt_ids(tokenizer: WhisperTokenizer) -> dict[str, Any]:
-    """The generation settings that are ids of special tokens: languages, tasks, timestamps.
-
-    A multilingual vocabulary starts its special tokens at 50257, an English-only one at 50256.
-    """
-    ids = tokenizer.get_added_vocab()
-    start, translate = ids["<|startoftranscript|>"], ids["<|translate|>"]
-    multilingual = tokenizer.convert_tokens_to_ids("<|endoftext|>") != 50256
-    settings: dict[str, Any] = {
-        "is_multilingual": multilingual,
-        "no_timestamps_token_id": ids["<|notimestamps|>"],
-        "prev_sot_token_id": ids["<|startofprev|>"],
-    }
-    if multilingual:
-        settings["lang_to_id"] = {t: i for t, i in ids.items() if start < i < translate}
-        settings["task_to_id"] = {"transcribe": ids["<|transcribe|>"], "translate": translate}
-    return settings
-
-
-def _is_time(token: str) -> bool:
-    return token[2:-2].replace(".", "", 1).isdigit()
-
-
 def _config(file: Ct2File, tokenizer: WhisperTokenizer) -> WhisperConfig:
     from transformers import WhisperConfig
 
@@ -298,10 +228,11 @@ def _config(file: Ct2File, tokenizer: WhisperTokenizer) -> WhisperConfig:
     vocabulary, width = file.weight("decoder/embeddings/weight").shape
     if vocabulary < len(tokenizer):
         raise UserError(
-            f"model.bin has {vocabulary} embeddings and tokenizer.json {len(tokenizer)} tokens: they "
-            "belong to different models; take both from the same folder"
+            f"model.bin has {vocabulary} embeddings and tokenizer.json {len(tokenizer)} tokens: "
+            "they belong to different models; take both from the same folder"
         )  # fmt: skip
-    end, start = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|startoftranscript|>"])
+    ids = tokenizer.get_vocab()
+    end = ids["<|endoftext|>"]
     return WhisperConfig(
         vocab_size=vocabulary,
         d_model=width,
@@ -315,7 +246,7 @@ def _config(file: Ct2File, tokenizer: WhisperTokenizer) -> WhisperConfig:
         max_source_positions=file.variables["encoder/position_encodings/encodings"].shape[0],
         max_target_positions=file.variables["decoder/position_encodings/encodings"].shape[0],
         scale_embedding=bool(file.number("decoder/scale_embeddings", 0)),
-        decoder_start_token_id=start,
+        decoder_start_token_id=ids["<|startoftranscript|>"],
         bos_token_id=end,
         eos_token_id=end,
         pad_token_id=end,

@@ -160,7 +160,7 @@ def _read_manifest(path: Path) -> list[Item]:
 
 def _manifest_item(row: Any, folder: Path, where: str) -> Item:
     if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object; write {{\"audio\": …, \"text\": …}}")
+        raise UserError(f'{where} is not a JSON object; write {{"audio": …, "text": …}}')
     if "audio" not in row:
         keys = ", ".join(f"'{key}'" for key in row) or "none"
         raise UserError(f"{where} lacks the key 'audio' (its keys: {keys}); rename the one that "
@@ -244,7 +244,9 @@ def _from_dataset(dataset: Any, name: str) -> list[Item]:
     dataset = dataset.cast_column(column, Audio(decode=False))
     text_column = _column(features, _TEXT_COLUMNS)
     language_column = _column(features, _LANGUAGE_COLUMNS)
-    labels = dataset.select_columns([c for c in (text_column, language_column, "id") if c in features])
+    labels = dataset.select_columns(
+        [c for c in (text_column, language_column, "id") if c in features]
+    )
     items = []
     for row in range(len(dataset)):
         values = labels[row] if labels.column_names else {}

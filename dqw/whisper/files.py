@@ -10,7 +10,9 @@ from pathlib import Path
 from dqw.errors import UserError
 
 
-def write_atomic(path: str | Path, chunks: str | Iterable[bytes], sha256: str | None = None) -> None:
+def write_atomic(
+    path: str | Path, chunks: str | Iterable[bytes], sha256: str | None = None
+) -> None:
     """Write `chunks` (or a string as UTF-8) to a temporary name beside `path`, fsync, rename.
 
     Folders are made. With `sha256`, bytes with another checksum raise UserError and leave nothing.

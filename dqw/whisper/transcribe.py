@@ -7,6 +7,7 @@ sequential algorithm, which moves its 30 s window along the timestamps that the 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,14 +26,13 @@ from dqw.whisper.audio import (
 )
 from dqw.whisper.checkpoint import quiet_transformers
 from dqw.whisper.data import language_code
-from dqw.whisper.loops import LoopGuard, cut_loop
+from dqw.whisper.decoding import LoopGuard, SuppressTokens, cut_loop
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 Source = str | Path | EncodedAudio | np.ndarray
 TASKS = ("transcribe", "translate")
-WINDOW = 30.0  # seconds that Whisper hears at once
 _TICK = 0.02  # seconds a timestamp token stands for
 
 
@@ -74,7 +74,7 @@ def transcribe(
     model: WhisperForConditionalGeneration,
     processor: WhisperProcessor,
     audios: Sequence[Source],
-    language: str | None | Sequence[str | None] = None,
+    language: str | Sequence[str | None] | None = None,
     task: str = "transcribe",
     beam_size: int = 1,
     timestamps: bool = False,
@@ -107,7 +107,7 @@ def iter_transcripts(
     model: WhisperForConditionalGeneration,
     processor: WhisperProcessor,
     audios: Sequence[Source],
-    language: str | None | Sequence[str | None] = None,
+    language: str | Sequence[str | None] | None = None,
     task: str = "transcribe",
     beam_size: int = 1,
     timestamps: bool = False,
@@ -134,7 +134,7 @@ def iter_transcripts(
         clip = _Clip(index, audio, codes[index])
         if is_silent(audio):
             yield index, Transcript("", clip.language, clip.seconds)
-        elif clip.seconds > WINDOW:
+        elif clip.seconds > decoder.window:
             yield index, decoder.long(clip)
         else:
             batch.append(clip)
@@ -163,24 +163,28 @@ class _Decoder:
         timestamps: bool,
     ) -> None:
         self.model, self.processor, self.timestamps = model, processor, timestamps
-        config = model.generation_config
+        config: Any = copy.deepcopy(model.generation_config)
+        suppress = SuppressTokens(config.suppress_tokens or (), config.begin_suppress_tokens or ())
+        config.suppress_tokens = config.begin_suppress_tokens = None
         self.multilingual = bool(getattr(config, "is_multilingual", True))
         self.first_timestamp = config.no_timestamps_token_id + 1
-        self.end = model.config.eos_token_id
+        self.end: int = config.eos_token_id
+        self.window = processor.feature_extractor.n_samples / SAMPLE_RATE  # 30 s in every Whisper
         if task == "translate" and not self.multilingual:
             raise UserError("this model only knows English and can't translate; leave --task out")
         self.options: dict[str, Any] = {
+            "generation_config": config,
             "num_beams": beam_size,
             "do_sample": False,
-            "logits_processor": [LoopGuard(self.end, self.first_timestamp)],
+            "logits_processor": [suppress, LoopGuard(self.end, self.first_timestamp)],
         }
+        self.languages: dict[int, str] = {}  # token id -> code
         if self.multilingual:
             self.options["task"] = task
+            self.languages = {i: token[2:-2] for token, i in config.lang_to_id.items()}
 
     def check_languages(self, codes: Sequence[str | None]) -> None:
-        known = {"en"}
-        if self.multilingual:
-            known = {token[2:-2] for token in self.model.generation_config.lang_to_id}
+        known = set(self.languages.values()) or {"en"}
         for code in codes:
             if code is not None and code not in known:
                 raise UserError(f"this model does not know the language '{code}'; take a "
@@ -199,10 +203,7 @@ class _Decoder:
         if not self.multilingual or None not in languages:
             return languages
         ids = self.model.detect_language(encoder_outputs=encoded).tolist()
-        names = {i: token[2:-2] for token, i in self.model.generation_config.lang_to_id.items()}
-        return [
-            code or names[found] for code, found in zip(languages, ids, strict=True)
-        ]
+        return [code or self.languages[found] for code, found in zip(languages, ids, strict=True)]
 
     @torch.inference_mode()
     def short(self, clips: Sequence[_Clip]) -> list[Transcript]:
@@ -239,7 +240,9 @@ class _Decoder:
         )
         languages = [clip.language]
         if clip.language is None and self.multilingual:
-            window = inputs["input_features"][:, :, : self.processor.feature_extractor.nb_max_frames]
+            window = inputs["input_features"][
+                :, :, : self.processor.feature_extractor.nb_max_frames
+            ]
             languages = self.detect([clip], self.model.get_encoder()(window))
         with quiet_transformers():
             found = self.model.generate(
@@ -257,9 +260,7 @@ class _Decoder:
             start, end = float(part["start"]), min(float(part["end"]), clip.seconds)
             if text and start < end:
                 segments.append(Segment(round(start, 2), round(end, 2), text))
-        return Transcript(
-            self._text(spoken), self._reported(languages[0]), clip.seconds, segments
-        )
+        return Transcript(self._text(spoken), self._reported(languages[0]), clip.seconds, segments)
 
     def _language(self, languages: list[str | None]) -> dict[str, Any]:
         return {"language": languages} if self.multilingual else {}

@@ -1,0 +1,326 @@
+"""The `dqw` command. Heavy imports wait inside the commands, so that --help is quick.
+
+A `UserError` becomes `Error: …` on stderr and exit code 1, Ctrl-C exit code 130, and neither shows
+a traceback. Results go to stdout, progress to stderr.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from dqw.errors import UserError
+
+err = Console(stderr=True, highlight=False)
+
+
+class _Group(TyperGroup):
+    """Turns what a user can cause into one sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            sentence, code = str(error), 1
+        except KeyboardInterrupt:
+            sentence, code = "interrupted", 130
+        except BrokenPipeError:  # `dqw … | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            where = f" for {error.filename}" if error.filename else ""
+            sentence, code = (
+                f"{(error.strerror or '').lower()}{where}: free or choose another place",
+                1,
+            )
+        err.print(f"Error: {sentence}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Whisper made small and fast: distillation and quantization to 2 to 8 bits.",
+)
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A folder that dqw wrote, a Hugging Face or faster-whisper folder, or a hub id."
+    ),
+]
+BeamSize = Annotated[int, typer.Option(help="Beams of the search; 1 is greedy.")]
+BatchSize = Annotated[int, typer.Option(help="Clips decoded at once.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
+    app()
+
+
+def _show_warning(message: Warning | str, *where: Any) -> None:
+    """A warning as a sentence; the line of code that gave it helps no user."""
+    err.print(f"Warning: {message}", style="yellow", markup=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------- transcribe
+
+
+@app.command(epilog="Example: dqw transcribe talk.mp3 --model runs/demo/student --format srt")
+def transcribe(
+    audio: Annotated[list[Path], typer.Argument(help="wav, flac, mp3 or ogg files of any length.")],
+    model: Model,
+    language: Annotated[
+        str | None, typer.Option(help="Language spoken, such as en or ja; detected if left out.")
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="transcribe, or translate into English.")
+    ] = "transcribe",
+    form: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format", help="txt, json, srt, vtt or all; may be given again. Default: txt."
+        ),
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Write NAME.FORMAT files here instead of printing.")
+    ] = None,
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", help="Times of each segment.")
+    ] = False,
+    beam_size: BeamSize = 1,
+    batch_size: BatchSize = 8,
+) -> None:
+    """Write down what is said in audio files."""
+    from dqw.whisper.audio import audio_seconds
+
+    forms = _forms(form or ["txt"])
+    if output_dir is None and len(forms) > 1:
+        raise UserError("several formats can't be printed at once; give --output-dir")
+    if output_dir is None and len(audio) > 1 and forms[0] in ("srt", "vtt"):
+        raise UserError(f"{forms[0]} of several files can't be printed at once; give --output-dir")
+    if output_dir is not None:
+        _check_names(audio)
+    total = sum(audio_seconds(path) for path in audio)
+
+    from dqw.whisper.files import write_atomic
+    from dqw.whisper.transcribe import Transcript, iter_transcripts
+    from dqw.whisper.writers import TIMED, render
+
+    whisper, processor = _load(model)
+    timed = timestamps or any(name in TIMED for name in forms)
+    waiting: dict[int, Transcript] = {}
+    printed = 0
+    with _progress(total) as advance:
+        steps = iter_transcripts(
+            whisper, processor, audio, language, task, beam_size, timed, batch_size
+        )
+        for index, transcript in steps:
+            advance(transcript.seconds)
+            if output_dir is not None:
+                for name in forms:
+                    path = output_dir / f"{audio[index].stem}.{name}"
+                    write_atomic(path, render(transcript, name, timestamps))
+                continue
+            waiting[index] = transcript
+            while printed in waiting:  # in the order given, as soon as possible
+                text = render(waiting.pop(printed), forms[0], timestamps)
+                _print_transcript(text, audio[printed], forms[0], len(audio) > 1)
+                printed += 1
+    if output_dir is not None:
+        err.print(f"wrote {len(audio) * len(forms)} files to {output_dir}")
+
+
+def _forms(given: list[str]) -> list[str]:
+    from dqw.whisper.writers import FORMATS
+
+    names = [name for item in given for name in item.lower().split(",")]
+    for name in names:
+        if name not in (*FORMATS, "all"):
+            raise UserError(f"the format is '{name}'; choose txt, json, srt, vtt or all")
+    return list(FORMATS) if "all" in names else list(dict.fromkeys(names))
+
+
+def _check_names(audio: list[Path]) -> None:
+    first: dict[str, Path] = {}
+    for path in audio:
+        if path.stem in first:
+            raise UserError(
+                f"{first[path.stem]} and {path} would write the same output file; transcribe them "
+                "into two folders"
+            )
+        first[path.stem] = path
+
+
+def _print_transcript(text: str, path: Path, form: str, several: bool) -> None:
+    if several and form == "txt":
+        text = f"{path}:\n{text}"
+    elif several:  # json: one object a line
+        import json
+
+        text = json.dumps({"audio": str(path), **json.loads(text)}, ensure_ascii=False) + "\n"
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+# ---------------------------------------------------------------- eval
+
+
+@app.command(
+    "eval", epilog="Example: dqw eval --model runs/demo/student --data speech/manifest.jsonl"
+)
+def evaluate(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="manifest.jsonl, audio folder, or Hugging Face dataset name:config:split."
+        ),
+    ],
+    language: Annotated[
+        str | None,
+        typer.Option(help="Score only this language; clips that name none are taken to be in it."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Score at most this many clips.")] = None,
+    beam_size: BeamSize = 1,
+    batch_size: BatchSize = 8,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures to this JSON file.")
+    ] = None,
+    save_transcripts: Annotated[
+        Path | None, typer.Option(help="Write reference and transcript of each clip, JSON lines.")
+    ] = None,
+) -> None:
+    """Measure word and character error rates on transcribed audio."""
+    import json
+
+    from dqw.whisper.data import load_items
+
+    items = load_items(data, language, need_text=True, limit=limit)
+
+    from dqw.whisper.evaluate import evaluate as run
+    from dqw.whisper.files import write_atomic
+    from dqw.whisper.tables import print_scores
+
+    whisper, processor = _load(model)
+    with _progress(sum(item.seconds or 0 for item in items)) as advance:
+        done = 0.0
+
+        def step(seconds: float) -> None:
+            nonlocal done
+            advance(seconds - done)
+            done = seconds
+
+        result = run(whisper, processor, items, beam_size, batch_size, step)
+    spelling = bool(getattr(processor.tokenizer, "english_spelling_normalizer", None))
+    print_scores(result, spelling)
+    if save_transcripts:
+        rows = (
+            {"id": item.id, "language": item.language or found.language, "reference": item.text,
+             "transcript": found.text}
+            for item, found in zip(items, result.transcripts, strict=True)
+        )  # fmt: skip
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomic(save_transcripts, lines)
+    if json_file:
+        settings = {"model": model, "data": data, "language": language, "limit": limit,
+                    "beam_size": beam_size, "batch_size": batch_size,
+                    "english_spelling_map": spelling}  # fmt: skip
+        figures = {**settings, **_machine(), **result.to_dict()}
+        write_atomic(json_file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+
+
+def _machine() -> dict[str, Any]:
+    import platform
+    from importlib.metadata import version
+
+    packages = ("dqw", "torch", "transformers")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+# ---------------------------------------------------------------- info
+
+
+@app.command(epilog="Example: dqw info runs/demo/student")
+def info(
+    folder: Annotated[Path, typer.Argument(help="A model folder.", metavar="DIR")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show a model's bits and bytes, and which kernels serve it on this machine."""
+    from dqw.whisper.report import inspect_folder, to_dict
+    from dqw.whisper.tables import print_kernels, print_sizes
+
+    report = inspect_folder(folder)
+
+    from dqw.ops import backend_info
+
+    kernels = backend_info()
+    if as_json:
+        import json
+
+        print(json.dumps({**to_dict(report), "kernels": kernels}, indent=2))
+        return
+    print_sizes(report, folder)
+    print_kernels(kernels)
+
+
+# ---------------------------------------------------------------- shared
+
+
+def _load(model: str) -> tuple[Any, Any]:
+    from dqw.whisper.checkpoint import load_whisper
+
+    with err.status(f"loading {model}"):
+        return load_whisper(model)
+
+
+@contextmanager
+def _progress(total: float) -> Iterator[Any]:
+    """Yields advance(seconds of audio); shows a bar with the speed on stderr while it lasts."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.completed:.0f} of {task.total:.0f} s of audio"),
+        BarColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    start, done = time.perf_counter(), 0.0
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("", total=total or None, speed="")
+
+        def advance(seconds: float) -> None:
+            nonlocal done
+            done += seconds
+            speed = f"{done / (time.perf_counter() - start):.1f} × real time"
+            bar.update(task, completed=done, total=max(total, done), speed=speed)
+
+        yield advance
+
+
+import dqw.cli_compress  # noqa: E402, F401  adds compress and demo
+
+if __name__ == "__main__":
+    main()

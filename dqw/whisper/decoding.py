@@ -1,0 +1,88 @@
+"""What decoding adds to transformers' generate: a loop guard, and a quick way to suppress tokens.
+
+The loop guard stops a decoder that repeats itself ("1.1.1.1…"), and the copies are cut. A tail
+counts as a loop when a piece of 1 to 32 tokens stands in it at least 4 times over, and in at least
+32 tokens. Nobody speaks like that within 30 seconds (refrains of songs come closest), and a greedy
+decoder that did it once goes on to its token limit. Other output is left as it is, token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessor
+
+_LONGEST = 32
+_COPIES = 4
+_SPAN = 32
+_EVERY = 8  # steps between two looks; a look costs a copy from the device
+
+
+class SuppressTokens(LogitsProcessor):
+    """Makes `always` impossible, and `first` as the first token after the prompt.
+
+    The same scores as transformers' two processors, which look for the ids in the whole vocabulary
+    at every step: a third of a step's time for whisper-base in batches of 8 on 2 cores.
+    """
+
+    def __init__(self, always: Sequence[int], first: Sequence[int]) -> None:
+        self.always, self.first = torch.tensor(list(always)), torch.tensor(list(first))
+        self.begin = 0
+
+    def set_begin_index(self, begin_index: int) -> None:
+        """generate says here where the prompt of each window ends."""
+        self.begin = begin_index
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.index_fill(1, self.always.to(scores.device, torch.long), -torch.inf)
+        if input_ids.shape[1] == self.begin:
+            scores = scores.index_fill(1, self.first.to(scores.device, torch.long), -torch.inf)
+        return scores
+
+
+class LoopGuard(LogitsProcessor):
+    """Ends a sequence (only the end token stays possible) once its tail is a loop.
+
+    Greedy and beam search; `input_ids` is (rows, tokens), `scores` (rows, vocabulary).
+    """
+
+    def __init__(self, end: int, first_timestamp: int) -> None:
+        self.end, self.first_timestamp = end, first_timestamp
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] % _EVERY:
+            return scores
+        tails = input_ids[:, -_LONGEST * _COPIES :].tolist()
+        looping = [bool(loop_period(tail, self.first_timestamp)) for tail in tails]
+        if any(looping):
+            rows = torch.tensor(looping, device=scores.device)
+            scores = scores.clone()
+            scores[rows] = -torch.inf
+            scores[rows, self.end] = 0.0
+        return scores
+
+
+def loop_period(tokens: Sequence[int], first_timestamp: int) -> int:
+    """Length of the piece that the tail of `tokens` repeats, or 0. Timestamps count as equal."""
+    tokens = [min(token, first_timestamp) for token in tokens]
+    for period in range(1, _LONGEST + 1):
+        span = period * max(_COPIES, -(-_SPAN // period))
+        if span > len(tokens):
+            continue
+        tail = tokens[-span:]
+        if tail[period:] == tail[:-period]:
+            return period
+    return 0
+
+
+def cut_loop(tokens: Sequence[int], first_timestamp: int) -> list[int]:
+    """`tokens` with one copy left of the loop at its end; unchanged where there is none."""
+    period = loop_period(tokens, first_timestamp)
+    if not period:
+        return list(tokens)
+    same = [min(token, first_timestamp) for token in tokens]
+    start = len(tokens) - period
+    while start and same[start - 1] == same[start - 1 + period]:
+        start -= 1
+    return list(tokens[: start + period])

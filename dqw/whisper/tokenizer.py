@@ -1,0 +1,90 @@
+"""Whisper's tokenizer from a bare tokenizer.json, and the ids that decoding needs from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqw.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import WhisperTokenizer
+
+
+def load_tokenizer(folder: Path) -> WhisperTokenizer:
+    """The tokenizer of a folder's tokenizer.json, with its special tokens in Whisper's order.
+
+    Raises UserError when the file is missing or damaged, or when ids come out differently (a
+    tokenizer.json that lacks merges encodes wrongly without a word).
+    """
+    from tokenizers import AddedToken
+    from transformers import WhisperTokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(
+            f"{folder} lacks tokenizer.json; copy it from the model's page (openai/whisper-*)"
+        )
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        vocab = stored["model"]["vocab"]
+        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in
+                  stored["model"]["merges"]]  # fmt: skip
+        added = sorted(stored["added_tokens"], key=lambda token: token["id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again") from None
+    names = {token["content"]: token["id"] for token in added}
+    end = "<|endoftext|>"
+    if end not in names or "<|notimestamps|>" not in names:
+        raise UserError(
+            f"{path} is not Whisper's: it lacks {end} or <|notimestamps|>; copy it again"
+        )
+    # Byte-level BPE: one piece a byte, one a merge, so the counts must agree.
+    pieces = sum(1 for piece in vocab if piece and piece not in names)
+    if pieces != 256 + len(merges):
+        raise UserError(
+            f"{path} has {pieces} pieces for {len(merges)} merges, which do not fit: text would be "
+            "encoded wrongly; take the tokenizer.json of openai/whisper-*"
+        )  # fmt: skip
+    special = [AddedToken(t, normalized=False, special=True) for t in names if not _is_time(t)]
+    normalizer = folder / "normalizer.json"
+    tokenizer = WhisperTokenizer(
+        vocab=vocab,
+        merges=merges,
+        normalizer_file=str(normalizer) if normalizer.is_file() else None,
+        extra_special_tokens=special,
+        model_max_length=448,
+    )
+    # Older files stop before the timestamps; their ids follow in any Whisper.
+    times = [t for t in names if _is_time(t)] or [f"<|{i * 0.02:.2f}|>" for i in range(1501)]
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in times])
+    for token, number in names.items():
+        if tokenizer.convert_tokens_to_ids(token) != number:
+            raise UserError(
+                f"{path}: the token {token} has id {number}, out of order; copy it again"
+            )
+    return tokenizer
+
+
+def prompt_ids(tokenizer: WhisperTokenizer) -> dict[str, Any]:
+    """The generation settings that are ids of special tokens: languages, tasks, timestamps.
+
+    A multilingual vocabulary starts its special tokens at 50257, an English-only one at 50256.
+    """
+    ids = tokenizer.get_added_vocab()
+    start, translate = ids["<|startoftranscript|>"], ids["<|translate|>"]
+    multilingual = tokenizer.convert_tokens_to_ids("<|endoftext|>") != 50256
+    settings: dict[str, Any] = {
+        "is_multilingual": multilingual,
+        "no_timestamps_token_id": ids["<|notimestamps|>"],
+        "prev_sot_token_id": ids["<|startofprev|>"],
+    }
+    if multilingual:
+        settings["lang_to_id"] = {t: i for t, i in ids.items() if start < i < translate}
+        settings["task_to_id"] = {"transcribe": ids["<|transcribe|>"], "translate": translate}
+    return settings
+
+
+def _is_time(token: str) -> bool:
+    return token[2:-2].replace(".", "", 1).isdigit()
