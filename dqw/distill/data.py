@@ -22,7 +22,6 @@ from dqw.distill.losses import IGNORE
 from dqw.errors import UserError
 
 SAMPLE_RATE = 16_000
-WINDOW_SECONDS = 30.0
 # Whisper puts a space before a transcript, except in scripts that do not separate words.
 SPACELESS = frozenset({"zh", "ja", "th", "lo", "my", "yue"})
 
@@ -124,6 +123,8 @@ class SpeechDataset(Dataset[dict[str, Any]]):
             self.extractors["teacher_features"] = teacher_extractor
         self.augment = augment or AugmentConfig()
         self.seed = seed
+        # What the model hears at once, in samples: 30 s.
+        self.window = int(extractor.chunk_length * SAMPLE_RATE)
         self.cache: dict[int, dict[str, Tensor]] | None = None
         if cache and not self.augment.active:
             self.cache = {}
@@ -159,11 +160,11 @@ class SpeechDataset(Dataset[dict[str, Any]]):
                 text,
                 ((other.item.load, other.text) for other in others if other is not example),
                 pause=int(self.augment.pause_seconds * SAMPLE_RATE),
-                limit=int(WINDOW_SECONDS * SAMPLE_RATE),
+                limit=self.window,
                 joint="" if example.language in SPACELESS else " ",
                 fits=lambda joined: self.encoder.fits(joined, example.language),
             )
-        return perturb(wave, self.augment, dice, int(WINDOW_SECONDS * SAMPLE_RATE)), text
+        return perturb(wave, self.augment, dice, self.window), text
 
     def _features(self, wave: np.ndarray) -> dict[str, Tensor]:
         """Log-mel features by name, each (mel bins, 3000) float16."""

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 
 from dqw.distill.config import DistillConfig, TrainConfig
-from dqw.distill.data import SAMPLE_RATE, WINDOW_SECONDS, Example, LabelEncoder, SpeechItem
+from dqw.distill.data import SAMPLE_RATE, Example, LabelEncoder, SpeechItem
 from dqw.distill.labels import write_labels
 from dqw.errors import UserError
 
 # A clip this little over the window is cut by rounding, not by speech.
 SLACK_SECONDS = 0.05
-# A long clip is cut where it is quietest, within this much of the window's end.
-SEARCH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -72,14 +70,16 @@ def prepare(
     distill: DistillConfig,
     train: TrainConfig,
     labels_path: Path,
+    *,
+    window: float = 30.0,
     progress: Callable[[int, int], object] | None = None,
 ) -> Prepared:
     """Choose, cut and label the clips.
 
-    Labelled clips of more than 30 s are left out (their text would not match what is heard);
-    unlabelled ones are cut into windows at quiet places and labelled by the teacher.
-    `processor` is the teacher's. Raises UserError if nothing is left to learn from, or if a
-    labelled clip has no language and the model needs one.
+    Labelled clips longer than `window` (what the models hear at once, in seconds) are left out:
+    their text would not match what is heard. Unlabelled ones are cut into windows at quiet places
+    and labelled by the teacher, with its own `processor`. Raises UserError if nothing is left to
+    learn from, or if a labelled clip has no language and the model needs one.
     """
     made = Prepared()
     labelled: list[SpeechItem] = []
@@ -93,12 +93,12 @@ def prepare(
         if seconds is None:
             seconds = len(item.load()) / SAMPLE_RATE
         if not wants_teacher:
-            if seconds > WINDOW_SECONDS + SLACK_SECONDS:
-                made.skip("longer than 30 s", item)
+            if seconds > window + SLACK_SECONDS:
+                made.skip(f"longer than {window:g} s", item)
             else:
                 labelled.append(item)
-        elif seconds > WINDOW_SECONDS + SLACK_SECONDS:
-            unlabelled += windows(item)
+        elif seconds > window + SLACK_SECONDS:
+            unlabelled += windows(item, window)
         else:
             unlabelled.append(item)
     texts: dict[str, dict[str, Any]] = {}
@@ -118,8 +118,8 @@ def prepare(
     if not made.examples:
         reasons = "; ".join(f"{reason}: {len(ids)}" for reason, ids in made.skipped.items())
         raise UserError(
-            f"no clip is left to learn from ({reasons or 'the data holds none'}): give clips of up "
-            "to 30 s with a text, or allow teacher labels."
+            f"no clip is left to learn from ({reasons or 'the data holds none'}): give clips of "
+            f"up to {window:g} s with a text, or allow teacher labels."
         )
     return made
 
@@ -152,24 +152,24 @@ def _add(
     made.examples.append(Example(item, text, language))
 
 
-def windows(item: SpeechItem) -> Sequence[Window]:
-    """Cut a long clip into windows of at most 30 s, each but the last ended at a quiet place."""
+def windows(item: SpeechItem, seconds: float = 30.0) -> Sequence[Window]:
+    """Cut a long clip into windows of at most `seconds`, at quiet places."""
     wave = item.load()
-    longest = int(WINDOW_SECONDS * SAMPLE_RATE)
+    longest = int(seconds * SAMPLE_RATE)
     made: list[Window] = []
     start = 0
     while len(wave) - start > longest:
-        stop = start + quiet_place(wave[start : start + longest])
+        stop = start + quiet_place(wave[start : start + longest], int(seconds / 6 * SAMPLE_RATE))
         made.append(Window(item, start, stop))
         start = stop
     made.append(Window(item, start, len(wave)))
     return made
 
 
-def quiet_place(wave: np.ndarray) -> int:
-    """The middle of the quietest 0.2 s within the last five seconds of `wave`, in samples."""
+def quiet_place(wave: np.ndarray, search: int) -> int:
+    """The middle of the quietest 0.2 s within the last `search` samples of `wave`."""
     size = SAMPLE_RATE // 5
-    first = max(len(wave) - int(SEARCH_SECONDS * SAMPLE_RATE), 0)
+    first = max(len(wave) - max(search, size), 0)
     power = np.square(wave[first:], dtype=np.float64)
     sums = np.concatenate([[0.0], np.cumsum(power)])
     energy = sums[size:] - sums[:-size]

@@ -108,6 +108,7 @@ def distill(
     made = prepare(
         items, encoder, teacher, teacher_processor or processor, config, train,
         folder / "teacher_labels.jsonl",
+        window=float(processor.feature_extractor.chunk_length),
         progress=lambda done, total: shown.note(f"teacher labels {done}/{total}"),
     )  # fmt: skip
     for reason, ids in made.skipped.items():

@@ -1,0 +1,556 @@
+"""The trainer: what it trains and leaves alone, labels, data order, and resuming after a kill."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from speech_helpers import Noise, clips, one_thread, tiny_model, tiny_processor  # noqa: F401
+from torch import nn
+
+import dqw
+from dqw.distill import DistillConfig, GuidanceConfig, TrainConfig, distill
+from dqw.distill import checkpoint as store
+from dqw.distill.config import AugmentConfig, SpecAugmentConfig
+from dqw.distill.data import Collator, EpochSampler, LabelEncoder, SpeechDataset
+from dqw.distill.labels import is_loop, read_labels, write_labels
+from dqw.distill.losses import IGNORE, cross_entropy, hidden_loss, logits_kl
+from dqw.distill.model import Batch, DistillModel, teacher_pass
+from dqw.distill.prepare import prepare, windows
+from dqw.distill.run import is_multilingual
+from dqw.distill.stepping import parameter_groups, spec_augment
+from dqw.errors import UserError
+from dqw.recipe import Recipe
+
+SHORT = TrainConfig(steps=3, batch_size=2, lr=1e-3, clip_lr=1e-3, tensorboard=False)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def run(folder, student=None, teacher=None, config=None, train=SHORT, items=None, **rest):
+    student = tiny_model() if student is None else student
+    teacher = tiny_model(d_model=64) if teacher is None else teacher
+    items = clips() if items is None else items
+    rest = {"progress": "off", **rest}
+    return distill(student, teacher, tiny_processor(), items, folder, config, train=train, **rest)
+
+
+@pytest.fixture
+def encoder():
+    return LabelEncoder(tiny_processor().tokenizer, True, 64)
+
+
+# Labels and data
+
+
+def test_labels_are_whispers_sequence_and_forced_tokens_are_not_trained(encoder):
+    ids, labels = encoder.encode("hi", "en")
+    text = encoder.tokenizer(" hi", add_special_tokens=False).input_ids
+    assert ids == [257, 258, 260, 262, *text]
+    assert labels == [258, IGNORE, IGNORE, *text, 0]
+    assert (
+        encoder.encode("あ", "ja")[0][4:]
+        == encoder.tokenizer("あ", add_special_tokens=False).input_ids
+    )
+    english = LabelEncoder(encoder.tokenizer, False, 64)
+    ids, labels = english.encode("hi", None)
+    assert ids == [257, 262, *text] and labels == [IGNORE, *text, 0]
+    with pytest.raises(UserError, match=r"<\|xx\|>"):
+        encoder.encode("hi", "xx")
+
+
+def test_collator_pads_and_masks():
+    features = torch.zeros(80, 100, dtype=torch.float16)
+    batch = Collator(pad=0)(
+        [
+            {"input_features": features, "ids": [7, 8, 9], "labels": [8, IGNORE, 0]},
+            {"input_features": features, "ids": [7], "labels": [5]},
+        ]
+    )
+    assert batch["decoder_input_ids"].tolist() == [[7, 8, 9], [7, 0, 0]]
+    assert batch["labels"].tolist() == [[8, IGNORE, 0], [5, IGNORE, IGNORE]]
+    assert batch["decoder_mask"].tolist() == [[True] * 3, [True, False, False]]
+    assert batch["input_features"].dtype == torch.float32
+
+
+def test_epoch_order_depends_on_seed_and_epoch_alone():
+    sampler, again = EpochSampler(10, 3), EpochSampler(10, 3)
+    first = list(sampler)
+    random.seed(1)
+    assert first == list(again) and sorted(first) == list(range(10))
+    again.set_epoch(2)
+    third = list(again)
+    assert sorted(third) == list(range(20, 30)) and [key - 20 for key in third] != first
+
+
+def test_cached_features_are_the_fresh_ones_and_augmentation_is_reproducible(encoder):
+    made = prepare(clips(4), encoder, None, None, DistillConfig(), TrainConfig(), Path("unused"))
+    extractor = tiny_processor().feature_extractor
+    cached = SpeechDataset(made.examples, encoder, extractor, cache=True)
+    fresh = SpeechDataset(made.examples, encoder, extractor)
+    for key in (1, 5, 1):
+        assert torch.equal(cached[key]["input_features"], fresh[key]["input_features"])
+    assert cached[5]["ids"] == cached[1]["ids"]
+    augment = AugmentConfig(noise=1.0, speed=0.1)
+    loud = SpeechDataset(made.examples, encoder, extractor, augment=augment, seed=1, cache=True)
+    assert torch.equal(loud[1]["input_features"], loud[1]["input_features"])
+    assert not torch.equal(loud[1]["input_features"], loud[5]["input_features"])
+    short = [Noise(f"s{i}", f"t{i}", seed=i, seconds=0.2, real_seconds=0.2) for i in range(4)]
+    made = prepare(short, encoder, None, None, DistillConfig(), TrainConfig(), Path("unused"))
+    augment = AugmentConfig(concatenate=1.0, pause_seconds=0.05)
+    joined = SpeechDataset(made.examples, encoder, extractor, augment=augment)
+    wave, text = joined._augmented(made.examples[0], random.Random(0))
+    assert len(text.split()) == 4 and text.startswith("t0 ") and len(wave) == int(16_000 * 0.95)
+
+
+def test_what_is_left_out_and_why(encoder):
+    items = [
+        *clips(2),
+        Noise("long", seconds=2.0, real_seconds=2.0),
+        Noise("blank", " "),
+        Noise("wordy", "x" * 100),
+        Noise("silent", None),
+    ]
+    config = DistillConfig(teacher_labels="never")
+    made = prepare(items, encoder, None, None, config, TrainConfig(), Path("unused"), window=1.0)
+    assert [example.item.id for example in made.examples] == ["clip0", "clip1"]
+    assert made.skipped == {
+        "longer than 1 s": ["long"],
+        "empty text": ["blank"],
+        "text of more than 64 tokens": ["wordy"],
+        "no text": ["silent"],
+    }
+    with pytest.raises(UserError, match="no clip is left.*empty text: 1"):
+        prepare([Noise("a", " ")], encoder, None, None, config, TrainConfig(), Path("unused"))
+    with pytest.raises(UserError, match=r"clip a has a text but no language.*--language"):
+        prepare([Noise("a", language=None)], encoder, None, None, config, TrainConfig(), Path("x"))
+
+
+def test_long_unlabelled_audio_is_cut_at_quiet_places():
+    class Speech(Noise):
+        def load(self):
+            wave = super().load()
+            wave[14_500:15_500] = 0
+            return wave
+
+    cut = windows(Speech("long", None, seconds=2.5, real_seconds=2.5), 1.0)
+    assert cut[0].start == 0 and 13_300 < cut[0].stop < 15_900
+    assert all(a.stop == b.start for a, b in zip(cut, cut[1:], strict=False))
+    assert cut[-1].stop == 40_000 and all(len(w.load()) <= 16_000 for w in cut)
+    assert cut[1].id == f"long@{cut[1].start}"
+
+
+# Teacher labels
+
+
+def test_teacher_labels_are_written_once_and_survive_a_torn_line(tmp_path):
+    teacher, processor = tiny_model(), tiny_processor()
+    items = [Noise("a", None, seed=1), Noise("b", None, seed=2), Noise("c", None, None, seed=3)]
+    path = tmp_path / "labels.jsonl"
+    seen = []
+    first = write_labels(
+        teacher, processor, items, path, multilingual=True, batch_size=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert set(first) == {"a", "b", "c"} and seen == [(1, 3), (3, 3)]
+    assert all(label["fault"] in ("", "empty", "loop", "unfinished") for label in first.values())
+    assert first["c"]["language"] in ("en", "ja")
+    whole = path.read_text()
+    path.write_text(whole + '{"id": "d", "te')
+    assert read_labels(path) == first and path.read_text() == whole
+    lines = whole.splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    assert write_labels(teacher, processor, items, path, multilingual=True) == first
+    path.write_text("no json\n")
+    with pytest.raises(UserError, match="row 1 is not a teacher label"):
+        read_labels(path)
+
+
+def test_loops_are_told_from_speech():
+    assert is_loop("la la " * 30) and not is_loop("The quick brown fox jumps over the lazy dog.")
+
+
+def test_training_on_teacher_labels(tmp_path, monkeypatch):
+    from dqw.distill import labels
+
+    def texts(teacher, processor, items, code, multilingual):
+        return [{"text": f"t {i.id}", "language": "ja", "fault": ""} for i in items]
+
+    monkeypatch.setattr(labels, "_transcribe", texts)
+    items = [Noise(f"u{i}", None, None, seed=i) for i in range(3)] + clips(1)
+    result = run(tmp_path / "a", items=items)
+    assert result.examples == 4
+    rows = [json.loads(line) for line in (tmp_path / "a/teacher_labels.jsonl").open()]
+    assert {row["id"]: row["text"] for row in rows} == {f"u{i}": f"t u{i}" for i in range(3)}
+    run(tmp_path / "b", items=items, config=DistillConfig(teacher_labels="all"))
+    assert len((tmp_path / "b/teacher_labels.jsonl").read_text().splitlines()) == 4
+
+
+# One step
+
+
+def batch_of(encoder):
+    made = prepare(clips(3), encoder, None, None, DistillConfig(), TrainConfig(), Path("unused"))
+    dataset = SpeechDataset(made.examples, encoder, tiny_processor().feature_extractor)
+    return Collator(pad=0)([dataset[i] for i in range(3)])
+
+
+def wanted(pupil, depth):
+    return {s: set(range(depth[s])) for s in pupil.stacks}
+
+
+def step(pupil, teacher, batch):
+    from dqw.distill.layers import LayerTap
+
+    taps = {s: LayerTap(teacher, s, pupil.kind) for s in pupil.stacks}
+    taught = teacher_pass(
+        teacher,
+        batch.teacher_features,
+        batch,
+        taps,
+        wanted(pupil, pupil.teacher_depth),
+        logits=True,
+    )
+    everything = {s: list(range(pupil.depth[s])) for s in pupil.stacks}
+    return taught, pupil(batch.features, batch, taught, {}, everything)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_losses_are_those_of_the_whole_models(encoder, temperature):
+    student, teacher = tiny_model(), tiny_model(encoder_layers=3, decoder_layers=4)
+    inputs = batch_of(encoder)
+    config = DistillConfig(ce=0.4, kl=0.6, temperature=temperature, matching="static_uniform")
+    batch = Batch.of(inputs)
+    _, losses = step(DistillModel(student, teacher, config), teacher, batch)
+    asked = dict(
+        input_features=inputs["input_features"],
+        decoder_input_ids=inputs["decoder_input_ids"],
+        output_hidden_states=True,
+    )
+    with torch.no_grad():
+        ours, theirs = student(**asked), teacher(**asked)
+    labels = inputs["labels"]
+    ce = cross_entropy(ours.logits, labels)
+    kl = logits_kl(ours.logits, theirs.logits, labels, temperature)
+    count = int((labels != IGNORE).sum())
+    assert losses.count == count
+    assert losses.ce.item() / count == pytest.approx(ce.item(), rel=1e-4)
+    assert losses.kl.item() / count == pytest.approx(kl.item(), rel=1e-4)
+    total = losses.tokens.item() / count
+    assert total == pytest.approx(0.4 * ce.item() + 0.6 * kl.item(), rel=1e-4)
+    # Student layer 0 learns from teacher layer 1 (of 4); hidden_states[0] is the embedding.
+    assert losses.matching == {"encoder": (0, 2), "decoder": (1, 3)}
+    keep = inputs["decoder_mask"]
+    by_hand = hidden_loss(
+        ours.decoder_hidden_states[1][keep], theirs.decoder_hidden_states[2][keep], "relative"
+    )
+    assert losses.per_layer["decoder.0"].item() == pytest.approx(by_hand.item(), rel=1e-4)
+    by_hand = hidden_loss(
+        ours.encoder_hidden_states[1].flatten(0, 1),
+        theirs.encoder_hidden_states[1].flatten(0, 1),
+        "relative",
+    )
+    assert losses.per_layer["encoder.0"].item() == pytest.approx(by_hand.item(), rel=1e-4)
+    mean = sum(value.item() for value in losses.per_layer.values()) / 4
+    assert losses.hidden.item() == pytest.approx(mean, rel=1e-5)
+
+
+def test_ffn_activations_are_taken_under_the_causal_mask(encoder):
+    student, teacher = tiny_model(), tiny_model(decoder_layers=3)
+    config = DistillConfig(hidden_loss="ffn", matching="static_uniform", encoder_states="never")
+    pupil = DistillModel(student, teacher, config)
+    inputs = batch_of(encoder)
+    _, whole = step(pupil, teacher, Batch.of(inputs))
+    assert set(whole.per_layer) == {"decoder.0", "decoder.1"}
+    # What comes after a position does not change its activation.
+    seen = []
+    for ids in (inputs["decoder_input_ids"], inputs["decoder_input_ids"].clone()):
+        ids[:, -3:] += len(seen)
+        batch = Batch.of({**inputs, "decoder_input_ids": ids, "labels": inputs["labels"]})
+        with pupil.taps["decoder"].open() as taken:
+            heard = student.model.encoder(batch.features).last_hidden_state
+            student.model.decoder(input_ids=ids, encoder_hidden_states=heard, use_cache=False)
+        seen.append(taken[1])
+    assert seen[0].shape[-1] == 128
+    torch.testing.assert_close(seen[0][:, :-3], seen[1][:, :-3])
+    assert not torch.equal(seen[0][:, -1], seen[1][:, -1])
+
+
+@pytest.mark.parametrize("matching", ["dynamic", "restrained", "optimal"])
+def test_gradients_reach_weights_clips_and_projections_but_not_the_teacher(encoder, matching):
+    student = dqw.quantize(tiny_model(), Recipe())
+    teacher = tiny_model(d_model=96, encoder_attention_heads=3, decoder_attention_heads=3,
+                         encoder_layers=3, decoder_layers=4)  # fmt: skip
+    config = DistillConfig(matching=matching, encoder_states="always")
+    pupil = DistillModel(student, teacher.requires_grad_(False), config)
+    assert set(pupil.projections) == {"encoder", "decoder"}
+    taught, losses = step(pupil, teacher, Batch.of(batch_of(encoder)))
+    assert not taught.logits.requires_grad
+    assert not any(s.requires_grad for states in taught.states.values() for s in states.values())
+    (losses.tokens + losses.hidden).backward()
+    for name, parameter in pupil.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            if name.endswith("clip") or name.startswith("projections"):
+                assert parameter.grad.abs().sum() > 0, name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    groups = parameter_groups(
+        pupil, TrainConfig(lr=1.0, clip_lr=2.0, projection_lr=3.0, weight_decay=0.1)
+    )
+    assert [group["lr"] for group in groups] == [1.0, 1.0, 2.0, 3.0]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.0, 0.0]
+    trained = sum(p.requires_grad for p in pupil.parameters())
+    assert sum(len(group["params"]) for group in groups) == trained
+
+
+def test_encoder_states_are_left_out_when_widths_differ_or_it_is_frozen():
+    teacher = tiny_model(d_model=96, encoder_attention_heads=3, decoder_attention_heads=3)
+    assert DistillModel(tiny_model(), teacher, DistillConfig()).stacks == ("decoder",)
+    student = tiny_model()
+    assert DistillModel(student, tiny_model(), DistillConfig()).stacks == ("encoder", "decoder")
+    student.model.encoder.requires_grad_(False)
+    assert DistillModel(student, tiny_model(), DistillConfig()).stacks == ("decoder",)
+    assert DistillModel(student, teacher, DistillConfig(hidden=0.0)).stacks == ()
+
+
+def test_spec_augment_masks_a_copy_and_leaves_the_config_alone():
+    model = tiny_model().train()
+    before = model.config.to_dict()
+    features = torch.ones(2, 80, 100)
+    with spec_augment(model.config, SpecAugmentConfig(time_prob=0.2, feature_prob=0.1)):
+        masked = model.model._mask_input_features(features.clone())
+    assert (masked == 0).any() and (features == 1).all()
+    assert model.config.to_dict() == before
+
+
+# Whole runs
+
+
+def test_the_student_learns_and_the_teacher_stays(tmp_path):
+    teacher, student = tiny_model(), tiny_model()
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.randn_like(p) * 0.02 * p.requires_grad)
+    before, started = weights(teacher), weights(student)
+    reports = []
+    plan = TrainConfig(steps=12, batch_size=3, lr=3e-3, tensorboard=False)
+    result = run(tmp_path, student, teacher, train=plan, progress=reports.append)
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+    assert not all(torch.equal(started[k], v) for k, v in student.state_dict().items())
+    assert reports[-1].losses["kl"] < reports[0].losses["kl"]
+    assert reports[-1].losses["hidden"] < reports[0].losses["hidden"]
+    assert result.steps == 12 and result.examples == 6 and not student.training
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert {"loss", "ce", "kl", "hidden", "hidden/decoder.1", "matching"} <= set(rows[0])
+    parts = 0.1 * rows[3]["ce"] + 0.9 * rows[3]["kl"] + 0.5 * rows[3]["hidden"]
+    assert rows[3]["loss"] == pytest.approx(parts, rel=0.02)  # CE and KL are means of batch means
+
+
+def test_no_pickle_is_written(tmp_path):
+    run(tmp_path, train=TrainConfig(steps=2, batch_size=2))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {p.suffix for p in files if "tensorboard" not in str(p)} == {
+        ".safetensors",
+        ".json",
+        ".jsonl",
+    }
+    assert any("tfevents" in path.name for path in files)
+
+
+def test_accumulated_batches_equal_one_large_batch(tmp_path):
+    """Texts differ in length, so a mean of means would not do."""
+    config = DistillConfig(hidden=0.0)
+    states = []
+    for index, (size, parts) in enumerate([(6, 1), (2, 3)]):
+        student = tiny_model()
+        plan = TrainConfig(steps=1, batch_size=size, accumulate=parts, lr=1e-3, tensorboard=False)
+        teacher = tiny_model()
+        nn.init.normal_(teacher.proj_out.weight, std=0.1)
+        run(tmp_path / str(index), student, teacher, config, plan)
+        states.append(
+            store.load_file(str(tmp_path / f"{index}/checkpoint-1/optimizer.safetensors"))
+        )
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-7)
+
+
+def test_joint_training_moves_clips_and_freezes_to_what_was_trained(tmp_path):
+    student = dqw.quantize(tiny_model(), Recipe())
+    clips_before = {n: p.clone() for n, p in student.named_parameters() if n.endswith("clip")}
+    guidance = GuidanceConfig(mode="mutual", interval=2, smoothing=0.2)
+    result = run(tmp_path, student, guidance=guidance)
+    after = dict(student.named_parameters())
+    assert any(not torch.equal(after[name], value) for name, value in clips_before.items())
+    rows = [json.loads(line) for line in (tmp_path / "guidance.jsonl").open()]
+    assert [row["step"] for row in rows] == [0, 2]
+    assert tuple(rows[-1]["quantized"]) == result.choice.quantized
+    assert set(rows[0]["quant_loss"]) == set(rows[0]["distill_loss"])
+    for name, module in dqw.quant_modules(student).items():
+        unit = ".".join(name.split(".")[:4])
+        assert module.chosen == (unit in result.choice.quantized or ".layers." not in name)
+
+
+@pytest.mark.parametrize("mode", ["all", "random"])
+def test_runs_repeat_themselves(tmp_path, mode):
+    made = []
+    for name in ("a", "b"):
+        student = dqw.quantize(tiny_model(), Recipe())
+        np.random.seed(len(made))
+        torch.manual_seed(len(made))
+        run(tmp_path / name, student, guidance=GuidanceConfig(mode=mode, interval=1))
+        made.append(weights(student))
+    assert all(torch.equal(made[0][k], made[1][k]) for k in made[0])
+
+
+def test_frozen_encoder_and_other_teachers(tmp_path):
+    teacher = tiny_model(d_model=96, encoder_attention_heads=3, decoder_attention_heads=3,
+                         decoder_layers=4).bfloat16()  # fmt: skip
+    student = tiny_model()
+    before = weights(student.model.encoder)
+    plan = TrainConfig(steps=2, batch_size=2, lr=1e-3, freeze_encoder=True, tensorboard=False)
+    config = DistillConfig(spec_augment=SpecAugmentConfig(time_prob=0.1), projection="layer")
+    run(tmp_path, student, teacher, config, plan)
+    assert all(torch.equal(before[k], v) for k, v in student.model.encoder.state_dict().items())
+    assert teacher.dtype == torch.bfloat16
+    assert not any("projection" in name for name in student.state_dict())
+
+
+def test_models_that_do_not_fit(tmp_path):
+    for teacher, words in (
+        (tiny_model(vocab_size=264), "263 tokens and the teacher 264"),
+        (tiny_model(num_mel_bins=128), "the teacher's own processor"),
+        (tiny_model(max_target_positions=32), "max_target_positions"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(tmp_path, teacher=teacher)
+    student = tiny_model()
+    with pytest.raises(UserError, match="are one model"):
+        run(tmp_path, student, student)
+    with pytest.raises(UserError, match="distillation loss"):
+        run(tmp_path, config=DistillConfig(hidden=0), guidance=GuidanceConfig(mode="mutual"))
+    assert is_multilingual(student)
+
+
+# Checkpoints
+
+
+def test_a_folder_in_use_and_a_run_with_other_settings(tmp_path):
+    run(tmp_path)
+    with pytest.raises(UserError, match="pass resume"):
+        run(tmp_path)
+    with pytest.raises(UserError, match=r"train.lr = 0.001, now it is 0.01"):
+        run(tmp_path, train=TrainConfig(steps=3, batch_size=2, lr=1e-2, clip_lr=1e-3), resume=True)
+    with pytest.raises(UserError, match=r"data.clips = 6, now it is 4"):
+        run(tmp_path, items=clips(4), resume=True)
+    student = tiny_model()
+    done = run(tmp_path, student, resume=True)
+    assert done.resumed_from == 3 and done.losses == {}
+    saved = load_file(str(tmp_path / "checkpoint-3/model.safetensors"))
+    assert all(torch.equal(saved[f"student.{k}"], v) for k, v in student.named_parameters())
+
+
+def test_half_written_checkpoints_are_never_taken(tmp_path):
+    run(tmp_path, train=TrainConfig(steps=3, batch_size=2, save_steps=1, tensorboard=False))
+    assert [path.name for path in store.checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    (tmp_path / ".unfinished-4").mkdir()
+    with open(tmp_path / "checkpoint-3/optimizer.safetensors", "r+b") as file:
+        file.truncate(100)
+    assert store.newest(tmp_path).name == "checkpoint-2"
+    (tmp_path / "checkpoint-2/run.json").write_text("{")
+    assert store.newest(tmp_path) is None
+    store.clean(tmp_path)
+    assert not list(tmp_path.glob(".unfinished*"))
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "save_model", full)
+    with pytest.raises(UserError, match="no space left for a checkpoint"):
+        run(tmp_path)
+    assert not list(tmp_path.glob(".unfinished*"))
+
+
+RESUMABLE = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from speech_helpers import clips, tiny_model, tiny_processor
+import dqw
+from dqw.distill import DistillConfig, GuidanceConfig, TrainConfig, distill
+from dqw.distill.config import AugmentConfig, SpecAugmentConfig
+from dqw.recipe import QuantConfig, Recipe
+student = tiny_model(dropout=0.1)
+dqw.quantize(student, Recipe(quant=QuantConfig(rest_bits=8)))
+teacher = tiny_model(d_model=96, encoder_attention_heads=3, decoder_attention_heads=3, decoder_layers=4)
+config = DistillConfig(
+    matching="optimal", matching_interval=3, spec_augment=SpecAugmentConfig(time_prob=0.2),
+    augment=AugmentConfig(noise=0.5, speed=0.1, concatenate=0.3), encoder_states="always",
+)
+guidance = GuidanceConfig(mode="mutual", interval=4, smoothing=0.5)
+train = TrainConfig(
+    steps=16, batch_size=2, accumulate=2, lr=1e-3, clip_lr=1e-3, save_steps=1, warmup_steps=3,
+    tensorboard=False, schedule="cosine",
+)
+distill(
+    student, teacher, tiny_processor(), clips(7), sys.argv[1], config, guidance=guidance, train=train,
+    resume=True, progress=lambda report: print(report.step, flush=True),
+)
+"""
+
+
+def start(folder: Path, script: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(Path(dqw.__file__).parent.parent)}
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script), str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def test_a_killed_run_ends_with_the_same_weights(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(RESUMABLE.format(tests=str(Path(__file__).parent)))
+    whole = start(tmp_path / "whole", script)
+    assert whole.stdout.read().split() == [str(i) for i in range(1, 17)]
+    assert whole.wait() == 0
+    dice = random.Random(time.time_ns())
+    broken, kills = tmp_path / "broken", 0
+    for _ in range(3):
+        process = start(broken, script)
+        last = dice.randint(1, 4)
+        for count, _line in enumerate(process.stdout, start=1):
+            if count == last:
+                time.sleep(dice.random() * 0.1)
+                process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 3
+    final = start(broken, script)
+    final.stdout.read()
+    assert final.wait() == 0
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        expected = load_file(str(tmp_path / "whole/checkpoint-16" / name))
+        found = load_file(str(broken / "checkpoint-16" / name))
+        assert expected.keys() == found.keys()
+        different = [k for k in expected if not torch.equal(expected[k], found[k])]
+        assert not different, different[:5]
+    for log in ("log.jsonl", "guidance.jsonl"):
+        expected = [json.loads(line) for line in (tmp_path / "whole" / log).open()]
+        found = [json.loads(line) for line in (broken / log).open()]
+        for row in [*expected, *found]:
+            row.pop("seconds_per_step", None)
+        assert expected == found
