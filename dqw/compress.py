@@ -81,10 +81,10 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
         items = load_items(job.data, language=job.language)
         seconds = sum(item.seconds or 0 for item in items)
         say(f"data: {len(items)} clips, {seconds / 60:.1f} min")
-    teacher, student, processor = load_models(job, say)
+    teacher, student, processor, teacher_processor = load_models(job, say)
     quantize_student(student, recipe, say)
     if not job.ptq_only:
-        train(job, recipe, student, teacher, processor, items, say)
+        train(job, recipe, student, teacher, processor, items, teacher_processor)
     folder = save_student(student, processor, job.out, provenance(job, recipe))
     say(f"wrote {folder}: {model_mib(folder):.1f} MiB without the tokenizer")
     return folder
@@ -112,8 +112,13 @@ def check_output(job: Job) -> None:
 
 def load_models(
     job: Job, say: Say
-) -> tuple[WhisperForConditionalGeneration, WhisperForConditionalGeneration, WhisperProcessor]:
-    """Teacher, student (both float32, on the CPU) and the student's processor."""
+) -> tuple[
+    WhisperForConditionalGeneration,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperProcessor,
+]:
+    """Teacher and student (float32, on the CPU), the student's processor and the teacher's."""
     import copy
 
     from dqw.convert import quant_modules
@@ -123,7 +128,8 @@ def load_models(
     if job.student and job.student_layers:
         raise UserError("--student and --student-layers exclude each other: give one of them.")
     say(f"teacher: {job.teacher}")
-    teacher, processor = load_whisper(job.teacher)
+    teacher, teacher_processor = load_whisper(job.teacher)
+    processor = teacher_processor
     if job.student_layers:
         student = cut_student(teacher, *job.student_layers)
     elif job.student and job.student != job.teacher:
@@ -139,12 +145,7 @@ def load_models(
             f"teacher and student have vocabularies of {a.vocab_size} and {b.vocab_size} tokens: "
             "take both multilingual, or both English-only, and of one generation."
         )
-    if a.num_mel_bins != b.num_mel_bins:
-        raise UserError(
-            f"teacher and student hear {a.num_mel_bins} and {b.num_mel_bins} mel bins: "
-            "take two models of one generation."
-        )
-    return teacher, student, processor
+    return teacher, student, processor, teacher_processor
 
 
 def quantize_student(student: WhisperForConditionalGeneration, recipe: Recipe, say: Say) -> None:
@@ -167,7 +168,7 @@ def train(
     teacher: WhisperForConditionalGeneration,
     processor: WhisperProcessor,
     items: list[Item],
-    say: Say,
+    teacher_processor: WhisperProcessor | None = None,
 ) -> None:
     """Distil ``teacher`` into the quantized ``student``, in place; resumable in ``job.run``."""
     from dqw.distill import distill
@@ -190,11 +191,12 @@ def train(
         teacher,
         processor,
         items,
-        distill=recipe.distill,
+        run,
+        recipe.distill,
         guidance=recipe.guidance,
         train=recipe.train,
-        output_dir=run,
         resume=job.resume,
+        teacher_processor=teacher_processor,
     )
     (run / "finished").touch()
 

@@ -94,6 +94,25 @@ class QuantConfig:
     skip: list[str] = field(default_factory=list)
     override: list[Override] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """Raise UserError for a value no layer could have, before anything long is started."""
+        self.linear_spec()
+        for bits in (self.embedding_bits, self.conv_bits, self.rest_bits):
+            if bits:
+                QuantSpec(bits=bits)
+        for rule in self.override:
+            _overridden(self.linear_spec(), rule)
+
+    def linear_spec(self) -> QuantSpec:
+        """The spec of a Linear layer that no override changes."""
+        return QuantSpec(
+            bits=self.bits,
+            grid=self.grid,
+            group_size=self.group_size or None,
+            activations=self.activations,
+            weight_norm=self.weight_norm,
+        )
+
 
 @dataclass
 class Recipe:
@@ -149,13 +168,7 @@ class Recipe:
         Position embeddings stay float. Raises UserError if an override or a skip matches no layer.
         """
         q = self.quant
-        base = QuantSpec(
-            bits=q.bits,
-            grid=q.grid,
-            group_size=q.group_size or None,
-            activations=q.activations,
-            weight_norm=q.weight_norm,
-        )
+        base = q.linear_spec()
         plan: dict[str, QuantSpec] = {}
         names: list[str] = []
         for name, module in model.named_modules():

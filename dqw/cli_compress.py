@@ -1,0 +1,145 @@
+"""``dqw compress`` and ``dqw demo``: options in, a recipe and a job out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dqw.cli import app, err
+from dqw.errors import UserError
+
+_COMPRESS_EXAMPLES = (
+    "Examples: dqw compress --teacher openai/whisper-small --student openai/whisper-base "
+    "--data speech/manifest.jsonl --language ja --bits 4 --grid apot --out base-ja-4bit; "
+    "without training: dqw compress --teacher openai/whisper-base --ptq-only --out base-4bit"
+)
+
+
+@app.command(epilog=_COMPRESS_EXAMPLES)
+def compress(
+    teacher: Annotated[
+        str, typer.Option(help="Hub id, Hugging Face folder or faster-whisper folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist.")],
+    student: Annotated[
+        str | None, typer.Option(help="The same; left out: a copy of the teacher.")
+    ] = None,
+    student_layers: Annotated[
+        str | None,
+        typer.Option(help="Cut the student from the teacher: encoder,decoder layers, like 4,4."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="manifest.jsonl, audio folder, or Hugging Face dataset name:config:split; "
+            "audio without text is labelled by the teacher."
+        ),
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Language of clips that name none, such as ja.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="A TOML file, or one that ships: default, paper-base, paper-tiny.")
+    ] = "default",
+    bits: Annotated[int | None, typer.Option(help="Bits of Linear weights, 2 to 8.")] = None,
+    grid: Annotated[str | None, typer.Option(help="apot, pot or uniform.")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="32, 64, 128 columns a scale; 0: one scale a row.")
+    ] = None,
+    embedding_bits: Annotated[
+        int | None, typer.Option(help="Bits of the embedding and output projection; 0: float.")
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="float, or int8: faster on a CPU, learned with.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps; 0: by epochs.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Clips a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of the weights.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data order and augmentation.")] = None,
+    ptq_only: Annotated[
+        bool, typer.Option("--ptq-only", help="Quantize without training; needs no data.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the unfinished run in OUT.run.")
+    ] = False,
+) -> None:
+    """Make a Whisper small: distil a teacher into a quantized student, and write a folder."""
+    from dqw.compress import Job
+    from dqw.compress import compress as run
+    from dqw.whisper.student import parse_layers
+
+    chosen = load_recipe(
+        recipe,
+        quant={
+            "bits": bits,
+            "grid": grid,
+            "group_size": group_size,
+            "embedding_bits": embedding_bits,
+            "activations": activations,
+        },
+        train={
+            "steps": steps,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "lr": lr,
+            "seed": seed,
+            "language": language,
+        },
+    )
+    job = Job(
+        teacher=teacher,
+        out=out,
+        student=student,
+        data=data,
+        student_layers=parse_layers(student_layers) if student_layers else None,
+        language=language,
+        ptq_only=ptq_only,
+        resume=resume,
+    )
+    run(job, chosen, lambda line: err.print(line))
+
+
+@app.command(epilog="Example: dqw demo --out runs/demo")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of everything the demo makes.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """Compress whisper-base on this machine and show what it costs, in some minutes."""
+    from rich.console import Console
+
+    from dqw.demo import run_demo
+
+    run_demo(out, Console(highlight=False))
+
+
+def load_recipe(name: str, **overrides: dict[str, Any]) -> Any:
+    """The recipe ``name`` (a file, or one that ships) with the options that were given.
+
+    The embedding follows ``bits`` unless the recipe or ``embedding_bits`` says otherwise.
+    """
+    from importlib.resources import files
+
+    from dqw.recipe import Recipe
+
+    shipped = files("dqw") / "recipes" / f"{name}.toml"
+    path = Path(name)
+    if not path.suffix and shipped.is_file():
+        recipe = Recipe.from_toml(str(shipped))
+    elif path.suffix != ".toml":
+        names = sorted(f.name[:-5] for f in (files("dqw") / "recipes").iterdir())
+        raise UserError(f"recipe {name!r} is not known: give a TOML file or {', '.join(names)}.")
+    else:
+        recipe = Recipe.from_toml(path)
+    data = recipe.to_dict()
+    for table, values in overrides.items():
+        given = {key: value for key, value in values.items() if value is not None}
+        data[table] |= given
+        if table == "quant" and "bits" in given and "embedding_bits" not in given:
+            data["quant"]["embedding_bits"] = given["bits"]
+        if table == "train" and "epochs" in given and "steps" not in given:
+            data["train"]["steps"] = 0
+    return Recipe.from_dict(data, where="the options")
