@@ -1,0 +1,128 @@
+// Packed codes to levels and floats over the lanes of isa_*.h.
+#pragma once
+
+namespace dqw {
+namespace {
+
+template <int N>
+struct Int {
+    static constexpr int value = N;
+};
+
+template <class F>
+DQW_INLINE void with_bits(int bits, const F& f) {
+    switch (bits) {
+        case 2:
+            return f(Int<2>());
+        case 3:
+            return f(Int<3>());
+        case 4:
+            return f(Int<4>());
+        case 5:
+            return f(Int<5>());
+        case 6:
+            return f(Int<6>());
+        case 7:
+            return f(Int<7>());
+        default:
+            return f(Int<8>());
+    }
+}
+
+// f(Int<0>()) … f(Int<N - 1>()), unrolled.
+template <int N, class F>
+DQW_INLINE void unroll(const F& f) {
+    if constexpr (N > 0) {
+        unroll<N - 1>(f);
+        f(Int<N - 1>());
+    }
+}
+
+constexpr int kVectors = 64 / W;  // registers of 32-bit lanes for a block of codes
+
+DQW_INLINE float scale_at(const Packed& w, int64_t row, int64_t group) {
+    const int64_t i = row * w.scale_stride + group;
+    return w.scale_is_half ? half_to_float(((const uint16_t*)w.scale)[i])
+                           : ((const float*)w.scale)[i];
+}
+// Scales of columns 64 b … 64 b + 63, if groups are multiples of 32 columns: of each half.
+DQW_INLINE void scales_of_block(const Packed& w, int64_t row, int64_t b, float& first,
+                                float& second) {
+    const int64_t begin = b * 64, last = w.cols - 1;
+    first = scale_at(w, row, begin / w.group);
+    second = scale_at(w, row, (begin + 32 < last ? begin + 32 : last) / w.group);
+}
+
+// Levels of a block as integers: low + 256 * high.
+template <int B>
+struct Levels {
+    Table<B> low, high;
+    bool wide;
+    explicit Levels(const Packed& w) : low(w.low, 0), high(w.high, 0), wide(w.wide) {}
+    void operator()(const uint8_t* p, i32 (&out)[kVectors]) const {
+        const Bytes c = codes<B>(p), l = low(c);
+        unroll<kVectors>([&](auto j) { out[j.value] = widen<j.value>(l); });
+        if (!wide) return;
+        const Bytes h = high(c);
+        unroll<kVectors>([&](auto j) {
+            const i32 x = widen<j.value>(h);
+            out[j.value] = add_int(out[j.value], shift_left_8(x));
+        });
+    }
+};
+
+// The weights of one row, a block at a time: float(level) * scale, rounded once.
+template <int B>
+struct Weights {
+    const Packed& w;
+    Levels<B> levels;
+    explicit Weights(const Packed& w) : w(w), levels(w) {}
+    void operator()(int64_t row, int64_t b, f32 (&out)[kVectors]) const {
+        i32 level[kVectors];
+        levels(w.data + row * w.row_bytes + b * 8 * B, level);
+        if (w.group == 0 || w.group % 64 == 0) {
+            const f32 s = all(scale_at(w, row, w.group == 0 ? 0 : b * 64 / w.group));
+            for (int j = 0; j < kVectors; j++) out[j] = mul(to_float(level[j]), s);
+            return;
+        }
+        float s[64];  // any other group size: a scale for every column
+        const int64_t groups = (w.cols + w.group - 1) / w.group;
+        for (int64_t i = 0; i < 64; i++) {
+            const int64_t g = (b * 64 + i) / w.group;
+            s[i] = scale_at(w, row, g < groups ? g : groups - 1);
+        }
+        for (int j = 0; j < kVectors; j++) out[j] = mul(to_float(level[j]), load(s + j * W));
+    }
+};
+
+void run_dequantize(const Packed& w, int64_t row, float* out) {
+    with_bits(w.bits, [&](auto bits) {
+        const Weights<bits.value> weights(w);
+        f32 v[kVectors];
+        for (int64_t b = 0; b < w.blocks; b++) {
+            weights(row, b, v);
+            for (int j = 0; j < kVectors; j++) {
+                const int64_t i = b * 64 + j * W, n = w.cols - i;
+                if (n >= W) {
+                    write<Type::f32>(out, i, v[j]);
+                } else if (n > 0) {
+                    write<Type::f32>(out, i, v[j], n);
+                }
+            }
+        }
+    });
+}
+
+void run_levels(const Packed& w, int64_t row, int16_t* out) {  // padded to whole blocks
+    with_bits(w.bits, [&](auto bits) {
+        const Levels<bits.value> levels(w);
+        i32 v[kVectors];
+        for (int64_t b = 0; b < w.blocks; b++) {
+            levels(w.data + row * w.row_bytes + b * 8 * bits.value, v);
+            for (int j = 0; j < kVectors; j++) store_words(out + b * 64 + j * W, v[j]);
+        }
+    });
+}
+
+}  // namespace
+}  // namespace dqw

@@ -1,0 +1,97 @@
+// Which tier runs: the best that processor and operating system support, or a lesser one by the
+// environment variable DQW_CPU_ISA or torch.ops.dqw_cpu.set_instruction_set.
+
+#include <atomic>
+#include <cstdio>
+
+#include "tensors.h"
+
+namespace dqw {
+namespace {
+
+const Tier kScalar = {"scalar", &fake_quant_scalar, &linear_scalar};
+
+#if defined(__x86_64__)
+const Tier kAvx2 = {"avx2", &fake_quant_avx2, &linear_avx2};
+const Tier kAvx512 = {"avx512", &fake_quant_avx512, &linear_avx512};
+
+// __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+// What this machine runs, best first.
+std::vector<const Tier*> tiers() {
+    std::vector<const Tier*> found;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (has_avx512()) found.push_back(&kAvx512);
+    if (has_avx2()) found.push_back(&kAvx2);
+#endif
+    found.push_back(&kScalar);
+    return found;
+}
+
+const Tier* find(const std::string& name) {
+    for (const Tier* t : tiers()) {
+        if (name == t->name) return t;
+    }
+    return nullptr;
+}
+
+const Tier* choose() {
+    const char* wanted = std::getenv("DQW_CPU_ISA");
+    if (wanted != nullptr && *wanted != '\0') {
+        if (const Tier* t = find(wanted)) return t;
+        std::fprintf(stderr,
+                     "dqw: DQW_CPU_ISA=%s is not something this machine runs; using %s. "
+                     "It may be scalar, avx2 or avx512.\n",
+                     wanted, tiers().front()->name);
+    }
+    return tiers().front();
+}
+
+std::atomic<const Tier*>& current() {
+    static std::atomic<const Tier*> t{choose()};
+    return t;
+}
+
+std::string instruction_set() { return current().load()->name; }
+
+std::string instruction_sets() {
+    std::string names;
+    for (const Tier* t : tiers()) names += (names.empty() ? "" : " ") + std::string(t->name);
+    return names;
+}
+
+// Returns the name it replaces.
+std::string set_instruction_set(std::string name) {
+    const Tier* t = find(name);
+    DQW_CHECK(t != nullptr, "this machine runs ", instruction_sets(), ", not ", name);
+    return current().exchange(t)->name;
+}
+
+}  // namespace
+
+const Tier& tier() { return *current().load(std::memory_order_relaxed); }
+
+}  // namespace dqw
+
+STABLE_TORCH_LIBRARY(dqw_cpu, m) {
+    m.def("instruction_set() -> str");
+    m.def("instruction_sets() -> str");
+    m.def("set_instruction_set(str name) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dqw_cpu, CompositeExplicitAutograd, m) {
+    m.impl("instruction_set", TORCH_BOX(&dqw::instruction_set));
+    m.impl("instruction_sets", TORCH_BOX(&dqw::instruction_sets));
+    m.impl("set_instruction_set", TORCH_BOX(&dqw::set_instruction_set));
+}

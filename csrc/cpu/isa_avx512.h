@@ -1,0 +1,259 @@
+// AVX-512 (F, BW, VL, DQ, VBMI, VNNI) as the loops want it: Ice Lake, Zen 4 and later.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#define DQW_INLINE static inline __attribute__((always_inline))
+
+namespace dqw {
+namespace {
+
+constexpr int W = 16;             // 32-bit lanes of a register
+constexpr int kByteOffset = 128;  // vpdpbusd takes unsigned bytes: weights are stored +128
+
+constexpr int kGemvRows = 4, kGemvOutputs = 4;
+constexpr int kTileVectors = 2;
+constexpr int kInt8BlockRows = 12, kFloatBlockRows = 12, kGroupBlockRows = 6;
+
+using f32 = __m512;
+using i32 = __m512i;
+
+DQW_INLINE __mmask16 lanes(int64_t n) { return (__mmask16)((1u << n) - 1); }
+
+DQW_INLINE f32 zero() { return _mm512_setzero_ps(); }
+DQW_INLINE f32 all(float x) { return _mm512_set1_ps(x); }
+DQW_INLINE f32 load(const float* p) { return _mm512_loadu_ps(p); }
+DQW_INLINE void store(float* p, f32 x) { _mm512_storeu_ps(p, x); }
+DQW_INLINE f32 add(f32 a, f32 b) { return _mm512_add_ps(a, b); }
+DQW_INLINE f32 sub(f32 a, f32 b) { return _mm512_sub_ps(a, b); }
+DQW_INLINE f32 mul(f32 a, f32 b) { return _mm512_mul_ps(a, b); }
+DQW_INLINE f32 fma(f32 a, f32 b, f32 c) { return _mm512_fmadd_ps(a, b, c); }
+// Of a NaN in `a`, both give `b`.
+DQW_INLINE f32 min(f32 a, f32 b) { return _mm512_min_ps(a, b); }
+DQW_INLINE f32 max(f32 a, f32 b) { return _mm512_max_ps(a, b); }
+DQW_INLINE f32 absolute(f32 x) { return _mm512_abs_ps(x); }
+DQW_INLINE f32 round_even(f32 x) { return _mm512_roundscale_ps(x, 0x08); }
+DQW_INLINE f32 copy_sign(f32 magnitude, f32 sign) {  // bitwise: top bit from `sign`
+    const __m512i top = _mm512_set1_epi32((int)0x80000000);
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(top, _mm512_castps_si512(sign),
+                                                         _mm512_castps_si512(magnitude), 0xca));
+}
+DQW_INLINE f32 flip_sign(f32 x, f32 sign) {  // -x where `sign` is negative
+    const __m512i top = _mm512_set1_epi32((int)0x80000000);
+    return _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(_mm512_castps_si512(x), top, _mm512_castps_si512(sign), 0x78));
+}
+DQW_INLINE f32 where_nan(f32 x, f32 then, f32 otherwise) {
+    return _mm512_mask_mov_ps(otherwise, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), then);
+}
+DQW_INLINE f32 where_not_above(f32 x, f32 limit, f32 then, f32 otherwise) {  // false for a NaN
+    return _mm512_mask_mov_ps(otherwise, _mm512_cmp_ps_mask(x, limit, _CMP_LE_OQ), then);
+}
+DQW_INLINE float sum(f32 x) { return _mm512_reduce_add_ps(x); }
+
+DQW_INLINE i32 all_int(int32_t x) { return _mm512_set1_epi32(x); }
+DQW_INLINE i32 load_int(const void* p) { return _mm512_loadu_si512(p); }
+DQW_INLINE void store_int(void* p, i32 x) { _mm512_storeu_si512(p, x); }
+DQW_INLINE i32 add_int(i32 a, i32 b) { return _mm512_add_epi32(a, b); }
+DQW_INLINE i32 sub_int(i32 a, i32 b) { return _mm512_sub_epi32(a, b); }
+DQW_INLINE i32 shift_left_8(i32 x) { return _mm512_slli_epi32(x, 8); }
+DQW_INLINE i32 max_int(i32 a, i32 b) { return _mm512_max_epi32(a, b); }
+DQW_INLINE i32 bits_of(f32 x) { return _mm512_castps_si512(x); }
+DQW_INLINE i32 truncate(f32 x) { return _mm512_cvttps_epi32(x); }
+DQW_INLINE f32 to_float(i32 x) { return _mm512_cvtepi32_ps(x); }
+DQW_INLINE int32_t sum_int(i32 x) { return _mm512_reduce_add_epi32(x); }
+DQW_INLINE int32_t largest_int(i32 x) { return _mm512_reduce_max_epi32(x); }
+DQW_INLINE void store_bytes(int8_t* p, i32 x) {  // lanes -128..127
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x));
+}
+DQW_INLINE void store_words(int16_t* p, i32 x) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x));
+}
+
+// acc + the four products of bytes in each lane; w unsigned (+128), q signed.
+DQW_INLINE i32 dot(i32 acc, i32 w, i32 q) { return _mm512_dpbusd_epi32(acc, w, q); }
+
+// ---- float32, float16, bfloat16 in memory ----
+
+DQW_INLINE __m512 from_bf16(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+DQW_INLINE __m256i to_bf16(__m512 x) {  // to nearest even; NaN stays NaN
+    const __m512i b = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_add_epi32(b, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q),
+                              _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
+}
+
+template <Type T>
+DQW_INLINE f32 read(const void* p, int64_t i) {
+    if constexpr (T == Type::f32) return _mm512_loadu_ps((const float*)p + i);
+    const __m256i x = _mm256_loadu_si256((const __m256i*)((const uint16_t*)p + i));
+    return T == Type::f16 ? _mm512_cvtph_ps(x) : from_bf16(x);
+}
+template <Type T>
+DQW_INLINE f32 read(const void* p, int64_t i, int64_t n) {  // the first n lanes, zeros behind
+    if constexpr (T == Type::f32) return _mm512_maskz_loadu_ps(lanes(n), (const float*)p + i);
+    const __m256i x = _mm256_maskz_loadu_epi16(lanes(n), (const uint16_t*)p + i);
+    return T == Type::f16 ? _mm512_cvtph_ps(x) : from_bf16(x);
+}
+template <Type T>
+DQW_INLINE void write(void* p, int64_t i, f32 x) {
+    if constexpr (T == Type::f32) return _mm512_storeu_ps((float*)p + i, x);
+    const __m256i y = T == Type::f16 ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT) : to_bf16(x);
+    _mm256_storeu_si256((__m256i*)((uint16_t*)p + i), y);
+}
+template <Type T>
+DQW_INLINE void write(void* p, int64_t i, f32 x, int64_t n) {
+    if constexpr (T == Type::f32) return _mm512_mask_storeu_ps((float*)p + i, lanes(n), x);
+    const __m256i y = T == Type::f16 ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT) : to_bf16(x);
+    _mm256_mask_storeu_epi16((uint16_t*)p + i, lanes(n), y);
+}
+DQW_INLINE float half_to_float(uint16_t x) { return _cvtsh_ss(x); }
+
+// ---- level lookup for fake quantization: k = floor(2|x|/scale) to a level ----
+
+struct Uniform {
+    explicit Uniform(const Grid&) {}
+    f32 operator()(i32 k) const { return to_float(_mm512_srli_epi32(add_int(k, all_int(1)), 1)); }
+};
+struct Table32 {  // up to 32 entries: both halves of the table in registers
+    f32 low, high;
+    explicit Table32(const Grid& g) : low(load(g.levels)), high(load(g.levels + 16)) {}
+    f32 operator()(i32 k) const { return _mm512_permutex2var_ps(low, k, high); }
+};
+struct Table128 {  // as bytes; the three upper bytes of an index are 0 and fetch level 0
+    i32 low, high;
+    explicit Table128(const Grid& g) : low(load_int(g.bytes)), high(load_int(g.bytes + 64)) {}
+    f32 operator()(i32 k) const { return to_float(_mm512_permutex2var_epi8(low, k, high)); }
+};
+struct Table256 {
+    i32 a, b, c, d;
+    explicit Table256(const Grid& g)
+        : a(load_int(g.bytes)),
+          b(load_int(g.bytes + 64)),
+          c(load_int(g.bytes + 128)),
+          d(load_int(g.bytes + 192)) {}
+    f32 operator()(i32 k) const {
+        const i32 first = _mm512_permutex2var_epi8(a, k, b);
+        const i32 second = _mm512_permutex2var_epi8(c, k, d);
+        return to_float(_mm512_mask_mov_epi8(first, _mm512_movepi8_mask(k), second));
+    }
+};
+struct Gather {
+    const float* levels;
+    explicit Gather(const Grid& g) : levels(g.levels) {}
+    f32 operator()(i32 k) const { return _mm512_i32gather_ps(k, levels, 4); }
+};
+template <class F>
+DQW_INLINE void with_lookup(const Grid& g, const F& f) {
+    if (g.kind == Grid::uniform) return f(Uniform(g));
+    if (g.size <= 32) return f(Table32(g));
+    if (g.size <= 128) return f(Table128(g));
+    if (g.size <= 256) return f(Table256(g));
+    f(Gather(g));
+}
+
+// ---- packed codes: a block of 64 codes is one register of bytes ----
+
+constexpr int kParts = 1;  // registers of a block
+struct Bytes {
+    i32 part[kParts];
+};
+
+template <int B>
+DQW_INLINE Bytes codes(const uint8_t* p) {
+    if constexpr (B == 8) return {{load_int(p)}};
+    i32 c = _mm512_setzero_si512();
+    if constexpr (B & 4) {
+        const __m256i x = _mm256_loadu_si256((const __m256i*)p);
+        c = _mm512_inserti64x4(_mm512_castsi256_si512(x), _mm256_srli_epi16(x, 4), 1);
+        c = _mm512_and_si512(c, _mm512_set1_epi8(15));
+        p += 32;
+    }
+    if constexpr (B & 2) {
+        constexpr int shift = B & 4;  // where the plane's bits go
+        const __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+        if constexpr (shift == 0) {
+            const __m512i by = _mm512_setr_epi64(0, 0, 2, 2, 4, 4, 6, 6);
+            c = _mm512_and_si512(_mm512_srlv_epi64(x, by), _mm512_set1_epi8(3));
+        } else {  // rotate instead: field i lands on bits 4 and 5
+            const __m512i by = _mm512_setr_epi64(4, 4, 2, 2, 0, 0, 62, 62);
+            c = _mm512_ternarylogic_epi32(c, _mm512_rolv_epi64(x, by), _mm512_set1_epi8(0x30),
+                                          0xf8);
+        }
+        p += 16;
+    }
+    if constexpr (B & 1) {
+        const __mmask64 bit =
+            _cvtu64_mask64(*(const uint64_t __attribute__((may_alias, aligned(1)))*)p);
+        c = _mm512_mask_add_epi8(c, bit, c, _mm512_set1_epi8((char)(1 << (B - 1))));
+    }
+    return {{c}};
+}
+
+// 2^B bytes by code.
+template <int B>
+struct Table {
+    i32 t[B <= 6 ? 1 : B == 7 ? 2 : 4];
+    explicit Table(const int8_t* bytes, int offset) {
+        for (int i = 0; i < (int)(sizeof t / sizeof *t); i++) {
+            t[i] = _mm512_add_epi8(load_int(bytes + 64 * i), _mm512_set1_epi8((char)offset));
+        }
+        if constexpr (B <= 4) t[0] = _mm512_broadcast_i32x4(_mm512_castsi512_si128(t[0]));
+    }
+    Bytes operator()(Bytes c) const {
+        const i32 k = c.part[0];
+        if constexpr (B <= 4) return {{_mm512_shuffle_epi8(t[0], k)}};
+        if constexpr (B <= 6) return {{_mm512_permutexvar_epi8(k, t[0])}};
+        if constexpr (B == 7) return {{_mm512_permutex2var_epi8(t[0], k, t[1])}};
+        if constexpr (B == 8) {
+            const i32 first = _mm512_permutex2var_epi8(t[0], k, t[1]);
+            const i32 second = _mm512_permutex2var_epi8(t[2], k, t[3]);
+            return {{_mm512_mask_mov_epi8(first, _mm512_movepi8_mask(k), second)}};
+        }
+    }
+};
+
+// Bytes 16 j … 16 j + 15 of a block, signed, as 32-bit lanes.
+template <int J>
+DQW_INLINE i32 widen(Bytes b) {
+    return _mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(b.part[0], J));
+}
+// Lanes of part `p` of a block that belong to its first 32 codes get `first`, the rest `second`.
+template <int P>
+DQW_INLINE f32 halves(float first, float second) {
+    return _mm512_insertf32x8(all(first), _mm256_set1_ps(second), 1);
+}
+
+// v[i] lane j <-> v[j] lane i.
+DQW_INLINE void transpose(i32 (&v)[W]) {
+    i32 t[W];
+    for (int i = 0; i < W; i += 4) {
+        const i32 a = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        const i32 b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+        const i32 c = _mm512_unpacklo_epi32(v[i + 2], v[i + 3]);
+        const i32 d = _mm512_unpackhi_epi32(v[i + 2], v[i + 3]);
+        t[i] = _mm512_unpacklo_epi64(a, c);
+        t[i + 1] = _mm512_unpackhi_epi64(a, c);
+        t[i + 2] = _mm512_unpacklo_epi64(b, d);
+        t[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for (int i = 0; i < 4; i++) {  // t[4 r + i] quarter q holds rows 4r..4r+3 of column 4q + i
+        const i32 a = _mm512_shuffle_i32x4(t[i], t[4 + i], 0x88);
+        const i32 b = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0x88);
+        const i32 c = _mm512_shuffle_i32x4(t[i], t[4 + i], 0xdd);
+        const i32 d = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0xdd);
+        v[i] = _mm512_shuffle_i32x4(a, b, 0x88);
+        v[8 + i] = _mm512_shuffle_i32x4(a, b, 0xdd);
+        v[4 + i] = _mm512_shuffle_i32x4(c, d, 0x88);
+        v[12 + i] = _mm512_shuffle_i32x4(c, d, 0xdd);
+    }
+}
+
+}  // namespace
+}  // namespace dqw

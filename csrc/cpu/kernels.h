@@ -1,0 +1,117 @@
+// What the operators ask of one instruction set ("tier"), and how they choose a tier.
+//
+// The operators (fake_quant.cpp, quant_linear.cpp, dequantize.cpp) know torch: they check
+// arguments, allocate, and split the work over threads. The tiers know pointers only. Each tier is
+// compiled with its own flags from the same loops (*_loops.h over isa_*.h), so its files include
+// no torch and no standard library header with inline code: two copies of one inline function,
+// one of them with AVX-512 in it, would be merged by the linker and crash older machines.
+#pragma once
+
+#include <stdint.h>
+
+namespace dqw {
+
+enum class Type : int { f32, f16, bf16 };
+
+// ---- fake quantization: csrc/cpu/fake_quant.cpp ----
+
+// The rounding table: the level of t = 2|x|/scale is levels[floor(min(t, last))].
+struct Grid {
+    enum Kind { uniform, apot4, table };
+    Kind kind;             // the first two need no table: their levels are arithmetic
+    int size;              // entries, 2 * level_max + 1
+    const float* levels;   // `size` of them, zero-padded to at least 32
+    const uint8_t* bytes;  // the same as 256 bytes if size <= 256 (then every level < 256), or null
+};
+
+struct FakeQuant {
+    const void* x;     // (rows, cols), contiguous
+    const void* grad;  // the same; backward only
+    void* y;           // (rows, cols): y, dx, or int16 levels
+    float* dscale;     // (rows, groups): one sum a segment; backward only
+    Type type;         // of x, grad and y
+    int64_t cols;
+    int64_t group;  // columns that share a scale; cols unless grouped
+    const float* scale;
+    int64_t scale_stride;  // from row to row: 0 per tensor, else the number of groups
+    Grid grid;
+};
+
+struct FakeQuantKernels {
+    void (*forward)(const FakeQuant&, int64_t row_begin, int64_t row_end);
+    void (*backward)(const FakeQuant&, int64_t row_begin, int64_t row_end);
+    void (*quantize)(const FakeQuant&, int64_t row_begin, int64_t row_end);
+    void (*activation)(const FakeQuant&, int64_t row_begin, int64_t row_end);
+};
+
+// ---- packed weights: csrc/cpu/quant_linear.cpp, csrc/cpu/dequantize.cpp ----
+
+// A packed matrix (dqw/packing.py), its scales, and its levels split into bytes.
+struct Packed {
+    const uint8_t* data;
+    int bits;
+    int64_t rows, cols;
+    int64_t blocks;     // of 64 codes a row; cols padded = 64 * blocks
+    int64_t row_bytes;  // 8 * bits * blocks
+    const void* scale;
+    bool scale_is_half;
+    int64_t scale_stride;  // from row to row, as above
+    int64_t group;         // columns that share a scale; 0 unless grouped
+    // level = low + 256 * high, low in -128..127. `wide`: some level needs `high`.
+    alignas(64) int8_t low[256];
+    alignas(64) int8_t high[256];
+    bool wide;
+};
+
+struct Linear {
+    Packed w;
+    int64_t m;          // rows of x
+    const float* bias;  // (w.rows), or null
+    void* y;            // (m, w.rows)
+    Type type;          // of x and y
+    // The activations, by one of the tier's prepare functions. Float: x as float32. Int8: q, its
+    // row scales, and the sums that take back the offset of unsigned weights.
+    float* x;             // gemv: (m, padded cols) · gemm: packed by blocks of rows
+    int8_t* q;            // the same layouts
+    float* row_scale;     // (m)
+    int32_t* row_sum;     // (m, groups or 1): sum of q
+    int32_t* lane_start;  // gemv with groups: (m, padded cols / 4): -offset * (sum of 4 q)
+    int64_t block_rows;   // gemm: rows of x in a register block
+};
+
+struct LinearKernels {
+    int gemv_rows;        // gemv takes at most this many rows of x
+    int int8_block_rows;  // register block of the gemm, rows of x
+    int float_block_rows;
+    int group_block_rows;  // int8 with groups: sums and their scaled totals both take registers
+    int tile_rows;         // register block of the gemm, rows of w
+    int byte_offset;       // what the tier adds to levels to make them unsigned
+    // Convert or quantize rows of x (`source`, cols wide, contiguous) into Linear::x or ::q.
+    void (*prepare_float)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
+    void (*prepare_int8)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
+    // y[:, begin:end]; m <= gemv_rows.
+    void (*gemv_float)(const Linear&, int64_t begin, int64_t end);
+    void (*gemv_int8)(const Linear&, int64_t begin, int64_t end);
+    // y[m_begin:m_end, n:n+tile_rows]; m_begin is a multiple of block_rows.
+    void (*gemm_float)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, void* scratch);
+    void (*gemm_int8)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, void* scratch);
+    // Row `row` as float32 level * scale (cols), or as int16 levels.
+    void (*dequantize)(const Packed&, int64_t row, float* out);
+    void (*levels)(const Packed&, int64_t row, int16_t* out);
+};
+
+// ---- tiers: csrc/cpu/dispatch.cpp ----
+
+struct Tier {
+    const char* name;
+    const FakeQuantKernels* fake_quant;
+    const LinearKernels* linear;
+};
+
+extern const FakeQuantKernels fake_quant_scalar, fake_quant_avx2, fake_quant_avx512;
+extern const LinearKernels linear_scalar, linear_avx2, linear_avx512;
+
+// The tier in use: the best that the machine runs, or what DQW_CPU_ISA asks for if it runs that.
+const Tier& tier();
+
+}  // namespace dqw

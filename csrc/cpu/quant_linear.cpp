@@ -1,0 +1,194 @@
+// dqw::quant_linear on the CPU: y = x W^T + bias with packed W.
+//
+//   x (..., K) float32/float16/bfloat16, W (rows, K) packed at 2 to 8 bits, y (..., rows) as x
+//
+//                       few rows of x             many
+//   float activations   gemv: widen in registers  gemm: decode a tile of W, FMA register block
+//   int8 activations    gemv: table, dot product  gemm: the same with integer dot products
+//
+// Exact where the reference is: int8 sums are integers, float weights are level * scale rounded
+// once. Group sizes that are no multiple of 32 and rows longer than the int32 sums allow are rare
+// and go through `general`.
+
+#include "tensors.h"
+
+namespace dqw {
+namespace {
+
+// From this many rows of x on, decoding a tile pays; up to it the gemv runs, a few rows at a time.
+constexpr int64_t kGemvLimit = 4;
+constexpr int64_t kLongestInt8Row = 65536;  // 65536 * 255 * 127 < 2^31
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// What the activations need in memory, carved from one scratch block.
+void place_activations(Linear& a, bool int8) {
+    const int64_t padded = a.w.blocks * 64;
+    const int64_t groups = a.w.group ? ceil_div(a.w.cols, a.w.group) : 1;
+    if (!int8) {
+        a.x = static_cast<float*>(scratch<0>((a.m * padded + 64) * sizeof(float)));
+        return;
+    }
+    const size_t q = (a.m * padded + 63) / 64 * 64, lanes = q, sums = a.m * groups * 4;
+    char* p = static_cast<char*>(scratch<0>(q + lanes + sums + a.m * 4 + 64));
+    a.q = reinterpret_cast<int8_t*>(p);
+    a.lane_start = reinterpret_cast<int32_t*>(p + q);
+    a.row_sum = reinterpret_cast<int32_t*>(p + q + lanes);
+    a.row_scale = reinterpret_cast<float*>(p + q + lanes + sums);
+}
+
+void gemv(Linear& a, const void* x, bool int8, const LinearKernels& k) {
+    place_activations(a, int8);
+    (int8 ? k.prepare_int8 : k.prepare_float)(a, x, 0, a.m, false);
+    // Enough codes for a thread to be worth waking: about 5 microseconds of work.
+    const int64_t unit = 16, units = ceil_div(a.w.rows, unit);
+    const int64_t grain =
+        std::max<int64_t>(1, 65536 / std::max<int64_t>(1, a.w.blocks * 64 * unit));
+    torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+        (int8 ? k.gemv_int8 : k.gemv_float)(a, begin * unit, std::min(end * unit, a.w.rows));
+    });
+}
+
+void gemm(Linear& a, const void* x, bool int8, const LinearKernels& k) {
+    const int64_t most = !int8       ? k.float_block_rows
+                         : a.w.group ? k.group_block_rows
+                                     : k.int8_block_rows;
+    const int64_t blocks = ceil_div(a.m, most);
+    a.block_rows = ceil_div(a.m, blocks);  // 16 rows are 8 + 8, not 12 + 4
+    place_activations(a, int8);
+    torch::stable::parallel_for(
+        0, ceil_div(a.m, a.block_rows),
+        std::max<int64_t>(1, 16384 / (a.block_rows * a.w.blocks * 64 + 1)),
+        [&](int64_t begin, int64_t end) {
+            for (int64_t b = begin; b < end; b++) {
+                const int64_t m0 = b * a.block_rows, m1 = std::min(m0 + a.block_rows, a.m);
+                (int8 ? k.prepare_int8 : k.prepare_float)(a, x, m0, m1, true);
+            }
+        });
+    // Tasks: tiles of W, and where those are fewer than twice the threads, parts of x as well
+    // (each part decodes its tile again).
+    const int64_t tiles = ceil_div(a.w.rows, k.tile_rows);
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t row_blocks = ceil_div(a.m, a.block_rows);
+    const int64_t parts =
+        std::clamp<int64_t>(ceil_div(2 * threads, tiles), 1, ceil_div(row_blocks, 4));
+    const int64_t part_rows = ceil_div(row_blocks, parts) * a.block_rows;
+    const int64_t groups = a.w.group ? ceil_div(a.w.cols, a.w.group) : 0;
+    const size_t tile_bytes = a.w.blocks * 64 * k.tile_rows * (int8 ? (a.w.wide ? 2 : 1) : 4) +
+                              groups * k.tile_rows * sizeof(float) + 64;
+    torch::stable::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
+        void* tile = scratch<1>(tile_bytes);
+        for (int64_t task = begin; task < end; task++) {
+            const int64_t n = task / parts * k.tile_rows, m0 = task % parts * part_rows;
+            const int64_t m1 = std::min(m0 + part_rows, a.m);
+            if (m0 < m1) (int8 ? k.gemm_int8 : k.gemm_float)(a, n, m0, m1, tile);
+        }
+    });
+}
+
+// Int8 with any group size and any length of row, in 64-bit integers.
+void general_int8(Linear& a, const float* x, float* y, const LinearKernels& k) {
+    const int64_t cols = a.w.cols, groups = a.w.group ? ceil_div(cols, a.w.group) : 1;
+    const int64_t group = a.w.group ? a.w.group : cols;
+    std::vector<float> row_scale(a.m);
+    std::vector<int8_t> q(a.m * cols);
+    std::vector<float> rounded(cols);
+    for (int64_t m = 0; m < a.m; m++) {
+        const float* row = x + m * cols;
+        float largest = 0;
+        bool finite = true;
+        for (int64_t i = 0; i < cols; i++) {
+            finite &= std::isfinite(row[i]);
+            largest = std::max(largest, std::fabs(row[i]));
+        }
+        const float inv = 1.0f / largest * 127.0f;
+        row_scale[m] = finite ? largest / 127.0f : std::nanf("");
+        for (int64_t i = 0; i < cols; i++) {
+            q[m * cols + i] = finite && std::isfinite(inv)
+                                  ? static_cast<int8_t>(std::nearbyint(row[i] * inv))
+                                  : int8_t{0};
+        }
+    }
+    std::vector<float> scales(a.w.rows * groups);
+    for (int64_t i = 0; i < a.w.rows * groups; i++) {
+        const int64_t at = a.w.scale_stride ? i : 0;
+        scales[i] =
+            a.w.scale_is_half
+                ? static_cast<float>(static_cast<const torch::headeronly::Half*>(a.w.scale)[at])
+                : static_cast<const float*>(a.w.scale)[at];
+    }
+    torch::stable::parallel_for(0, a.w.rows, 1, [&](int64_t begin, int64_t end) {
+        std::vector<int16_t> level(a.w.blocks * 64);
+        for (int64_t n = begin; n < end; n++) {
+            k.levels(a.w, n, level.data());
+            for (int64_t m = 0; m < a.m; m++) {
+                float total = 0;
+                for (int64_t g = 0; g < groups; g++) {
+                    int64_t sum = 0;
+                    for (int64_t i = g * group; i < std::min((g + 1) * group, cols); i++) {
+                        sum += static_cast<int64_t>(q[m * cols + i]) * level[i];
+                    }
+                    const float s = scales[n * groups + g];
+                    total += static_cast<float>(sum) * (a.w.group ? s : row_scale[m] * s);
+                }
+                if (a.w.group) total *= row_scale[m];
+                y[m * a.w.rows + n] = a.bias ? total + a.bias[n] : total;
+            }
+        }
+    });
+}
+
+Tensor quant_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale_,
+                    const Tensor& levels_, const std::optional<Tensor>& bias_, int64_t rows,
+                    int64_t bits, int64_t group_size, bool int8_activations) {
+    DQW_CHECK(x_.dim() >= 1, "x must have at least one dimension");
+    const Tensor x = dense(x_), scale = dense(scale_), levels = dense(levels_);
+    const int64_t cols = x.size(x.dim() - 1);
+    Linear a{};
+    a.type = type_of(x, "x");
+    a.w = packed_weight(weight, scale, levels, rows, cols, bits, group_size);
+    std::optional<Tensor> bias;
+    if (bias_.has_value()) {
+        bias = as_float(*bias_);
+        DQW_CHECK(bias->numel() == rows, "bias must have ", rows, " entries, got ", bias->numel());
+        a.bias = static_cast<const float*>(bias->const_data_ptr());
+    }
+    const auto shape = x.sizes();
+    std::vector<int64_t> sizes(shape.begin(), shape.end());
+    sizes.back() = rows;
+    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    a.m = 1;
+    for (size_t i = 0; i + 1 < sizes.size(); i++) a.m *= sizes[i];
+    if (a.m == 0 || rows == 0) return y;
+    const LinearKernels& k = *tier().linear;
+    const void* source = x.const_data_ptr();
+    a.y = y.mutable_data_ptr();
+
+    const bool odd_groups = a.w.group % 32 != 0;
+    if (int8_activations && (odd_groups || cols > kLongestInt8Row)) {
+        const Tensor wide = as_float(x);
+        Tensor result = new_tensor(x, sizes, ScalarType::Float);
+        general_int8(a, static_cast<const float*>(wide.const_data_ptr()),
+                     static_cast<float*>(result.mutable_data_ptr()), k);
+        if (a.type == Type::f32) return result;
+        return torch::stable::to(result, std::make_optional(x.scalar_type()));
+    }
+    // The float gemv has no second plane of levels and no scales that change inside 32 columns.
+    const bool gemv_can = int8_activations || !(a.w.wide || odd_groups);
+    if (a.m > kGemvLimit || !gemv_can) {
+        gemm(a, source, int8_activations, k);
+        return y;
+    }
+    const size_t row_bytes = cols * x.element_size(), out_bytes = rows * x.element_size();
+    for (int64_t left = a.m, m = 0; left > 0; left -= a.m, m += a.m) {
+        a.m = std::min<int64_t>(left, k.gemv_rows);
+        a.y = static_cast<char*>(y.mutable_data_ptr()) + m * out_bytes;
+        gemv(a, static_cast<const char*>(source) + m * row_bytes, int8_activations, k);
+    }
+    return y;
+}
+
+}  // namespace
+}  // namespace dqw
+
+STABLE_TORCH_LIBRARY_IMPL(dqw, CPU, m) { m.impl("quant_linear", TORCH_BOX(&dqw::quant_linear)); }

@@ -1,0 +1,140 @@
+"""Install dqw, and build its C++ extension where a compiler is found.
+
+`csrc/cpu/*.cpp` become one shared library, `dqw/_C*.so`, which `dqw/ops.py` loads with
+`torch.ops.load_library`. It uses PyTorch's stable ABI, so one build serves every torch from
+2.10 on, and it has no Python symbol, so it serves every Python.
+
+Each file gets its own flags by its name: `*_avx512.cpp` and `*_avx2.cpp` may use those
+instructions, the rest may not; which of them runs is decided by the processor at run time. There
+is no global -march: code that every machine runs must not contain what some machines lack.
+
+Environment: DQW_BUILD=0 skips the extension, DQW_BUILD=1 makes a failed build fail the install
+(without it the plain PyTorch reference serves); CXX and CXXFLAGS as everywhere.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.h"))
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+COMMON = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    # A multiply and an add must not become one fused operation unless the source says so: the
+    # kernels agree with the reference bit for bit.
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]
+BY_SUFFIX = {
+    "_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni "
+    "-mavx2 -mfma -mf16c -mprefer-vector-width=512 "
+    # GCC 12 warns about its own intrinsics (_mm512_undefined_*).
+    "-Wno-maybe-uninitialized -Wno-uninitialized".split(),
+    "_avx2.cpp": "-mavx2 -mfma -mf16c".split(),
+    "_scalar.cpp": ["-O2"],
+}
+
+
+def flags(source: str) -> list[str] | None:
+    """The extra flags of one source file; None if this processor family has no use for it."""
+    for suffix, extra in BY_SUFFIX.items():
+        if source.endswith(suffix):
+            return extra if X86 or suffix == "_scalar.cpp" else None
+    return []
+
+
+class BuildExtension(build_ext):
+    """Compile each file with its own flags, two at a time, and link them into one library."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        # No Python ABI tag: the library has no Python in it.
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def run(self) -> None:
+        if os.environ.get("DQW_BUILD") == "0":
+            self.announce_fallback("DQW_BUILD=0")
+            return
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            self.compile_and_link(ext)
+        except (OSError, ImportError) as error:
+            if os.environ.get("DQW_BUILD") == "1":
+                raise
+            self.announce_fallback(str(error).splitlines()[0])
+
+    def announce_fallback(self, why: str) -> None:
+        print(
+            f"dqw: the C++ extension was not built ({why}). dqw works without it, on the slower "
+            "plain PyTorch reference; install a C++20 compiler (for example g++ 12) and run "
+            "`pip install --no-build-isolation -e .` again to have the fast kernels.",
+            file=sys.stderr,
+        )
+
+    def compile_and_link(self, ext: Extension) -> None:
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        compiler = shlex.split(os.environ.get("CXX", "")) or [
+            shutil.which("g++") or shutil.which("c++") or shutil.which("clang++") or "g++"
+        ]
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        includes = [f"-I{path}" for path in include_paths()]
+        newest_header = max(os.path.getmtime(ROOT / header) for header in [*HEADERS, "setup.py"])
+
+        # Kept in the checkout, not in pip's temporary folder: the next build compiles what changed.
+        objects_folder = ROOT / "build" / "objects"
+
+        def compile_one(source: str) -> str | None:
+            special = flags(source)
+            if special is None:
+                return None
+            target = objects_folder / Path(source).with_suffix(".o").name
+            changed = max(os.path.getmtime(source), newest_header)
+            if self.force or not target.exists() or target.stat().st_mtime < changed:
+                command = [*compiler, *COMMON, *includes, *special, *extra]
+                run([*command, "-c", source, "-o", str(target)], source)
+            return str(target)
+
+        objects_folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", "2"))) as pool:
+            objects = [name for name in pool.map(compile_one, ext.sources) if name]
+        output = self.get_ext_fullpath(ext.name)
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        libraries = [f"-L{path}" for path in library_paths()]
+        link = [*compiler, "-shared", *objects, *libraries, "-ltorch", "-ltorch_cpu"]
+        run([*link, "-o", output], "linking")
+
+
+def run(command: list[str], what: str) -> None:
+    print(shlex.join(command), flush=True)
+    try:
+        subprocess.run(command, check=True)
+    except subprocess.CalledProcessError as error:
+        raise OSError(f"{command[0]} failed on {what}, see its message above") from error
+
+
+setup(
+    packages=[*find_packages(include=["dqw", "dqw.*"]), "dqw_kernels"],
+    package_dir={"dqw_kernels": "kernels"},
+    package_data={"dqw": ["recipes/*.toml", "py.typed"]},
+    ext_modules=[Extension("dqw._C", sources=SOURCES, depends=HEADERS, optional=True)],
+    cmdclass={"build_ext": BuildExtension},
+)
