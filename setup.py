@@ -42,12 +42,18 @@ COMMON = [
     "-fno-math-errno",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vnni")]
 BY_SUFFIX = {
-    "_avx512.cpp": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni "
-    "-mavx2 -mfma -mf16c -mprefer-vector-width=512 "
     # GCC 12 warns about its own intrinsics (_mm512_undefined_*).
-    "-Wno-maybe-uninitialized -Wno-uninitialized".split(),
-    "_avx2.cpp": "-mavx2 -mfma -mf16c".split(),
+    "_avx512.cpp": [
+        *AVX2,
+        *AVX512,
+        "-mprefer-vector-width=512",
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+    ],
+    "_avx2.cpp": AVX2,
     "_scalar.cpp": ["-O2"],
 }
 

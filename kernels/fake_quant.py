@@ -1,0 +1,121 @@
+"""Fake quantization in Triton: rounding to a grid, and its straight-through gradients.
+
+    y         = fake_quant(x, scale, bucket, group_size)
+    dx, dscale = fake_quant_backward(grad, x, scale, bucket, group_size)
+
+x (rows, cols) is float32, float16 or bfloat16; scale is float32 of shape (1, 1), (rows, 1) or
+(rows, ceil(cols / group_size)); bucket is the int16 rounding table, 2 × level_max + 1 entries. For
+t = |x| × (2 / scale), y = copysign(bucket[floor(min(t, 2 level_max))] × scale, x) and NaN stays.
+
+One read and one write of x (the backward reads x and the gradient and recomputes the rest; no mask
+is kept). A program owns whole segments, the columns of a row that share one scale, and sums each
+in a fixed order, so dscale is the same on every run: no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _segments(cols, groups, segment, scale_stride, SEGMENTS: tl.constexpr):
+    """This program's row and segments: (row, group numbers, which exist, where scales lie)."""
+    per_row = tl.cdiv(groups, SEGMENTS)
+    row = tl.program_id(0) // per_row
+    group = tl.program_id(0) % per_row * SEGMENTS + tl.arange(0, SEGMENTS)
+    return row.to(tl.int64), group, group < groups, row * scale_stride + group
+
+
+@triton.jit
+def _double_level(x, inv):
+    """t = |x| × (2 / scale); NaN becomes 0."""
+    t = tl.abs(x) * inv
+    return tl.where(t == t, t, 0.0)
+
+
+@triton.jit
+def _forward(x_ptr, y_ptr, scale_ptr, bucket_ptr, cols, groups, segment, scale_stride, last,
+             SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row, group, exists, at = _segments(cols, groups, segment, scale_stride, SEGMENTS)
+    scale = tl.load(scale_ptr + at, mask=exists, other=1.0)[:, None]
+    inv = tl.div_rn(2.0, scale)
+    for start in range(0, segment, BLOCK):
+        inner = start + tl.arange(0, BLOCK)
+        col = group[:, None] * segment + inner[None, :]
+        mask = (inner < segment)[None, :] & (col < cols)
+        x = tl.load(x_ptr + row * cols + col, mask=mask, other=0.0).to(tl.float32)
+        k = tl.minimum(_double_level(x, inv), last * 1.0).to(tl.int32)
+        y = tl.load(bucket_ptr + k).to(tl.float32) * scale
+        sign = x.to(tl.int32, bitcast=True) & -2147483648
+        y = (y.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        y = tl.where(x == x, y, x)
+        tl.store(y_ptr + row * cols + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward(grad_ptr, x_ptr, dx_ptr, dscale_ptr, scale_ptr, bucket_ptr, cols, groups, segment,
+              scale_stride, last, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row, group, exists, at = _segments(cols, groups, segment, scale_stride, SEGMENTS)
+    scale = tl.load(scale_ptr + at, mask=exists, other=1.0)[:, None]
+    inv = tl.div_rn(2.0, scale)
+    total = tl.zeros((SEGMENTS, BLOCK), tl.float32)
+    for start in range(0, segment, BLOCK):
+        inner = start + tl.arange(0, BLOCK)
+        col = group[:, None] * segment + inner[None, :]
+        mask = (inner < segment)[None, :] & (col < cols)
+        x = tl.load(x_ptr + row * cols + col, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad_ptr + row * cols + col, mask=mask, other=0.0).to(tl.float32)
+        t = tl.abs(x) * inv
+        k = tl.minimum(_double_level(x, inv), last * 1.0).to(tl.int32)
+        level = tl.load(bucket_ptr + k).to(tl.float32)
+        inside = t <= last * 1.0
+        # Inside: level - |x| / scale, with the sign of x (t / 2 is that quotient). Outside: level.
+        magnitude = tl.where(inside, level - 0.5 * t, level)
+        signed = tl.where(x < 0, -magnitude, magnitude)
+        total += g * tl.where(x == x, signed, x)
+        dx = tl.where(inside | (x != x), g, 0.0)
+        tl.store(dx_ptr + row * cols + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(dscale_ptr + row * groups + group, tl.sum(total, axis=1), mask=exists)
+
+
+def _tiling(x: Tensor, scale: Tensor, group_size: int) -> tuple[tuple[int], list[int], dict]:
+    """Launch grid, (cols, groups, segment, scale_stride), and the block of segments × columns."""
+    rows, cols = x.shape
+    groups = -(-cols // group_size) if group_size else 1
+    segment = group_size or cols
+    block = min(1024, triton.next_power_of_2(segment))
+    segments = min(triton.next_power_of_2(groups), max(1, 1024 // block))
+    grid = (rows * triton.cdiv(groups, segments),)
+    stride = 0 if scale.shape[0] == 1 and not group_size else groups
+    return grid, [cols, groups, segment, stride], {"SEGMENTS": segments, "BLOCK": block}
+
+
+def fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
+    """Round x (rows, cols) to the grid, in x's dtype; arguments as in the module's docstring."""
+    x, scale = x.contiguous(), scale.float().contiguous()
+    y = torch.empty_like(x)
+    if x.numel():
+        grid, sizes, block = _tiling(x, scale, group_size)
+        with torch.cuda.device_of(x):
+            _forward[grid](x, y, scale, bucket, *sizes, bucket.numel() - 1, **block)
+    return y
+
+
+def fake_quant_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, bucket: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """dx in x's dtype, dscale in scale's shape and dtype; both as in ``dqw.reference``."""
+    x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
+    scales = scale.float().contiguous()
+    dx = torch.empty_like(x)
+    if x.numel() == 0:
+        return dx, torch.zeros_like(scale)
+    grid, sizes, block = _tiling(x, scales, group_size)
+    groups = sizes[1]
+    sums = torch.empty((x.shape[0], groups), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        _backward[grid](grad, x, dx, sums, scales, bucket, *sizes, bucket.numel() - 1, **block)
+    if sums.shape != scale.shape:  # per tensor: the rows' sums, in a fixed order
+        sums = sums.sum().reshape(1, 1)
+    return dx, sums.to(scale.dtype)
