@@ -174,7 +174,8 @@ def load_ct2(
     model.config.dtype = dtype
     model.generation_config = _generation_config(folder, config, tokenizer)
     model.name_or_path = str(folder)
-    features = WhisperFeatureExtractor(feature_size=config.num_mel_bins)
+    window = config.max_source_positions // 50  # seconds: 100 frames each, halved by conv2
+    features = WhisperFeatureExtractor(feature_size=config.num_mel_bins, chunk_length=window)
     return model.eval(), WhisperProcessor(features, tokenizer)
 
 

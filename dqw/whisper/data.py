@@ -9,6 +9,7 @@ and audio is decoded one clip at a time, when `Item.load` is called.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,7 +208,7 @@ def _read_folder(folder: Path) -> list[Item]:
 
 
 def _read_hub(name: str) -> list[Item]:
-    parts = name.split(":")
+    parts = re.split(r":(?![^\[]*\])", name)  # a split may be a slice, train[:5%]
     if len(parts) > 3 or not all(parts):
         raise UserError(f"'{name}' is no dataset name; write name, name:split or name:config:split")
     config, split = None, "train"

@@ -1,0 +1,125 @@
+"""Audio in: every format, rate and channel count; every damaged file one sentence."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from whisper_helpers import tone, write_tone
+
+from dqw.errors import UserError
+from dqw.whisper.audio import SAMPLE_RATE, audio_seconds, is_silent, load_audio
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg"])
+@pytest.mark.parametrize(("rate", "channels"), [(8_000, 1), (16_000, 1), (44_100, 2), (48_000, 2)])
+def test_every_format_gives_the_same_sound(tmp_path, suffix, rate, channels):
+    path = write_tone(tmp_path / f"a.{suffix}", 1.0, rate, channels)
+    audio = load_audio(path)
+    assert audio.dtype == np.float32 and audio.ndim == 1
+    assert abs(len(audio) - SAMPLE_RATE) < 0.01 * SAMPLE_RATE
+    spectrum = np.abs(np.fft.rfft(audio[:SAMPLE_RATE], SAMPLE_RATE))
+    assert abs(int(spectrum.argmax()) - 440) <= 1
+    assert np.std(audio[4000:-4000]) == pytest.approx(0.3 / 2**0.5, rel=0.05)
+    assert audio_seconds(path) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_wav_at_16_khz_comes_through_exactly(tmp_path):
+    wave = tone(0.25)
+    soundfile.write(tmp_path / "a.wav", wave, 16_000, subtype="FLOAT")
+    assert np.array_equal(load_audio(str(tmp_path / "a.wav")), wave)
+
+
+def test_channels_are_averaged():
+    stereo = np.stack([np.full(800, 0.5), np.full(800, -0.1)], axis=1)
+    assert np.allclose(load_audio(stereo, 16_000), 0.2)
+
+
+def test_arrays_of_any_type_and_rate():
+    assert np.allclose(load_audio(np.full(100, -(2**14), dtype=np.int16), 16_000), -0.5)
+    assert len(load_audio(tone(1.0, 8_000), 8_000)) == SAMPLE_RATE
+    with pytest.raises(UserError, match="rate=… in Hz"):
+        load_audio(tone())
+    with pytest.raises(UserError, match="0 Hz"):
+        load_audio(tone(), 0)
+    with pytest.raises(UserError, match="3 dimensions"):
+        load_audio(np.zeros((1, 1, 1)), 16_000)
+
+
+def test_silence_is_no_error(tmp_path):
+    soundfile.write(tmp_path / "silent.flac", np.zeros(16_000), 16_000)
+    assert is_silent(load_audio(tmp_path / "silent.flac"))
+    assert not is_silent(tone() * 0.01)
+
+
+def damaged(folder: Path, kind: str) -> Path:
+    path = folder / f"{kind.split()[-1]}"
+    if kind == "missing x.wav":
+        return path
+    if kind == "folder x":
+        path.mkdir()
+    elif kind == "empty x.wav":
+        path.touch()
+    elif kind == "no-samples x.wav":
+        soundfile.write(path, np.zeros(0), 16_000)
+    elif kind == "text x.txt":
+        path.write_text("hello there, this is no audio at all")
+    elif kind.startswith("garbage"):
+        path.write_bytes(np.random.default_rng(0).bytes(9000))
+    elif kind.startswith("cut"):
+        write_tone(path, 2.0, 22_050)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 5])
+    elif kind.startswith("nan"):
+        wave = tone()
+        wave[800] = np.nan if kind.startswith("nan") else np.inf
+        soundfile.write(path, wave, 16_000, subtype="FLOAT")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing x.wav", "does not exist"),
+        ("folder x", "is a folder"),
+        ("empty x.wav", "is empty"),
+        ("no-samples x.wav", "no samples"),
+        ("text x.txt", "of a type that can't be read"),
+        ("garbage x.wav", "does not hold audio"),
+        ("garbage x.flac", "does not hold audio"),
+        ("garbage x.mp3", "does not hold audio"),
+        ("garbage x.ogg", "does not hold audio"),
+        ("cut x.wav", "cut off"),
+        ("cut x.flac", "cut off"),
+        ("cut x.mp3", "cut off"),
+        ("cut x.ogg", "cut off|no samples"),
+        ("nan x.wav", "1 NaN or infinite samples, the first at 0.050 s"),
+    ],
+)
+def test_damaged_files_get_one_sentence_with_their_name(tmp_path, kind, words):
+    path = damaged(tmp_path, kind)
+    with pytest.raises(UserError, match=words) as caught:
+        load_audio(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_streamed_wav_states_no_length_and_is_whole(tmp_path):
+    path = write_tone(tmp_path / "a.wav", 0.5)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"data") + 4
+    data[at : at + 4] = b"\xff\xff\xff\xff"
+    path.write_bytes(data)
+    assert len(load_audio(path)) == 8_000
+
+
+def test_bytes_from_anywhere(tmp_path):
+    class Remote:
+        def read_bytes(self) -> bytes:
+            return write_tone(tmp_path / "a.flac", 0.5).read_bytes()
+
+        def __str__(self) -> str:
+            return "row 7 of a dataset"
+
+    assert len(load_audio(Remote())) == 8_000
+    Remote.read_bytes = lambda self: b""  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="row 7 of a dataset is empty"):
+        load_audio(Remote())

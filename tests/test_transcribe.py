@@ -1,0 +1,176 @@
+"""Transcribing with a tiny random Whisper: its words mean nothing, the bookkeeping does."""
+
+import numpy as np
+import pytest
+import torch
+from whisper_helpers import TIMES, tiny, tone, write_tone
+
+from dqw.errors import UserError
+from dqw.whisper.transcribe import Segment, Transcript, transcribe
+from dqw.whisper.writers import render
+
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory):
+    return tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def voices(count: int, seconds: float = 0.6) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    lengths = random.integers(2_000, round(16_000 * seconds), count)
+    return [0.1 * random.standard_normal(n).astype(np.float32) for n in lengths]
+
+
+def test_order_and_batches_change_nothing(whisper):
+    audios = voices(5)
+    alone = [transcribe(*whisper, [audio], "en")[0] for audio in audios]
+    assert transcribe(*whisper, audios, "en", batch_size=2) == alone
+    assert transcribe(*whisper, audios[::-1], "en") == alone[::-1]
+    assert [round(t.seconds * 16_000) for t in alone] == [len(a) for a in audios]
+    assert len({t.text for t in alone}) > 1 and all(t.language == "en" for t in alone)
+
+
+def test_greedy_text_is_that_of_plain_generate(whisper):
+    model, processor = whisper
+    audio = voices(1)[0]
+    features = processor.feature_extractor(audio, sampling_rate=16_000, return_tensors="pt")
+    ids = model.generate(features["input_features"], language="de", task="translate")
+    text = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    assert transcribe(model, processor, [audio], "de", "translate")[0].text == text
+
+
+def test_language_is_detected_where_none_is_given(whisper):
+    model, processor = whisper
+    audios = voices(3)
+    found = transcribe(model, processor, audios, [None, "ja", None])
+    features = processor.feature_extractor(audios, sampling_rate=16_000, return_tensors="pt")
+    ids = model.detect_language(features["input_features"])
+    detected = [processor.tokenizer.decode([i])[2:-2] for i in ids.tolist()]
+    assert [t.language for t in found] == [detected[0], "ja", detected[2]]
+    again = transcribe(model, processor, audios, [t.language for t in found])
+    assert again == found
+
+
+def test_silence_is_empty_text_and_no_model_run(whisper, monkeypatch):
+    monkeypatch.setattr(whisper[0], "generate", lambda **options: pytest.fail("ran the model"))
+    silent = np.zeros(8_000, dtype=np.float32)
+    assert transcribe(*whisper, [silent], "en") == [Transcript("", "en", 0.5)]
+    assert transcribe(*whisper, [silent, silent])[1].text == ""
+    assert transcribe(*whisper, []) == []
+
+
+def test_long_audio_goes_window_by_window(whisper):
+    seen = []
+    audio = 0.1 * np.random.default_rng(1).standard_normal(40_000).astype(np.float32)
+    results = transcribe(*whisper, [audio, audio[:9_000]], progress=seen.append)
+    long = results[0]
+    assert long.seconds == 2.5 and long.language in ("en", "de", "ja")
+    assert long.segments and long.text
+    assert all(0 <= s.start < s.end <= 2.5 for s in long.segments)
+    assert results[1] == transcribe(*whisper, [audio[:9_000]])[0]
+    assert seen == [2.5, 2.5 + 9 / 16]
+
+
+def test_timestamps_lie_within_the_clip(whisper):
+    audio = voices(1)[0]
+    found = transcribe(*whisper, [audio], "en", timestamps=True)[0]
+    for segment in found.segments:
+        assert 0 <= segment.start <= segment.end <= round(found.seconds, 2)
+        assert segment.text in found.text
+
+
+def test_segments_from_tokens(whisper):
+    from dqw.whisper.transcribe import _Decoder
+
+    model, processor = whisper
+    decoder = _Decoder(model, processor, "transcribe", 1, True)
+    first = processor.tokenizer.convert_tokens_to_ids(TIMES[0])
+    word = processor.tokenizer(" world", add_special_tokens=False).input_ids
+    segments = decoder._segments([first, *word, first + 20, first + 25, *word], 0.9)
+    assert segments == [Segment(0.0, 0.4, "world"), Segment(0.5, 0.9, "world")]
+    assert decoder._segments([first, first + 5], 0.9) == []
+    assert decoder._segments(word, 0.9) == [Segment(0.0, 0.9, "world")]
+
+
+def test_a_loop_is_cut(whisper):
+    """A model whose every step says the same token stops early and says it once."""
+    model, processor = tiny_that_loops(whisper)
+    audio = voices(1)[0]
+    assert transcribe(model, processor, [audio], "en")[0].text == "A"
+    assert transcribe(model, processor, [audio], "en", beam_size=2)[0].text == "A"
+
+
+def tiny_that_loops(whisper):
+    import copy
+
+    model, processor = copy.deepcopy(whisper[0]), whisper[1]
+    token = processor.tokenizer("A", add_special_tokens=False).input_ids[0]
+    model.generation_config.max_length = model.config.max_target_positions = 64
+    positions = torch.nn.Embedding(64, 64).to(model.dtype)
+    model.model.decoder.embed_positions.weight = torch.nn.Parameter(positions.weight.detach())
+    model.model.decoder.layer_norm.weight.data.zero_()
+    model.model.decoder.layer_norm.bias.data.copy_(
+        10 * model.model.decoder.embed_tokens.weight.data[token]
+    )
+    return model, processor
+
+
+def test_beam_search_runs(whisper):
+    assert isinstance(transcribe(*whisper, voices(2), "en", beam_size=3)[1].text, str)
+
+
+def test_nothing_is_printed(whisper, capfd, recwarn):
+    transcribe(*whisper, voices(3), timestamps=True)
+    transcribe(*whisper, voices(3), "en", beam_size=2)
+    transcribe(*whisper, [np.concatenate(voices(6))])
+    out, err = capfd.readouterr()
+    assert out == "" and err == ""
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning | FutureWarning)]
+
+
+def test_bad_options(whisper, tmp_path):
+    audio = [write_tone(tmp_path / "a.wav")]
+    for arguments, words in (
+        ({"task": "sing"}, "task is 'sing'"),
+        ({"language": "xx"}, "'xx', which Whisper does not know"),
+        ({"language": "fr"}, "does not know the language 'fr'"),
+        ({"language": ["en", "de"]}, "2 languages for 1 audios"),
+        ({"beam_size": 0}, "beam size is 0"),
+        ({"batch_size": -1}, "batch size is -1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            transcribe(*whisper, audio, **arguments)
+    with pytest.raises(UserError, match=r"none\.wav does not exist"):
+        transcribe(*whisper, [*audio, tmp_path / "none.wav"])
+
+
+def test_an_english_only_model(whisper, monkeypatch):
+    model, processor = whisper
+    monkeypatch.setattr(model.generation_config, "is_multilingual", False)
+    found = transcribe(model, processor, [tone(0.5)])[0]
+    assert found.language == "en" and isinstance(found.text, str)
+    assert transcribe(model, processor, [tone(0.5)], "en")[0] == found
+    with pytest.raises(UserError, match="does not know the language 'de'"):
+        transcribe(model, processor, [tone(0.5)], "de")
+    with pytest.raises(UserError, match="can't translate"):
+        transcribe(model, processor, [tone(0.5)], task="translate")
+
+
+TALK = Transcript(
+    "One. Two.", "en", 3700.0, [Segment(0.0, 1.5, "One."), Segment(3661.25, 3700.0, "Two.")]
+)
+
+
+def test_writers():
+    assert render(TALK, "txt") == "One. Two.\n"
+    assert render(TALK, "txt", timestamps=True).splitlines()[0] == (
+        "[00:00:00.000 --> 00:00:01.500] One."
+    )
+    assert render(TALK, "srt") == (
+        "1\n00:00:00,000 --> 00:00:01,500\nOne.\n\n2\n01:01:01,250 --> 01:01:40,000\nTwo.\n"
+    )
+    assert render(TALK, "vtt").startswith("WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nOne.\n\n01:01")
+    assert '"start": 3661.25' in render(TALK, "json")
+    assert render(Transcript("", None, 1.0), "srt") == ""
+    whole = render(Transcript("Hi.", "en", 1.0), "srt")
+    assert whole == "1\n00:00:00,000 --> 00:00:01,000\nHi.\n"
