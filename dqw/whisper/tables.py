@@ -19,11 +19,11 @@ def print_scores(result: Evaluation, spelling: bool) -> None:
     `spelling`: whether British spellings were mapped to American ones before English was scored.
     """
     scores = result.scores
-    table = _table("Error rates")
+    table = _table("Error rates (S substitutions, D deletions, I insertions)")
     table.add_column("language")
-    columns = ("clips", "metric", "%", "95 % interval", "errors", "of", "subst.", "del.", "ins.")
+    columns = ("clips", "metric", "%", "95 % interval", "errors", "of", "S", "D", "I")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
 
     def row(name: str, rate: Rate) -> None:
         figures = ("-", "-")
@@ -36,9 +36,9 @@ def print_scores(result: Evaluation, spelling: bool) -> None:
         row(code, rate)
     table.add_section()
     if scores.wer:
-        row("all in words", scores.wer)
+        row("all words", scores.wer)
     if scores.cer:
-        row("all in characters", scores.cer)
+        row("all characters", scores.cer)
     console = Console()
     console.print(table)
     speed = result.audio_seconds / max(result.wall_seconds, 1e-9)

@@ -1,0 +1,160 @@
+"""The command line: what it prints and writes, and how it ends."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from errno import ENOSPC
+
+import pytest
+from typer.testing import CliRunner
+from whisper_helpers import save_ct2, save_tiny, tiny, write_tone
+
+import dqw
+from dqw.cli import app
+from dqw.whisper.checkpoint import save_processor
+
+COMMANDS = ("transcribe", "eval", "info")
+
+
+def dqw_(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture
+def audio(tmp_path):
+    return [write_tone(tmp_path / "a.wav", 0.5), write_tone(tmp_path / "b.flac", 0.8, 8_000)]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    result = dqw_(command, "--help")
+    assert result.exit_code == 0 and f"dqw {command}" in result.stdout.split("Example")[1]
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported():
+    code = "import sys, dqw.cli; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    start = time.perf_counter()
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+    assert time.perf_counter() - start < 5
+
+
+def test_transcribe_prints_text_on_stdout_alone(model, audio):
+    one = dqw_("transcribe", audio[0], "--model", model, "--language", "en")
+    assert one.exit_code == 0 and one.stdout.endswith("\n") and len(one.stdout) > 1
+    both = dqw_("transcribe", *audio, "--model", model, "--language", "en")
+    assert both.stdout.startswith(f"{audio[0]}:\n{one.stdout}{audio[1]}:\n")
+
+
+def test_transcribe_json_lines(model, audio):
+    out = dqw_("transcribe", *audio, "--model", model, "--format", "json").stdout
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["audio"] for row in rows] == [str(path) for path in audio]
+    assert rows[0]["seconds"] == 0.5 and rows[0]["language"] in ("en", "de", "ja")
+
+
+def test_transcribe_writes_every_format(model, audio, tmp_path):
+    out = tmp_path / "out"
+    result = dqw_("transcribe", *audio, "--model", model, "--format", "all", "--output-dir", out)
+    assert result.exit_code == 0 and result.stdout == "" and "wrote 8 files" in result.stderr
+    assert sorted(file.name for file in out.iterdir()) == [
+        f"{name}.{form}" for name in "ab" for form in ("json", "srt", "txt", "vtt")
+    ]
+    assert (out / "a.vtt").read_text().startswith("WEBVTT")
+
+
+def test_eval_prints_counts_and_writes_figures(model, audio, tmp_path):
+    rows = [
+        {"id": "one", "audio": "a.wav", "text": "good morning", "language": "en"},
+        {"id": "two", "audio": "b.flac", "text": "はい。", "language": "ja"},
+        {"id": "three", "audio": "a.wav", "text": None, "language": "ja"},
+    ]
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures, saved = tmp_path / "figures.json", tmp_path / "saved.jsonl"
+    result = dqw_(
+        "eval", "--model", model, "--data", manifest, "--json", figures,
+        "--save-transcripts", saved,
+    )  # fmt: skip
+    assert result.exit_code == 0
+    for word in ("en", "ja", "WER", "CER", "95 % interval", "all words", "× real time"):
+        assert word in result.stdout, word
+    assert "no normalizer.json" in result.stdout
+    stored = json.loads(figures.read_text())
+    assert stored["languages"]["en"]["units"] == 2 and stored["languages"]["ja"]["units"] == 2
+    assert stored["clips"] == 2 and stored["versions"]["dqw"] == dqw.__version__
+    lines = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert [(row["id"], row["reference"]) for row in lines] == [
+        ("one", "good morning"),
+        ("two", "はい。"),
+    ]
+    only = dqw_("eval", "--model", model, "--data", manifest, "--language", "ja", "--limit", 1)
+    assert only.exit_code == 0 and "WER" not in only.stdout
+
+
+def test_info_of_a_float_folder(model):
+    result = dqw_("info", model)
+    assert result.exit_code == 0
+    for word in ("Hugging Face, 2 + 2 layers", "embedding", "float32", "quant_linear", "MiB"):
+        assert word in result.stdout, word
+
+
+def test_info_of_a_packed_folder(tmp_path):
+    whisper, processor = tiny(tmp_path / "float")
+    packed = dqw.freeze(dqw.quantize(whisper))
+    packed.save_pretrained(tmp_path / "packed")
+    save_processor(processor, tmp_path / "packed")
+    result = dqw_("info", tmp_path / "packed", "--json")
+    report = json.loads(result.stdout)
+    parts = {part["kind"]: part for part in report["parts"]}
+    assert report["format"].startswith("dqw packed")
+    assert parts["encoder FFN"]["parameters"] == 2 * 2 * 64 * 128
+    assert parts["encoder FFN"]["codes"] == 2 * 2 * 64 * 128 // 2  # 4 bits
+    assert parts["convolutions"]["stored"] == {"uniform 8 / row": 2}
+    assert sum(part["codes"] for part in report["parts"][:-1]) == parts["all"]["codes"]
+    weights = (tmp_path / "packed" / "model.safetensors").stat().st_size
+    total = sum(parts["all"][key] for key in ("codes", "scales", "floats"))
+    assert 0 < weights - total < 40_000  # the header
+    assert "apot 4 / 64" in dqw_("info", tmp_path / "packed").stdout
+
+
+def test_info_of_a_faster_whisper_folder(tmp_path):
+    save_ct2(tmp_path)
+    result = dqw_("info", tmp_path)
+    assert result.exit_code == 0 and "CTranslate2" in result.stdout and "float16" in result.stdout
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(model, audio, monkeypatch):
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dqw.whisper.checkpoint.load_whisper", stop)
+    result = dqw_("transcribe", audio[0], "--model", model)
+    assert result.exit_code == 130 and result.stderr == "Error: interrupted\n"
+
+
+def test_a_full_disk_is_one_sentence(model, audio, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(ENOSPC, os.strerror(ENOSPC), "out/a.txt")
+
+    monkeypatch.setattr("dqw.whisper.files.os.fsync", full)
+    out = tmp_path / "out"
+    result = dqw_("transcribe", audio[0], "--model", model, "--output-dir", out)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: no space left on device for out/a.txt")
+    assert list(out.iterdir()) == []
+
+
+def test_a_closed_pipe_is_no_error(model, audio):
+    command = [sys.executable, "-m", "dqw", "transcribe", str(audio[0]), "--model", str(model)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 0 and "Traceback" not in errors
