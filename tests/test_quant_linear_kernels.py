@@ -1,0 +1,249 @@
+"""Packed linear layers on the CPU: every tier, width, granularity, dtype and number of rows."""
+
+import pytest
+import torch
+from kernel_helpers import (
+    BITS,
+    INSTRUCTION_SETS,
+    all_grids,
+    instruction_set,
+    needs_library,
+    random_scale,
+    random_weight,
+    wildest_levels,
+)
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+
+from dqw import grids, reference
+
+pytestmark = needs_library
+dqw = torch.ops.dqw
+
+
+def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Int64 activations and their float32 scale, as ``fake_quant_activation`` rounds."""
+    largest = x.abs().amax(-1, keepdim=True)
+    return torch.round(x * (largest.reciprocal() * 127.0)).long(), largest / 127.0
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_int8_is_exact(isa: str, granularity: str) -> None:
+    """Bit for bit the result of 64-bit integers, for every grid."""
+    with instruction_set(isa):
+        for grid, bits in all_grids():
+            levels = grids.levels(grid, bits)
+            for m, rows, cols in ((1, 17, 65), (3, 5, 130), (4, 33, 7), (6, 40, 63), (14, 33, 200)):
+                weight, level = random_weight(rows, cols, bits, levels)
+                scale, _ = random_scale(rows, cols, granularity, 0.1)
+                x, bias = torch.randn(m, cols), torch.randn(rows)
+                q, s = quantized_rows(x)
+                want = (q @ level.T).float() * (s * scale.T) + bias
+                got = dqw.quant_linear(x, weight, scale, levels, bias, rows, bits, 0, True)
+                assert torch.equal(got, want), (grid, bits, m, rows, cols)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_int8_is_exact_for_any_table(isa: str) -> None:
+    with instruction_set(isa):
+        for bits in BITS:
+            for m in (2, 9):
+                levels = wildest_levels(bits)
+                weight, level = random_weight(20, 300, bits, levels)
+                scale, _ = random_scale(20, 300, "channel")
+                x = torch.randn(m, 300)
+                q, s = quantized_rows(x)
+                got = dqw.quant_linear(x, weight, scale, levels, None, 20, bits, 0, True)
+                assert torch.equal(got, (q @ level.T).float() * (s * scale.T)), (bits, m)
+
+
+@pytest.mark.parametrize("cols", [8192, 70000])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_long_rows_do_not_overflow(isa: str, cols: int) -> None:
+    """Every product at its largest: 8192 × 127 × 32639 is 16 times what int32 holds."""
+    levels = torch.tensor([0, 127, -127, 32639], dtype=torch.int16)
+    rows = 3 if cols > 65536 else 18
+    weight = torch.tensor([0b01010101, 0b10101010, 0b11111111], dtype=torch.uint8)
+    weight = weight.repeat(-(-rows // 3))[:rows].repeat_interleave(-(-cols // 64) * 16)
+    level = torch.tensor([127, -127, 32639]).repeat(-(-rows // 3))[:rows]
+    with instruction_set(isa):
+        for m in (1, 6):
+            x = torch.ones(m, cols) * torch.tensor([1.0, -1.0])[torch.arange(m) % 2, None]
+            got = dqw.quant_linear(x, weight, torch.ones(1, 1), levels, None, rows, 2, 0, True)
+            want = (x[:, :1].long() * 127 * level * cols).float() * torch.tensor(1.0 / 127)
+            assert torch.equal(got, want), m
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_groups(isa: str, int8: bool) -> None:
+    with instruction_set(isa):
+        for grid, bits in [*(("apot", b) for b in BITS), ("pot", 6), ("uniform", 5)]:
+            levels = grids.levels(grid, bits)
+            for granularity, cols in (
+                ("32", 200),
+                ("64", 200),
+                ("128", 320),
+                ("24", 100),
+                ("96", 200),
+            ):
+                for m in (1, 3, 7, 14):
+                    weight, level = random_weight(37, cols, bits, levels)
+                    scale, group = random_scale(37, cols, granularity, 0.1)
+                    x, bias = torch.randn(m, cols), torch.randn(37)
+                    w = level.double() * scale.repeat_interleave(group, 1)[:, :cols].double()
+                    xs = x.double()
+                    if int8:
+                        q, s = quantized_rows(x)
+                        xs = q.double() * s.double()
+                    want = (xs @ w.T + bias).float()
+                    bound = 4e-7 * float((xs.abs() @ w.abs().T).max())  # rounding of float32 sums
+                    got = dqw.quant_linear(x, weight, scale, levels, bias, 37, bits, group, int8)
+                    torch.testing.assert_close(
+                        got, want, rtol=0, atol=bound, msg=f"{grid} {bits} {granularity} {m}"
+                    )
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_float_is_as_good_as_float32(isa: str) -> None:
+    """At most twice the error of a plain float32 product, against float64."""
+    with instruction_set(isa):
+        for bits in BITS:
+            levels = grids.levels("apot", bits)
+            for m, rows, cols in ((1, 50, 1023), (4, 33, 65), (7, 70, 512), (30, 33, 200)):
+                weight, level = random_weight(rows, cols, bits, levels)
+                scale, _ = random_scale(rows, cols, "channel", 0.1)
+                x = torch.randn(m, cols)
+                exact = x.double() @ (level.double() * scale.double()).T
+                plain = x @ (level.float() * scale).T
+                got = dqw.quant_linear(x, weight, scale, levels, None, rows, bits, 0, False)
+                floor = 1e-6 * float(exact.abs().max())
+                assert (got - exact).abs().max() <= 2 * (plain - exact).abs().max() + floor
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "32", "64", "128", "24"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_identity_gives_the_exact_weight(isa: str, granularity: str) -> None:
+    with instruction_set(isa):
+        for bits, levels in [(b, grids.levels("apot", b)) for b in BITS] + [(6, wildest_levels(6))]:
+            rows, cols = 19, 130
+            weight, _ = random_weight(rows, cols, bits, levels)
+            scale, group = random_scale(rows, cols, granularity)
+            want = reference.dequantize(weight, scale, levels, rows, cols, bits, group)
+            eye = torch.eye(cols)
+            for x, part in ((eye, want), (eye[:1], want[:, :1]), (eye[126:130], want[:, 126:130])):
+                got = dqw.quant_linear(x, weight, scale, levels, None, rows, bits, group, False)
+                assert torch.equal(got.T, part), (bits, len(x))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_every_number_of_rows(int8: bool) -> None:
+    """A row's result does not depend on its company, whatever path and block it falls into."""
+    levels = grids.levels("apot", 4)
+    weight, _ = random_weight(70, 150, 4, levels)
+    scale, _ = random_scale(70, 150, "channel")
+    x = torch.randn(1500, 150)
+    want = reference.quant_linear(x, weight, scale, levels, None, 70, 4, 0, int8)
+    for isa in torch.ops.dqw_cpu.instruction_sets().split():
+        with instruction_set(isa):
+            for m in [*range(30), 36, 37, 64, 100, 257, 1500]:
+                got = dqw.quant_linear(x[:m], weight, scale, levels, None, 70, 4, 0, int8)
+                if int8:
+                    assert torch.equal(got, want[:m]), (isa, m)
+                else:
+                    torch.testing.assert_close(got, want[:m], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_half_precision_rounds_once(isa: str, dtype: torch.dtype) -> None:
+    with instruction_set(isa):
+        levels = grids.levels("apot", 4)
+        weight, _ = random_weight(50, 70, 4, levels)
+        for granularity in ("channel", "32"):
+            scale, group = random_scale(50, 70, granularity, 0.1)
+            for m in (1, 4, 13):
+                x, bias = torch.randn(m, 70).to(dtype), torch.randn(50).to(dtype)
+                for int8 in (False, True):
+                    args = (weight, scale.half(), levels, bias, 50, 4, group, int8)
+                    want = dqw.quant_linear(x.float(), *args)
+                    got = dqw.quant_linear(x, *args)
+                    assert got.dtype == dtype and torch.equal(got, want.to(dtype)), (m, int8)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_nan_and_infinity_stay_in_their_row(isa: str, int8: bool) -> None:
+    with instruction_set(isa):
+        levels = grids.levels("uniform", 4)
+        weight, _ = random_weight(20, 70, 4, levels)
+        for granularity in ("channel", "32"):
+            scale, group = random_scale(20, 70, granularity)
+            for m in (3, 8):
+                x = torch.randn(m, 70)
+                x[0, 5], x[1, 69] = float("nan"), float("inf")
+                got = dqw.quant_linear(x, weight, scale, levels, None, 20, 4, group, int8)
+                assert got[0].isnan().all() and not got[1].isfinite().any()
+                assert got[2:].isfinite().all()
+        zeros = dqw.quant_linear(
+            torch.zeros(5, 70), weight, scale, levels, None, 20, 4, group, int8
+        )
+        assert torch.equal(zeros, torch.zeros(5, 20))
+
+
+def test_shapes_and_strides() -> None:
+    levels = grids.levels("apot", 3)
+    weight, _ = random_weight(9, 40, 3, levels)
+    scale, _ = random_scale(9, 40, "channel")
+    args = (weight, scale, levels, None, 9, 3, 0, True)
+    for x in (torch.randn(40), torch.randn(2, 3, 40), torch.randn(40, 5).T, torch.randn(2, 0, 40)):
+        got = dqw.quant_linear(x, *args)
+        assert got.shape == (*x.shape[:-1], 9)
+        assert torch.equal(got, reference.quant_linear(x.contiguous(), *args))
+    wide = torch.randn(4, 2, 80)[:, :, ::2]
+    assert torch.equal(dqw.quant_linear(wide, *args), dqw.quant_linear(wide.contiguous(), *args))
+    none = dqw.quant_linear(torch.randn(3, 40), weight[:0], scale[:0], levels, None, 0, 3, 0, False)
+    assert none.shape == (3, 0)
+
+
+def test_wrong_arguments_are_errors() -> None:
+    levels = grids.levels("apot", 4)
+    weight, _ = random_weight(8, 64, 4, levels)
+    x, scale = torch.randn(2, 64), torch.ones(8, 1)
+    with pytest.raises(RuntimeError, match="packed weight has"):
+        dqw.quant_linear(x, weight[:-1], scale, levels, None, 8, 4, 0, False)
+    with pytest.raises(RuntimeError, match="levels must be"):
+        dqw.quant_linear(x, weight, scale, levels[:8], None, 8, 4, 0, False)
+    with pytest.raises(RuntimeError, match="bias must have"):
+        dqw.quant_linear(x, weight, scale, levels, torch.ones(7), 8, 4, 0, False)
+    with pytest.raises(RuntimeError, match="scale must have shape"):
+        dqw.quant_linear(x, weight, torch.ones(8, 2), levels, None, 8, 4, 0, False)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_opcheck(int8: bool) -> None:
+    levels = grids.levels("apot", 4)
+    weight, _ = random_weight(8, 70, 4, levels)
+    for granularity in ("channel", "32"):
+        scale, group = random_scale(8, 70, granularity)
+        for m in (2, 6):
+            args = (torch.randn(m, 70), weight, scale, levels, torch.randn(8), 8, 4, group, int8)
+            torch.library.opcheck(dqw.quant_linear.default, args)
+
+
+def test_compiles_whole_and_once_for_all_rows() -> None:
+    levels = grids.levels("apot", 4)
+    weight, _ = random_weight(32, 64, 4, levels)
+    scale, _ = random_scale(32, 64, "channel")
+
+    def layer(x: Tensor) -> Tensor:
+        return dqw.quant_linear(x.relu(), weight, scale, levels, None, 32, 4, 0, True) + 1
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    for m in (2, 3, 8, 100):
+        x = torch.randn(m, 64)
+        assert torch.equal(compiled(x), layer(x))
+    assert counter.frame_count == 1
