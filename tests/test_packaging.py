@@ -1,0 +1,78 @@
+"""``kernels/`` imports as ``dqw_kernels`` and never shadows Hugging Face's package ``kernels``."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROBE = """
+from importlib.util import find_spec
+from transformers import WhisperForConditionalGeneration
+from transformers.utils import is_kernels_available
+spec = find_spec("kernels")
+print(is_kernels_available(), spec.origin if spec else None)
+"""
+
+
+def run(*arguments: str, **environment: str) -> str:
+    """Python in the repository's root, which is then first on sys.path."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def hugging_face_kernels_is_installed() -> bool:
+    try:
+        version("kernels")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def test_no_init_file_makes_a_package_of_the_folder() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.skipif(hugging_face_kernels_is_installed(), reason="the real package is installed")
+def test_transformers_does_not_take_the_folder_for_the_package() -> None:
+    assert run("-c", PROBE) == "False None"
+
+
+def test_the_real_package_wins_over_the_folder(tmp_path: Path) -> None:
+    """A stand-in for Hugging Face's package, with its metadata, later on sys.path than ours."""
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "def __getattr__(name):\n    return type(name, (), {'__init__': lambda *a, **k: None})\n"
+    )
+    info = tmp_path / "kernels-99.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 99.0\n")
+    probe = "import importlib.util as u, transformers; print(u.find_spec('kernels').origin)"
+    assert run("-c", probe, PYTHONPATH=str(tmp_path)) == str(package / "__init__.py")
+    assert "--op" in run("-m", "bench", "--help", PYTHONPATH=str(tmp_path), COLUMNS="120")
+
+
+def test_bench_runs_from_the_root(tmp_path: Path) -> None:
+    arguments = ["--op", "quant_linear", "--shapes", "1x64x64", "--threads", "1", "--quick"]
+    report = tmp_path / "report.json"
+    assert "quant_linear" in run("-m", "bench", *arguments, "--json", str(report))
+    assert "dqw int8" in report.read_text()
+
+
+def test_the_triton_kernels_import_from_anywhere(tmp_path: Path) -> None:
+    code = "import importlib.util as u; print(u.find_spec('dqw_kernels.fake_quant') is not None)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "True"
