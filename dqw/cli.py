@@ -266,11 +266,12 @@ def _machine() -> dict[str, Any]:
 @app.command(epilog="Example: dqw info runs/demo/student")
 def info(
     folder: Annotated[Path, typer.Argument(help="A model folder.", metavar="DIR")],
+    layers: Annotated[bool, typer.Option("--layers", help="List every packed layer.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show a model's bits and bytes, and which kernels serve it on this machine."""
     from dqw.whisper.report import inspect_folder, to_dict
-    from dqw.whisper.tables import print_kernels, print_sizes
+    from dqw.whisper.tables import print_kernels, print_layers, print_sizes
 
     report = inspect_folder(folder)
 
@@ -283,6 +284,8 @@ def info(
         print(json.dumps({**to_dict(report), "kernels": kernels}, indent=2))
         return
     print_sizes(report, folder)
+    if layers:
+        print_layers(report)
     print_kernels(kernels)
 
 
@@ -321,6 +324,3 @@ def _progress(total: float) -> Iterator[Any]:
 
 
 import dqw.cli_compress  # noqa: E402, F401  adds compress and demo
-
-if __name__ == "__main__":
-    main()

@@ -55,7 +55,7 @@ def bad_audio(path: Path, kind: str) -> None:
         ("missing", "does not exist"),
         ("empty", "is empty (0 bytes)"),
         ("no samples", "holds no samples"),
-        ("NaN", "1 NaN or infinite samples"),
+        ("NaN", "NaN or infinite samples"),
         ("corrupt", "is corrupt or cut off"),
         ("cut off", "is cut off"),
         ("type", "does not hold audio"),

@@ -122,7 +122,9 @@ def test_info_of_a_packed_folder(tmp_path):
     weights = (tmp_path / "packed" / "model.safetensors").stat().st_size
     total = sum(parts["all"][key] for key in ("codes", "scales", "floats"))
     assert 0 < weights - total < 40_000  # the header
-    assert "apot 4 / 64" in dqw_("info", tmp_path / "packed").stdout
+    assert report["layers"]["model.encoder.conv1"] == "uniform 8 / row"
+    tables = dqw_("info", tmp_path / "packed", "--layers").stdout
+    assert "apot 4 / 64" in tables and "model.decoder.layers.1.fc2" in tables
 
 
 def test_info_of_a_faster_whisper_folder(tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import struct
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import soundfile
@@ -45,13 +45,15 @@ def load_audio(
     if isinstance(source, np.ndarray):
         if rate is None:
             raise UserError("an array of samples needs its sampling rate; pass rate=… in Hz")
-        return _prepare(source, rate, "the array")
+        return _from_array(source, rate)
     if isinstance(source, str | Path):
-        path = Path(source)
-        _check_file(path)
-        return _prepare(*_decode(path.read_bytes(), str(path)), str(path))
-    name = str(source)
-    return _prepare(*_decode(source.read_bytes(), name), name)
+        _check_file(Path(source))
+        with open(source, "rb") as file:
+            return _decode(file, str(source))
+    data, name = source.read_bytes(), str(source)
+    if not data:
+        raise UserError(_empty(name))
+    return _decode(io.BytesIO(data), name)
 
 
 def audio_seconds(path: str | Path) -> float:
@@ -80,7 +82,7 @@ def _check_file(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"audio file {path} does not exist; check the path")
     if path.stat().st_size == 0:
-        raise UserError(f"audio file {path} is empty (0 bytes); record or copy it again")
+        raise UserError(_empty(str(path)))
 
 
 def _check_type(head: bytes, name: str) -> None:
@@ -95,86 +97,117 @@ def _check_type(head: bytes, name: str) -> None:
 
 def _corrupt(name: str, error: Exception) -> UserError:
     reason = str(error).rsplit(": ", 1)[-1].strip().rstrip(".")
+    if "does not exist" in reason:  # libsndfile says so of any file it makes nothing of
+        reason = "its content is no audio"
     return UserError(f"{name} is corrupt or cut off ({reason}); copy or encode it again")
+
+
+def _empty(name: str) -> str:
+    return f"audio file {name} is empty (0 bytes); record or copy it again"
 
 
 def _no_samples(name: str) -> str:
     return f"{name} holds no samples; record it again or leave it out"
 
 
-def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
-    """(frames, channels) float32 and the rate in Hz."""
-    if not data:
-        raise UserError(f"audio file {name} is empty (0 bytes); record or copy it again")
-    _check_type(data[:12], name)
+def _decode(file: BinaryIO, name: str) -> np.ndarray:
+    """Decode, mix and resample half a minute at a time: a long stereo file never lies in memory
+    whole (three hours at 44.1 kHz would be 3.8 GB)."""
+    _check_type(file.read(12), name)
+    file.seek(0)
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            expected, rate = file.frames, file.samplerate
-            samples = file.read(dtype="float32", always_2d=True)
+        with soundfile.SoundFile(file) as sound:
+            expected = sound.frames
+            mono = _Mono(sound.samplerate, name)
+            while len(block := sound.read(30 * sound.samplerate, "float32", always_2d=True)):
+                mono.add(block)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise _corrupt(name, error) from None
-    missing = _missing_part(data, expected, len(samples))
+    missing = _missing_part(file, expected, mono.frames)
     if missing:
         raise UserError(f"{name} is cut off: {missing}; copy or encode it again")
-    return samples, rate
+    return mono.finish()
 
 
-def _missing_part(data: bytes, expected: int, decoded: int) -> str:
+def _missing_part(file: BinaryIO, expected: int, decoded: int) -> str:
     """What a truncated file lacks, in words, or ""."""
-    if data[:4] == b"RIFF":
-        return _missing_wav(data)
-    if data[:4] == b"OggS":
-        last = data.rfind(b"OggS")
-        if last + 5 < len(data) and not data[last + 5] & 4:  # no end-of-stream flag
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(65536)
+    if head[:4] == b"RIFF":
+        return _missing_wav(file, size)
+    if head[:4] == b"OggS":
+        file.seek(max(0, size - 131072))  # a page has at most 65,307 bytes
+        tail = file.read()
+        last = tail.rfind(b"OggS")
+        if last >= 0 and last + 5 < len(tail) and not tail[last + 5] & 4:  # no end-of-stream flag
             return "its last page is missing"
-    elif data[:3] == b"ID3" or data[0] == 0xFF:
-        # Without a Xing/Info frame the length of an mp3 is an estimate, and proves nothing. Two
-        # frames of 1152 samples may go to encoder delay and padding.
-        tagged = b"Xing" in data[:65536] or b"Info" in data[:65536]
-        if not tagged or decoded + 2 * 1152 >= expected:
-            return ""
+    # Without a Xing/Info frame the length of an mp3 is an estimate, and proves nothing. Two frames
+    # of 1152 samples may go to encoder delay and padding.
+    mp3 = head[:3] == b"ID3" or head[0] == 0xFF
+    if mp3 and (not (b"Xing" in head or b"Info" in head) or decoded + 2 * 1152 >= expected):
+        return ""
     if decoded < expected:
         return f"its header says {expected} samples, but {decoded} could be read"
     return ""
 
 
-def _missing_wav(data: bytes) -> str:
+def _missing_wav(file: BinaryIO, size: int) -> str:
     """Compare the data chunk's stated size with what the file holds (libsndfile adjusts it)."""
     at = 12
-    while at + 8 <= len(data):
-        name, size = struct.unpack_from("<4sI", data, at)
+    while at + 8 <= size:
+        file.seek(at)
+        name, length = struct.unpack("<4sI", file.read(8))
         if name == b"data":
-            there = len(data) - at - 8
-            if size in _STREAMED or there >= size:
+            there = size - at - 8
+            if length in _STREAMED or there >= length:
                 return ""
-            return f"its header says {size} bytes of samples, but {there} are there"
-        at += 8 + size + size % 2
+            return f"its header says {length} bytes of samples, but {there} are there"
+        at += 8 + length + length % 2
     return "it has no samples after its header"
 
 
-def _prepare(samples: np.ndarray, rate: int, name: str) -> np.ndarray:
+def _from_array(samples: np.ndarray, rate: int) -> np.ndarray:
     if rate <= 0:
-        raise UserError(f"{name} has a sampling rate of {rate} Hz; give the true rate")
+        raise UserError(f"the array has a sampling rate of {rate} Hz; give the true rate")
     if samples.ndim not in (1, 2):
         raise UserError(
-            f"{name} has {samples.ndim} dimensions; give (samples,) or (samples, channels)"
+            f"the array has {samples.ndim} dimensions; give (samples,) or (samples, channels)"
         )
-    if samples.size == 0:
-        raise UserError(_no_samples(name))
     if np.issubdtype(samples.dtype, np.integer):
-        samples = samples / -float(np.iinfo(samples.dtype).min or -1)
-    audio = np.asarray(samples, dtype=np.float32)
-    if audio.ndim == 2:
-        audio = audio.mean(axis=1)
-    bad = ~np.isfinite(audio)
-    if bad.any():
-        first = int(bad.argmax()) / rate
-        raise UserError(
-            f"{name} holds {int(bad.sum())} NaN or infinite samples, the first at {first:.3f} s; "
-            "export it again"
-        )
-    if rate != SAMPLE_RATE:
-        audio = soxr.resample(audio, rate, SAMPLE_RATE)
+        samples = samples / (float(np.iinfo(samples.dtype).max) + 1)
+    mono = _Mono(rate, "the array")
+    mono.add(samples.reshape(len(samples), -1).astype(np.float32, copy=False))
+    return mono.finish()
+
+
+class _Mono:
+    """Blocks of (frames, channels) float32 in, one mono array at 16 kHz out."""
+
+    def __init__(self, rate: int, name: str) -> None:
+        self.rate, self.name, self.frames = rate, name, 0
+        self.parts: list[np.ndarray] = []
+        self.resampler = None
+        if rate != SAMPLE_RATE:
+            self.resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
+
+    def add(self, block: np.ndarray) -> None:
+        mono = np.ascontiguousarray(block.mean(axis=1))
+        bad = ~np.isfinite(mono)
+        if bad.any():
+            first = (self.frames + int(bad.argmax())) / self.rate
+            raise UserError(
+                f"{self.name} holds NaN or infinite samples, the first at {first:.3f} s; "
+                "export it again"
+            )
+        self.frames += len(mono)
+        self.parts.append(self.resampler.resample_chunk(mono) if self.resampler else mono)
+
+    def finish(self) -> np.ndarray:
+        if self.resampler and self.frames:
+            rest = self.resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
+            self.parts.append(rest)
+        audio = np.concatenate(self.parts) if self.parts else np.zeros(0, dtype=np.float32)
         if audio.size == 0:
-            raise UserError(_no_samples(name))
-    return np.ascontiguousarray(audio, dtype=np.float32)
+            raise UserError(_no_samples(self.name))
+        return audio

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,13 +38,14 @@ class Part:
 @dataclass
 class Report:
     """`format`: how the folder is stored; `model_bytes`: weights and config on disk;
-    `all_bytes`: with the tokenizer and the rest."""
+    `all_bytes`: with the tokenizer and the rest; `layers`: packed layer -> how it is stored."""
 
     format: str
     parts: list[Part]
     model_bytes: int
     all_bytes: int
     config: dict[str, Any]
+    layers: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> Part:
@@ -86,7 +86,8 @@ def inspect_folder(folder: str | Path) -> Report:
     model_bytes = sum(
         files[folder / name] for name in [*weights, "config.json"] if folder / name in files
     )
-    return Report(form, parts, model_bytes, sum(files.values()), config)
+    layers = {name: _spec_words(spec) for name, spec in plan.items()}
+    return Report(form, parts, model_bytes, sum(files.values()), config, layers)
 
 
 # name -> (element type, number of elements, bytes)
@@ -159,9 +160,9 @@ def _kind(name: str) -> str:
     if "conv" in name:
         return "convolutions"
     if "encoder_attn" in name or "/attention/" in name:
-        return "decoder cross-att."
+        return "decoder cross"
     if "self_att" in name:
-        return f"{side} attention"
+        return f"{side} attn"
     return f"{side} FFN"
 
 
@@ -191,6 +192,9 @@ def to_dict(report: Report) -> dict[str, Any]:
         }
         for part in [*report.parts, report.total]
     ]
-    return json.loads(
-        json.dumps({"format": report.format, "bytes": report.model_bytes, "parts": rows})
-    )
+    return {
+        "format": report.format,
+        "bytes": report.model_bytes,
+        "parts": rows,
+        "layers": report.layers,
+    }

