@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqw.whisper.data import Item
 from dqw.whisper.scoring import Scores, score
-from dqw.whisper.transcribe import Transcript, iter_transcripts
+from dqw.whisper.transcribe import Transcript, transcribe
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
@@ -46,27 +46,21 @@ def evaluate(
     Every item needs a text: `load_items(…, need_text=True)`. `progress` gets the seconds of audio
     done. Items without a language are scored in the detected one.
     """
-    started, done = time.perf_counter(), 0.0
-    found: dict[int, Transcript] = {}
-    steps = iter_transcripts(
+    started = time.perf_counter()
+    transcripts = transcribe(
         model,
         processor,
         [item.audio for item in items],
         language=[item.language for item in items],
         beam_size=beam_size,
         batch_size=batch_size,
+        progress=progress,
     )
-    for index, transcript in steps:
-        found[index] = transcript
-        done += transcript.seconds
-        if progress:
-            progress(done)
     wall = time.perf_counter() - started
-    transcripts = [found[index] for index in range(len(items))]
     scores = score(
         [item.text or "" for item in items],
         [transcript.text for transcript in transcripts],
         [item.language or transcript.language for item, transcript in zip(items, transcripts)],
         getattr(processor.tokenizer, "english_spelling_normalizer", None),
     )
-    return Evaluation(scores, transcripts, done, wall)
+    return Evaluation(scores, transcripts, sum(t.seconds for t in transcripts), wall)
