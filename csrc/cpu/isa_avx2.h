@@ -232,6 +232,18 @@ struct Table {
     }
 };
 
+// Byte J of every 32-bit lane, a level, as a float.
+template <int B>
+struct FloatTable {
+    const Table<B> bytes;
+    explicit FloatTable(const int8_t* levels) : bytes(levels, 0) {}
+    Bytes operator()(Bytes c) const { return bytes(c); }
+    template <int J>
+    f32 part(i32 v) const {
+        return to_float(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * J), 24));
+    }
+};
+
 // Bytes 8 j … 8 j + 7 of a block, signed, as 32-bit lanes.
 template <int J>
 DQW_INLINE i32 widen(Bytes b) {

@@ -219,6 +219,26 @@ struct Table {
     }
 };
 
+// Byte J of every 32-bit lane as a float: of a code (up to 5 bits: the table is looked up by whole
+// lanes, whose upper bits the instruction ignores), or of a level.
+template <int B>
+struct FloatTable {
+    f32 low, high;
+    const Table<B> bytes;
+    explicit FloatTable(const int8_t* levels)
+        : low(first(levels)), high(first(levels + 16)), bytes(levels, 0) {}
+    Bytes operator()(Bytes c) const { return B <= 5 ? c : bytes(c); }
+    template <int J>
+    f32 part(i32 v) const {
+        if constexpr (B <= 4) return _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8 * J), low);
+        if constexpr (B == 5) return _mm512_permutex2var_ps(low, _mm512_srli_epi32(v, 8 * J), high);
+        return to_float(_mm512_srai_epi32(_mm512_slli_epi32(v, 24 - 8 * J), 24));
+    }
+    static f32 first(const int8_t* levels) {
+        return to_float(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)levels)));
+    }
+};
+
 // Bytes 16 j … 16 j + 15 of a block, signed, as 32-bit lanes.
 template <int J>
 DQW_INLINE i32 widen(Bytes b) {

@@ -264,6 +264,18 @@ struct Table {
     }
 };
 
+// Byte J of every 32-bit lane, a level, as a float.
+template <int B>
+struct FloatTable {
+    const Table<B> bytes;
+    explicit FloatTable(const int8_t* levels) : bytes(levels, 0) {}
+    Bytes operator()(Bytes c) const { return bytes(c); }
+    template <int J>
+    f32 part(i32 v) const {
+        return each<f32>([&](int i) { return (float)(int8_t)((uint32_t)v.v[i] >> (8 * J)); });
+    }
+};
+
 template <int J>
 DQW_INLINE i32 widen(Bytes b) {
     int8_t c[64];

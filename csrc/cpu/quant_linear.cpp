@@ -15,11 +15,21 @@
 namespace dqw {
 namespace {
 
-// From this many rows of x on, decoding a tile pays; up to it the gemv runs, a few rows at a time.
-constexpr int64_t kGemvLimit = 4;
+// Above so many rows of x a decoded tile pays for itself; up to them the gemv runs, four at a time.
+// Zen 4, 512 -> 2048, 4 bits, two threads, microseconds of gemv | gemm: int8 m = 4: 38 | 45,
+// m = 8: 76 | 55; float m = 8: 142 | 177, m = 16: 284 | 251.
+constexpr int64_t kInt8GemvLimit = 4, kFloatGemvLimit = 8;
+// Products (codes times rows of x) that are worth a thread: waking one costs 5 to 10 microseconds,
+// in which a Zen 4 core does a million int8 products or a quarter of that in float.
+constexpr int64_t kInt8Grain = 1 << 20, kFloatGrain = 1 << 18;
 constexpr int64_t kLongestInt8Row = 65536;  // 65536 * 255 * 127 < 2^31
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Items a thread should have, if each is so many products.
+int64_t grain_of(bool int8, int64_t products) {
+    return std::max<int64_t>(1, (int8 ? kInt8Grain : kFloatGrain) / std::max<int64_t>(products, 1));
+}
 
 // What the activations need in memory, carved from one scratch block.
 void place_activations(Linear& a, bool int8) {
@@ -40,10 +50,8 @@ void place_activations(Linear& a, bool int8) {
 void gemv(Linear& a, const void* x, bool int8, const LinearKernels& k) {
     place_activations(a, int8);
     (int8 ? k.prepare_int8 : k.prepare_float)(a, x, 0, a.m, false);
-    // Enough codes for a thread to be worth waking: about 5 microseconds of work.
     const int64_t unit = 16, units = ceil_div(a.w.rows, unit);
-    const int64_t grain =
-        std::max<int64_t>(1, 65536 / std::max<int64_t>(1, a.w.blocks * 64 * unit));
+    const int64_t grain = grain_of(int8, a.m * a.w.blocks * 64 * unit);
     torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
         (int8 ? k.gemv_int8 : k.gemv_float)(a, begin * unit, std::min(end * unit, a.w.rows));
     });
@@ -73,10 +81,11 @@ void gemm(Linear& a, const void* x, bool int8, const LinearKernels& k) {
     const int64_t parts =
         std::clamp<int64_t>(ceil_div(2 * threads, tiles), 1, ceil_div(row_blocks, 4));
     const int64_t part_rows = ceil_div(row_blocks, parts) * a.block_rows;
-    const int64_t groups = a.w.group ? ceil_div(a.w.cols, a.w.group) : 0;
+    const int64_t groups = a.w.group ? ceil_div(a.w.cols, a.w.group) : 1;
     const size_t tile_bytes = a.w.blocks * 64 * k.tile_rows * (int8 ? (a.w.wide ? 2 : 1) : 4) +
                               groups * k.tile_rows * sizeof(float) + 64;
-    torch::stable::parallel_for(0, tiles * parts, 1, [&](int64_t begin, int64_t end) {
+    const int64_t grain = grain_of(int8, part_rows * k.tile_rows * a.w.blocks * 64);
+    torch::stable::parallel_for(0, tiles * parts, grain, [&](int64_t begin, int64_t end) {
         void* tile = scratch<1>(tile_bytes);
         for (int64_t task = begin; task < end; task++) {
             const int64_t n = task / parts * k.tile_rows, m0 = task % parts * part_rows;
@@ -175,7 +184,7 @@ Tensor quant_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale_
     }
     // The float gemv has no second plane of levels and no scales that change inside 32 columns.
     const bool gemv_can = int8_activations || !(a.w.wide || odd_groups);
-    if (a.m > kGemvLimit || !gemv_can) {
+    if (a.m > (int8_activations ? kInt8GemvLimit : kFloatGemvLimit) || !gemv_can) {
         gemm(a, source, int8_activations, k);
         return y;
     }

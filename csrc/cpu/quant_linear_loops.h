@@ -84,27 +84,26 @@ DQW_INLINE f32 read_some(const void* p, int64_t i, int64_t n) {
 }
 
 // Rows [begin, end) of x as float32, padded with zeros to whole blocks. For the gemm, `begin` is
-// the first row of a register block, stored column by column.
+// the first row of a register block, stored column by column. For the gemv, in the order in which
+// FloatTable gives weights: of each run of 4 W columns first those at 0, 4, 8 …, then 1, 5, 9 ….
 void run_prepare_float(const Linear& a, const void* source, int64_t begin, int64_t end, bool gemm) {
     const int64_t cols = a.w.cols, padded = a.w.blocks * kUnit, rows = end - begin;
     float* out = a.x + begin * padded;
     with_type(a.type, [&]<Type T>() {
-        if (!gemm) {
+        for (int64_t i = 0; i < padded; i += 4 * W) {
             for (int64_t r = 0; r < rows; r++) {
-                for (int64_t i = 0; i < padded; i += W) {
-                    const int64_t n = cols - i;
-                    store(out + r * padded + i,
-                          n > 0 ? read_some<T>(source, (begin + r) * cols + i, n) : zero());
+                float x[4 * W];
+                for (int64_t j = 0; j < 4 * W; j += W) {
+                    const int64_t n = cols - i - j;
+                    store(x + j,
+                          n > 0 ? read_some<T>(source, (begin + r) * cols + i + j, n) : zero());
                 }
-            }
-            return;
-        }
-        for (int64_t i = 0; i < padded; i += W) {
-            const int64_t n = cols - i;
-            for (int64_t r = 0; r < rows; r++) {
-                float lane[W];
-                store(lane, n > 0 ? read_some<T>(source, (begin + r) * cols + i, n) : zero());
-                for (int j = 0; j < W; j++) out[(i + j) * rows + r] = lane[j];
+                if (gemm) {
+                    for (int64_t j = 0; j < 4 * W; j++) out[(i + j) * rows + r] = x[j];
+                } else {
+                    float* run = out + r * padded + i;
+                    for (int64_t j = 0; j < 4 * W; j++) run[j % 4 * W + j / 4] = x[j];
+                }
             }
         }
     });
@@ -173,7 +172,7 @@ template <int B, int M>
 void float_rows(const Linear& a, int64_t m0, int64_t begin, int64_t end) {
     constexpr int R = kGemvOutputs;
     const Packed& w = a.w;
-    const Table<B> table(w.low, 0);
+    const FloatTable<B> table(w.low);
     const int64_t padded = w.blocks * kUnit;
     const float* x = a.x + m0 * padded;
     float sums[M][W];
@@ -185,28 +184,26 @@ void float_rows(const Linear& a, int64_t m0, int64_t begin, int64_t end) {
             for (int64_t b = 0; b < w.blocks; b++) {
                 unroll<R>([&](auto r) {
                     const Bytes v = table(codes<B>(rows.p[r.value] + b * 8 * B));
-                    if (w.group == 0) {
-                        unroll<kVectors>([&](auto j) {
-                            const f32 level = to_float(widen<j.value>(v));
-                            unroll<M>([&](auto m) {
-                                acc[r.value][m.value] =
-                                    fma(level, load(x + m.value * padded + b * kUnit + j.value * W),
-                                        acc[r.value][m.value]);
-                            });
+                    // Groups: the sum of a part is scaled once; without them, at the end.
+                    f32 part[kParts][M];
+                    unroll<kParts * 4>([&](auto i) {
+                        constexpr int p = i.value / 4, j = i.value % 4;
+                        const f32 level = table.template part<j>(v.part[p]);
+                        const float* at = x + b * kUnit + i.value * W;
+                        unroll<M>([&](auto m) {
+                            const f32 value = load(at + m.value * padded);
+                            f32& sum = w.group ? part[p][m.value] : acc[r.value][m.value];
+                            sum = w.group && j == 0 ? mul(level, value) : fma(level, value, sum);
                         });
-                        return;
-                    }
+                    });
+                    if (w.group == 0) return;
                     float first, second;
                     const int64_t row = n + r0 + r.value;
                     scales_of_block(w, row < w.rows ? row : w.rows - 1, b, first, second);
-                    unroll<kVectors>([&](auto j) {
-                        const float s = j.value < kVectors / 2 ? first : second;
-                        const f32 weight = mul(to_float(widen<j.value>(v)), all(s));
-                        unroll<M>([&](auto m) {
-                            acc[r.value][m.value] =
-                                fma(weight, load(x + m.value * padded + b * kUnit + j.value * W),
-                                    acc[r.value][m.value]);
-                        });
+                    unroll<kParts * M>([&](auto i) {
+                        constexpr int p = i.value / M, m = i.value % M;
+                        acc[r.value][m] =
+                            fma(part[p][m], halves<p>(first, second), acc[r.value][m]);
                     });
                 });
             }
@@ -309,25 +306,22 @@ void int8_group_rows(const Linear& a, int64_t m0, int64_t begin, int64_t end) {
 
 // ---- many rows of x ----
 
-// Decode rows n … n + kTileRows into `tile`: for every unit of columns (4 bytes, or 1 float)
-// kTileRows units, one from each row. `block(row, b, parts)` gives the units of a block of 64.
-template <int Parts, class F>
-DQW_INLINE void fill_tile(const Packed& w, int64_t n, int32_t* tile, const F& block) {
+// Decode rows n … n + kTileRows: for every 4 columns, a register with a lane of 4 bytes for each of
+// W rows. `level` turns the codes of a block into bytes; `put(unit, t, bytes)` gets columns
+// 4 unit … 4 unit + 3 of rows n + t W …
+template <int B, class Level, class Put>
+DQW_INLINE void fill_tile(const Packed& w, int64_t n, const Level& level, const Put& put) {
     for (int t = 0; t < kTileVectors; t++) {
         for (int64_t b = 0; b < w.blocks; b++) {
-            i32 rows[Parts][W];
+            i32 rows[kParts][W];
             for (int r = 0; r < W; r++) {
-                const int64_t row = n + t * W + r;
-                i32 units[Parts];
-                block(row < w.rows ? row : w.rows - 1, b, units);
-                for (int p = 0; p < Parts; p++) rows[p][r] = units[p];
+                const int64_t row = n + t * W + r < w.rows ? n + t * W + r : w.rows - 1;
+                const Bytes v = level(codes<B>(w.data + row * w.row_bytes + b * 8 * B));
+                for (int p = 0; p < kParts; p++) rows[p][r] = v.part[p];
             }
-            for (int p = 0; p < Parts; p++) {
+            for (int p = 0; p < kParts; p++) {
                 transpose(rows[p]);
-                for (int i = 0; i < W; i++) {
-                    const int64_t unit = (b * Parts + p) * W + i;
-                    store_int(tile + unit * kTileRows + t * W, rows[p][i]);
-                }
+                for (int i = 0; i < W; i++) put((b * kParts + p) * W + i, t, rows[p][i]);
             }
         }
     }
@@ -336,19 +330,55 @@ DQW_INLINE void fill_tile(const Packed& w, int64_t n, int32_t* tile, const F& bl
 template <int B>
 void fill_int8_tile(const Packed& w, const int8_t* levels, int64_t n, int32_t* tile) {
     const Table<B> table(levels, kByteOffset);
-    fill_tile<kParts>(w, n, tile, [&](int64_t row, int64_t b, i32(&units)[kParts]) {
-        const Bytes v = table(codes<B>(w.data + row * w.row_bytes + b * 8 * B));
-        for (int p = 0; p < kParts; p++) units[p] = v.part[p];
+    fill_tile<B>(w, n, table, [&](int64_t unit, int t, i32 v) {
+        store_int(tile + unit * kTileRows + t * W, v);
     });
 }
 
+// Scales of kTileRows rows from n, by groups: (groups, kTileRows).
+DQW_INLINE void fill_scales(const Packed& w, int64_t n, float* scales) {
+    const int64_t groups = w.group ? (w.cols + w.group - 1) / w.group : 1;
+    for (int64_t g = 0; g < groups; g++) {
+        for (int64_t i = 0; i < kTileRows; i++) {
+            scales[g * kTileRows + i] = n + i < w.rows ? scale_at(w, n + i, g) : 0.0f;
+        }
+    }
+}
+
+// level * scale, rounded once, as floats: a row of kTileRows for every column.
 template <int B>
-void fill_float_tile(const Packed& w, int64_t n, int32_t* tile) {
-    const Weights<B> weights(w);
-    fill_tile<kVectors>(w, n, tile, [&](int64_t row, int64_t b, i32(&units)[kVectors]) {
-        f32 v[kVectors];
-        weights(row, b, v);
-        for (int j = 0; j < kVectors; j++) units[j] = bits_of(v[j]);
+void fill_float_tile(const Packed& w, int64_t n, const float* scales, float* tile) {
+    const int64_t group = w.group ? w.group : w.blocks * kUnit;
+    const int64_t last = w.cols > 0 ? (w.cols - 1) / group : 0;
+    const FloatTable<B> low(w.low), high(w.high);
+    const auto scale_of = [&](int64_t column, int t) {
+        const int64_t g = column / group;
+        return load(scales + (g < last ? g : last) * kTileRows + t * W);
+    };
+    if (!w.wide) {
+        fill_tile<B>(w, n, low, [&](int64_t unit, int t, i32 v) {
+            f32 s = scale_of(unit * 4, t);
+            unroll<4>([&](auto j) {
+                if (group % 4 != 0) s = scale_of(unit * 4 + j.value, t);
+                store(tile + (unit * 4 + j.value) * kTileRows + t * W,
+                      mul(low.template part<j.value>(v), s));
+            });
+        });
+        return;
+    }
+    // Two planes: the upper one goes through the tile, exact, before the scale.
+    fill_tile<B>(w, n, high, [&](int64_t unit, int t, i32 v) {
+        unroll<4>([&](auto j) {
+            store(tile + (unit * 4 + j.value) * kTileRows + t * W,
+                  mul(high.template part<j.value>(v), all(256.0f)));
+        });
+    });
+    fill_tile<B>(w, n, low, [&](int64_t unit, int t, i32 v) {
+        unroll<4>([&](auto j) {
+            float* at = tile + (unit * 4 + j.value) * kTileRows + t * W;
+            const f32 level = add(load(at), low.template part<j.value>(v));
+            store(at, mul(level, scale_of(unit * 4 + j.value, t)));
+        });
     });
 }
 
@@ -459,15 +489,16 @@ DQW_INLINE void each_block(const Linear& a, int64_t m0, int64_t m1, const F& f) 
 void run_gemm_float(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* scratch) {
     const Packed& w = a.w;
     const int64_t padded = w.blocks * kUnit;
-    int32_t* tile = (int32_t*)scratch;
-    with_bits(w.bits, [&](auto bits) { fill_float_tile<bits.value>(w, n, tile); });
+    float* tile = (float*)scratch;
+    float* scales = tile + padded * kTileRows;
+    fill_scales(w, n, scales);
+    with_bits(w.bits, [&](auto bits) { fill_float_tile<bits.value>(w, n, scales, tile); });
     alignas(64) float sums[kFloatBlockRows * kTileRows];
     float bias[kTileRows] = {};
     for (int64_t i = 0; a.bias && i < kTileRows && n + i < w.rows; i++) bias[i] = a.bias[n + i];
     each_block(a, m0, m1, [&](int64_t m, int64_t rows) {
-        with_rows<kFloatBlockRows>(rows, [&](auto r) {
-            float_product<r.value>((const float*)tile, a.x + m * padded, padded, sums);
-        });
+        with_rows<kFloatBlockRows>(
+            rows, [&](auto r) { float_product<r.value>(tile, a.x + m * padded, padded, sums); });
         for (int64_t i = 0; i < rows; i++) {
             for (int t = 0; t < kTileVectors && n + t * W < w.rows; t++) {
                 f32 y = load(sums + i * kTileRows + t * W);
@@ -494,12 +525,7 @@ void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* scr
     static_assert(kTileVectors <= 2);
 
     if (w.group) {
-        const int64_t groups = (w.cols + w.group - 1) / w.group;
-        for (int64_t g = 0; g < groups; g++) {
-            for (int64_t i = 0; i < kTileRows; i++) {
-                scales[g * kTileRows + i] = n + i < w.rows ? scale_at(w, n + i, g) : 0.0f;
-            }
-        }
+        fill_scales(w, n, scales);
         alignas(64) float sums[kGroupBlockRows * kTileRows];
         each_block(a, m0, m1, [&](int64_t m, int64_t rows) {
             const int8_t* q = a.q + m * padded;
