@@ -109,6 +109,9 @@ def test_hidden_losses_by_hand():
     assert hidden_loss(student, teacher, "mse").item() == pytest.approx((1 + 0 + 1 + 1) / 4)
     # Variance about the means 2 and 3: 4 + 4 + 1 + 1.
     assert hidden_loss(student, teacher, "relative").item() == pytest.approx(3 / 10)
+    # Feature by feature, errors 2/2 and 1/2 over variances 4 and 1, each raised by 0.001 · 2.5.
+    by_hand = (1.0 / 4.0025 + 0.5 / 1.0025) / 2
+    assert hidden_loss(student, teacher, "standard").item() == pytest.approx(by_hand)
     by_hand = 0.0
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
         p, q = softmax([x / 2 for x in s]), softmax([x / 2 for x in t])
@@ -118,18 +121,29 @@ def test_hidden_losses_by_hand():
         hidden_loss(student, teacher, "cosine")
 
 
-def test_relative_loss_does_not_see_scale_or_offset():
+@pytest.mark.parametrize("kind", ["relative", "standard"])
+def test_variance_losses_do_not_see_scale_or_offset(kind):
     generator = torch.Generator().manual_seed(1)
     teacher = torch.randn(50, 8, generator=generator)
     student = teacher + 0.1 * torch.randn(50, 8, generator=generator)
-    base = hidden_loss(student, teacher, "relative")
-    moved = hidden_loss(student * 30 + 7, teacher * 30 + 7, "relative")
+    base = hidden_loss(student, teacher, kind)
+    moved = hidden_loss(student * 30 + 7, teacher * 30 + 7, kind)
     torch.testing.assert_close(base, moved, rtol=1e-3, atol=0)
     constant = teacher.mean(dim=0).expand_as(teacher)
-    assert hidden_loss(constant, teacher, "relative").item() == pytest.approx(1.0, rel=1e-5)
+    assert hidden_loss(constant, teacher, kind).item() == pytest.approx(1.0, rel=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["mse", "relative", "ffn"])
+def test_standard_loss_sees_features_beside_a_massive_one():
+    generator = torch.Generator().manual_seed(3)
+    teacher = torch.randn(200, 16, generator=generator)
+    teacher[:, 0] *= 100
+    student = teacher.clone()
+    student[:, 1:] = 0
+    assert hidden_loss(student, teacher, "relative").item() < 0.01
+    assert hidden_loss(student, teacher, "standard").item() > 0.5
+
+
+@pytest.mark.parametrize("kind", ["mse", "relative", "standard", "ffn"])
 def test_pairwise_costs(kind):
     generator = torch.Generator().manual_seed(2)
     students = [torch.randn(40, 6, generator=generator).requires_grad_() for _ in range(2)]

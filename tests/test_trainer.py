@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -31,7 +32,9 @@ from dqw.distill.stepping import parameter_groups, spec_augment
 from dqw.errors import UserError
 from dqw.recipe import Recipe
 
-SHORT = TrainConfig(steps=3, batch_size=2, lr=1e-3, clip_lr=1e-3, tensorboard=False)
+SHORT = TrainConfig(
+    steps=3, batch_size=2, lr=1e-3, clip_lr=1e-3, precision="float32", tensorboard=False
+)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -222,7 +225,9 @@ def step(pupil, teacher, batch):
 def test_losses_are_those_of_the_whole_models(encoder, temperature):
     student, teacher = tiny_model(), tiny_model(encoder_layers=3, decoder_layers=4)
     inputs = batch_of(encoder)
-    config = DistillConfig(ce=0.4, kl=0.6, temperature=temperature, matching="static_uniform")
+    config = DistillConfig(
+        ce=0.4, kl=0.6, temperature=temperature, hidden_loss="relative", matching="static_uniform"
+    )
     batch = Batch.of(inputs)
     _, losses = step(DistillModel(student, teacher, config), teacher, batch)
     asked = dict(
@@ -363,7 +368,7 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path):
     states = []
     for index, (size, parts) in enumerate([(6, 1), (2, 3)]):
         student = tiny_model()
-        plan = TrainConfig(steps=1, batch_size=size, accumulate=parts, lr=1e-3, tensorboard=False)
+        plan = replace(SHORT, steps=1, batch_size=size, accumulate=parts)
         teacher = tiny_model()
         nn.init.normal_(teacher.proj_out.weight, std=0.1)
         run(tmp_path / str(index), student, teacher, config, plan)
@@ -438,7 +443,7 @@ def test_a_folder_in_use_and_a_run_with_other_settings(tmp_path):
     with pytest.raises(UserError, match="pass resume"):
         run(tmp_path)
     with pytest.raises(UserError, match=r"train.lr = 0.001, now it is 0.01"):
-        run(tmp_path, train=TrainConfig(steps=3, batch_size=2, lr=1e-2, clip_lr=1e-3), resume=True)
+        run(tmp_path, train=replace(SHORT, lr=1e-2), resume=True)
     with pytest.raises(UserError, match=r"data.clips = 6, now it is 4"):
         run(tmp_path, items=clips(4), resume=True)
     student = tiny_model()

@@ -14,10 +14,10 @@ from typing import Any
 from dqw.errors import UserError
 
 MATCHINGS = ("static_odd", "static_uniform", "dynamic", "restrained", "optimal", "none")
-HIDDEN_LOSSES = ("relative", "mse", "ffn")
+HIDDEN_LOSSES = ("standard", "relative", "mse", "ffn")
 GUIDANCE_MODES = ("all", "random", "quant_guided", "distill_guided", "mutual")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
-PRECISIONS = ("float32", "bf16", "fp16")
+PRECISIONS = ("auto", "float32", "bf16", "fp16")
 TEACHER_DTYPES = ("keep", "float32", "bfloat16", "float16")
 
 
@@ -115,8 +115,9 @@ class DistillConfig:
         kl: weight of the logits KL, temperature² · KL(teacher ‖ student), mean over tokens.
         temperature: softens both distributions of the KL.
         hidden: weight of the hidden-state term; 0 turns its computation off.
-        hidden_loss: `relative` (squared error over the teacher state's variance), `mse`, or `ffn`
-            (the authors' variant: softmax over the activations inside the feed-forward block).
+        hidden_loss: `standard` (squared error over the teacher state's variance, per feature),
+            `relative` (the same over all features at once), `mse`, or `ffn` (the authors' variant:
+            softmax over the activations inside the feed-forward block).
         hidden_temperature: temperature of the softmax in `ffn`.
         matching: which teacher layer a student layer learns from.
         matching_interval: optimizer steps between two choices of a matching that depends on losses.
@@ -133,7 +134,7 @@ class DistillConfig:
     kl: float = 0.9
     temperature: float = 1.0
     hidden: float = 0.5
-    hidden_loss: str = "relative"
+    hidden_loss: str = "standard"
     hidden_temperature: float = 1.0
     matching: str = "optimal"
     matching_interval: int = 1
@@ -226,7 +227,9 @@ class TrainConfig:
     `projection_lr` are peak learning rates under one schedule; only matrices under `lr` decay.
     `language` is taken for items that name none. `save_steps` 0 writes one checkpoint, at the
     end. `cache_features` keeps log-mel features in memory as float16 (480 kB a clip at 80 mels);
-    `auto` does so up to 2,000 clips.
+    `auto` does so up to 2,000 clips. `precision` is that of the matrix products: `auto` takes
+    bf16 where the machine multiplies it in hardware (weights, optimizer and losses stay float32;
+    measured on two Zen 4 cores: 1.8 times the speed of float32), else float32.
     """
 
     steps: int = 0
@@ -241,7 +244,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     schedule: str = "linear"
     warmup_steps: int = 0
-    precision: str = "float32"
+    precision: str = "auto"
     freeze_encoder: bool = False
     freeze_embedding: bool = False
     language: str | None = None

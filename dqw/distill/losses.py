@@ -18,6 +18,9 @@ IGNORE = -100
 # Rows of logits worked on at a time: 64 × 51,865 × 4 bytes are 13 MB, which stays in the cache of
 # one socket, where the whole (rows, vocabulary) matrices of a batch would not.
 CHUNK_ROWS = 64
+# A feature that hardly varies is measured against this share of the mean variance at least.
+FLOOR = 1e-3
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -133,8 +136,11 @@ def hidden_loss(student: Tensor, teacher: Tensor, kind: str, temperature: float 
         student, teacher: (rows, features), of one width (see `ProjectionBank`).
         kind: `mse`: mean squared error. `relative`: squared error over the teacher's variance
             about its per-feature mean, so 1 is a student that knows the mean alone, and layers of
-            any scale compare. `ffn`: T² · Σ_features (softmax(h_S/T) − softmax(h_T/T))², mean
-            over rows (DQ-Whisper, on activations inside the feed-forward block).
+            any scale compare. `standard`: the same for each feature by itself, then the mean over
+            features. In whisper-base one of 512 features holds 63 to 91 % of a late layer's
+            variance; `mse` and `relative` see little else. `ffn`: T² · Σ_features (softmax(h_S/T)
+            − softmax(h_T/T))², mean over rows (DQ-Whisper, on activations inside the feed-forward
+            block).
         temperature: T of `ffn`.
 
     Returns:
@@ -146,11 +152,15 @@ def hidden_loss(student: Tensor, teacher: Tensor, kind: str, temperature: float 
     if kind == "relative":
         error = (student - teacher).square().sum()
         spread = (teacher - teacher.mean(dim=0)).square().sum()
-        return error / spread.clamp_min(torch.finfo(torch.float32).tiny)
+        return error / spread.clamp_min(_TINY)
+    if kind == "standard":
+        error_of = (student - teacher).square().mean(dim=0)
+        variance = (teacher - teacher.mean(dim=0)).square().mean(dim=0)
+        return (error_of / (variance + FLOOR * variance.mean()).clamp_min(_TINY)).mean()
     if kind == "ffn":
         gap = torch.softmax(student / temperature, -1) - torch.softmax(teacher / temperature, -1)
         return temperature**2 * gap.square().sum(dim=-1).mean()
-    raise ValueError(f"hidden loss {kind!r} is not one of relative, mse, ffn")
+    raise ValueError(f"hidden loss {kind!r} is not one of standard, relative, mse, ffn")
 
 
 @torch.no_grad()

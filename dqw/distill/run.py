@@ -157,6 +157,7 @@ def training_arguments(
     train: TrainConfig, folder: Path, clips: int, needs_unused: bool
 ) -> Seq2SeqTrainingArguments:
     """`TrainConfig` in transformers' words; steps are always given as a number."""
+    precision = fast_precision() if train.precision == "auto" else train.precision
     args = Seq2SeqTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,
@@ -170,8 +171,8 @@ def training_arguments(
         save_steps=train.save_steps or 2**31,
         logging_steps=train.log_steps,
         logging_first_step=True,
-        bf16=train.precision == "bf16",
-        fp16=train.precision == "fp16",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
         use_cpu=not torch.cuda.is_available(),
         seed=train.seed,
         dataloader_num_workers=train.workers,
@@ -187,6 +188,14 @@ def training_arguments(
     per_epoch = math.ceil(batches / train.accumulate)
     args.max_steps = train.steps or max(math.ceil(train.epochs * per_epoch), 1)
     return args
+
+
+def fast_precision() -> str:
+    """`bf16` where this machine multiplies it in hardware, else `float32`."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_bf16 else "float32"
 
 
 def is_multilingual(model: Any) -> bool:
