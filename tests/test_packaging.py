@@ -1,6 +1,8 @@
 """``kernels/`` imports as ``dqw_kernels`` and never shadows Hugging Face's package ``kernels``."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -76,3 +78,38 @@ def test_the_triton_kernels_import_from_anywhere(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "True"
+
+
+def tier_objects() -> list[Path]:
+    if shutil.which("objdump") is None or shutil.which("nm") is None:
+        pytest.skip("binutils are not installed")
+    objects = sorted((ROOT / "build" / "objects").glob("*.o"))
+    if not objects:
+        pytest.skip("the library was not built in this checkout")
+    return objects
+
+
+def test_wide_registers_stay_in_files_that_may_use_them() -> None:
+    """Code that every machine runs holds no AVX, and AVX2's files no AVX-512."""
+    for path in tier_objects():
+        code = subprocess.run(
+            ["objdump", "-d", "--no-show-raw-insn", path],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        if not path.stem.endswith("_avx512"):
+            assert not re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]\b", code), path.name
+        if not path.stem.endswith(("_avx512", "_avx2")):
+            assert "%ymm" not in code, path.name
+
+
+def test_tiers_share_no_inline_function() -> None:
+    """The linker keeps one copy of a weak symbol: it must not be one with AVX-512 in it."""
+    for path in tier_objects():
+        if path.stem.endswith(("_avx512", "_avx2", "_scalar")):
+            symbols = subprocess.run(
+                ["nm", "-C", path], capture_output=True, text=True, check=True
+            ).stdout
+            weak = [line for line in symbols.splitlines() if re.search(r" [WVu] ", line)]
+            assert not weak, (path.name, weak)
