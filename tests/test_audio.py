@@ -112,6 +112,15 @@ def test_damaged_files_get_one_sentence_with_their_name(tmp_path, kind, words):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_an_ogg_that_lost_its_end(tmp_path):
+    path = tmp_path / "a.ogg"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 160_000), 16_000)
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rfind(b"OggS")])  # whole pages: nothing looks amiss to libsndfile
+    with pytest.raises(UserError, match="cut off: its last page is missing"):
+        load_audio(path)
+
+
 def test_a_streamed_wav_states_no_length_and_is_whole(tmp_path):
     path = write_tone(tmp_path / "a.wav", 0.5)
     data = bytearray(path.read_bytes())
