@@ -145,6 +145,11 @@ class DistillModel(nn.Module):
                     wide, narrow, self.teacher_depth[stack], config.projection
                 )
 
+        # Quantizer tables are constant int16, which no collective can broadcast.
+        self._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in self.named_buffers() if not buffer.is_floating_point()
+        ]
+
     @property
     def config(self) -> Any:
         return self.student.config

@@ -28,6 +28,7 @@ from dqw.distill.guidance import Choice
 from dqw.distill.model import DistillModel
 from dqw.distill.prepare import Prepared, prepare
 from dqw.distill.progress import Display, StepReport, display
+from dqw.distill.stepping import seed_step
 from dqw.distill.trainer import DistillTrainer
 from dqw.errors import UserError
 
@@ -105,12 +106,16 @@ def distill(
     encoder = LabelEncoder(
         processor.tokenizer, is_multilingual(student), student.config.max_target_positions
     )
-    made = prepare(
-        items, encoder, teacher, teacher_processor or processor, config, train,
-        folder / "teacher_labels.jsonl",
-        window=float(processor.feature_extractor.chunk_length),
-        progress=lambda done, total: shown.note(f"teacher labels {done}/{total}"),
-    )  # fmt: skip
+    args = training_arguments(train, folder, _may_skip(config, guidance))
+    teacher.to(args.device)
+    # Other processes read the labels that the first one has written.
+    with args.main_process_first(local=False):
+        made = prepare(
+            items, encoder, teacher, teacher_processor or processor, config, train,
+            folder / "teacher_labels.jsonl",
+            window=float(processor.feature_extractor.chunk_length),
+            progress=lambda done, total: shown.note(f"teacher labels {done}/{total}"),
+        )  # fmt: skip
     for reason, ids in made.skipped.items():
         shown.note(f"left out, {reason}: {len(ids)} ({', '.join(ids[:3])}{'…' if ids[3:] else ''})")
     dataset = SpeechDataset(
@@ -123,8 +128,9 @@ def distill(
         cache=train.cache_features == "always"
         or (train.cache_features == "auto" and len(made.examples) <= CACHED_CLIPS),
     )
-    args = training_arguments(train, folder, len(dataset), needs_unused=_may_skip(config, guidance))
+    args.max_steps = total_steps(train, len(dataset), args.world_size)
     report = ReportCallback(shown, folder / "log.jsonl")
+    seed_step(train.seed, -1, 0, 0)  # projections start at random
     trainer = DistillTrainer(
         DistillModel(student, teacher, config),
         teacher,
@@ -136,7 +142,7 @@ def distill(
     )
     report.trainer = trainer
     trainer.extra_settings = {"data": {"clips": len(dataset), "content": made.fingerprint()}}
-    step = _resume_step(found, folder, trainer.settings)
+    step = _resume_step(found, folder, trainer.settings, trainer.is_world_process_zero())
     if train.tensorboard and trainer.is_world_process_zero():
         writer = tensorboard_callback(folder / "tensorboard", step)
         if writer is not None:
@@ -154,9 +160,9 @@ def distill(
 
 
 def training_arguments(
-    train: TrainConfig, folder: Path, clips: int, needs_unused: bool
+    train: TrainConfig, folder: Path, needs_unused: bool
 ) -> Seq2SeqTrainingArguments:
-    """`TrainConfig` in transformers' words; steps are always given as a number."""
+    """`TrainConfig` in transformers' words; `max_steps` is set once the clips are counted."""
     precision = fast_precision() if train.precision == "auto" else train.precision
     args = Seq2SeqTrainingArguments(
         output_dir=str(folder),
@@ -180,14 +186,19 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=needs_unused,
+        ddp_broadcast_buffers=False,
         disable_tqdm=True,
         report_to="none",
     )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used through torchrun, not DataParallel
-    batches = math.ceil(clips / (train.batch_size * args.world_size))
-    per_epoch = math.ceil(batches / train.accumulate)
-    args.max_steps = train.steps or max(math.ceil(train.epochs * per_epoch), 1)
     return args
+
+
+def total_steps(train: TrainConfig, clips: int, processes: int) -> int:
+    """Optimizer steps of a run over `clips` clips by `processes` processes."""
+    batches = math.ceil(clips / (train.batch_size * processes))
+    per_epoch = math.ceil(batches / train.accumulate)
+    return train.steps or max(math.ceil(train.epochs * per_epoch), 1)
 
 
 def fast_precision() -> str:
@@ -271,11 +282,13 @@ def _checkpoint(folder: Path, resume: bool) -> Path | None:
     return found
 
 
-def _resume_step(found: Path | None, folder: Path, settings: dict[str, Any]) -> int | None:
+def _resume_step(
+    found: Path | None, folder: Path, settings: dict[str, Any], owns_logs: bool
+) -> int | None:
     """Check that a resumed run is the same run, and cut its logs back to the checkpoint."""
     logs = (folder / "log.jsonl", folder / "guidance.jsonl")
     if found is None:
-        for path in logs:
+        for path in logs if owns_logs else ():
             path.unlink(missing_ok=True)
         return None
     before = store.read_run(found)["settings"]
@@ -288,8 +301,9 @@ def _resume_step(found: Path | None, folder: Path, settings: dict[str, Any]) -> 
                     "resume with the same settings and data, or choose another folder."
                 )
     step = store.step_of(found)
-    cut_log(logs[0], step)
-    cut_log(logs[1], step - 1)  # a choice is logged before the step that it is for
+    if owns_logs:
+        cut_log(logs[0], step)
+        cut_log(logs[1], step - 1)  # a choice is logged before the step that it is for
     return step
 
 
