@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -86,6 +87,9 @@ class BuildExtension(build_ext):
             if os.environ.get("DQW_BUILD") == "1":
                 raise
             self.announce_fallback(str(error).splitlines()[0])
+            # An older build is not this source: the reference, with its warning, is.
+            for stale in (self.get_ext_fullpath(ext.name), ROOT / "dqw" / "_C.so"):
+                Path(stale).unlink(missing_ok=True)
 
     def announce_fallback(self, why: str) -> None:
         print(
@@ -129,6 +133,13 @@ class BuildExtension(build_ext):
         run([*link, "-o", output], "linking")
 
 
+class AnyPython(bdist_wheel):
+    """A wheel for this platform and every Python 3."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 def run(command: list[str], what: str) -> None:
     print(shlex.join(command), flush=True)
     try:
@@ -142,5 +153,5 @@ setup(
     package_dir={"dqw_kernels": "kernels"},
     package_data={"dqw": ["recipes/*.toml", "py.typed"]},
     ext_modules=[Extension("dqw._C", sources=SOURCES, depends=HEADERS, optional=True)],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": AnyPython},
 )

@@ -80,6 +80,24 @@ def test_the_triton_kernels_import_from_anywhere(tmp_path: Path) -> None:
     assert done.stdout.strip() == "True"
 
 
+def test_without_a_compiler_the_install_goes_on(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "dqw").mkdir()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    for environment, code in (({}, 0), ({"DQW_BUILD": "0"}, 0), ({"DQW_BUILD": "1"}, 1)):
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "CXX": str(tmp_path / "no-compiler"), **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done.stderr[-2000:]
+        assert code or "the C++ extension was not built" in done.stderr
+        assert not (tmp_path / "dqw" / "_C.so").exists()
+
+
 def tier_objects() -> list[Path]:
     if shutil.which("objdump") is None or shutil.which("nm") is None:
         pytest.skip("binutils are not installed")

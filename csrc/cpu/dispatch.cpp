@@ -67,7 +67,10 @@ std::string instruction_set() { return current().load()->name; }
 
 std::string instruction_sets() {
     std::string names;
-    for (const Tier* t : tiers()) names += (names.empty() ? "" : " ") + std::string(t->name);
+    for (const Tier* t : tiers()) {
+        if (!names.empty()) names += ' ';
+        names += t->name;
+    }
     return names;
 }
 

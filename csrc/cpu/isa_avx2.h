@@ -14,6 +14,7 @@ constexpr int W = 8;            // 32-bit lanes of a register
 constexpr int kByteOffset = 0;  // weights stay signed, see dot()
 
 constexpr int kGemvRows = 4, kGemvOutputs = 2;
+constexpr int kInt8GemvLimit = 4, kFloatGemvLimit = 8;
 constexpr int kTileVectors = 2;
 constexpr int kInt8BlockRows = 4, kFloatBlockRows = 6, kGroupBlockRows = 2;
 

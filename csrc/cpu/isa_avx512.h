@@ -14,6 +14,7 @@ constexpr int W = 16;             // 32-bit lanes of a register
 constexpr int kByteOffset = 128;  // vpdpbusd takes unsigned bytes: weights are stored +128
 
 constexpr int kGemvRows = 4, kGemvOutputs = 4;
+constexpr int kInt8GemvLimit = 4, kFloatGemvLimit = 8;
 constexpr int kTileVectors = 2;
 constexpr int kInt8BlockRows = 12, kFloatBlockRows = 12, kGroupBlockRows = 6;
 

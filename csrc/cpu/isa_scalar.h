@@ -15,8 +15,7 @@ constexpr int W = 8;
 constexpr int kByteOffset = 0;
 
 constexpr int kGemvRows = 1, kGemvOutputs = 1;
-constexpr int kTileVectors = 1;
-constexpr int kInt8BlockRows = 2, kFloatBlockRows = 2, kGroupBlockRows = 1;
+constexpr int kInt8GemvLimit = 2, kFloatGemvLimit = 2;
 
 struct f32 {
     float v[W];
@@ -285,16 +284,6 @@ DQW_INLINE i32 widen(Bytes b) {
 template <int P>
 DQW_INLINE f32 halves(float first, float second) {
     return all(P == 0 ? first : second);
-}
-
-DQW_INLINE void transpose(i32 (&v)[W]) {
-    for (int i = 0; i < W; i++) {
-        for (int j = 0; j < i; j++) {
-            const int32_t t = v[i].v[j];
-            v[i].v[j] = v[j].v[i];
-            v[j].v[i] = t;
-        }
-    }
 }
 
 }  // namespace

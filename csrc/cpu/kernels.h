@@ -80,24 +80,26 @@ struct Linear {
 };
 
 struct LinearKernels {
-    int gemv_rows;        // gemv takes at most this many rows of x
-    int int8_block_rows;  // register block of the gemm, rows of x
-    int float_block_rows;
-    int group_block_rows;  // int8 with groups: sums and their scaled totals both take registers
-    int tile_rows;         // register block of the gemm, rows of w
-    int byte_offset;       // what the tier adds to levels to make them unsigned
+    int gemv_rows;  // gemv takes at most this many rows of x at a time
+    // Up to so many rows of x the gemv, in turns, is faster than the alternative.
+    int int8_gemv_limit, float_gemv_limit;
     // Convert or quantize rows of x (`source`, cols wide, contiguous) into Linear::x or ::q.
     void (*prepare_float)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
     void (*prepare_int8)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
     // y[:, begin:end]; m <= gemv_rows.
     void (*gemv_float)(const Linear&, int64_t begin, int64_t end);
     void (*gemv_int8)(const Linear&, int64_t begin, int64_t end);
+    // Row `row` as float32 level * scale (cols), or as int16 levels (cols padded).
+    void (*dequantize)(const Packed&, int64_t row, float* out);
+    void (*levels)(const Packed&, int64_t row, int16_t* out);
+    // Many rows of x; null where torch's matmul on the unpacked matrix is faster.
+    int int8_block_rows;  // register block: rows of x
+    int float_block_rows;
+    int group_block_rows;  // int8 with groups: sums and their scaled totals both take registers
+    int tile_rows;         // register block: rows of w
     // y[m_begin:m_end, n:n+tile_rows]; m_begin is a multiple of block_rows.
     void (*gemm_float)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, void* scratch);
     void (*gemm_int8)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, void* scratch);
-    // Row `row` as float32 level * scale (cols), or as int16 levels.
-    void (*dequantize)(const Packed&, int64_t row, float* out);
-    void (*levels)(const Packed&, int64_t row, int16_t* out);
 };
 
 // ---- tiers: csrc/cpu/dispatch.cpp ----

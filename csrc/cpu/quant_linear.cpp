@@ -7,18 +7,15 @@
 //   int8 activations    gemv: table, dot product  gemm: the same with integer dot products
 //
 // Exact where the reference is: int8 sums are integers, float weights are level * scale rounded
-// once. Group sizes that are no multiple of 32 and rows longer than the int32 sums allow are rare
-// and go through `general`.
+// once. What a tier has no kernel for goes through torch's matmul on the unpacked matrix: many rows
+// without vector instructions, and in int8 group sizes that are no multiple of 32 and rows longer
+// than the int32 sums allow.
 
 #include "tensors.h"
 
 namespace dqw {
 namespace {
 
-// Above so many rows of x a decoded tile pays for itself; up to them the gemv runs, four at a time.
-// Zen 4, 512 -> 2048, 4 bits, two threads, microseconds of gemv | gemm: int8 m = 4: 38 | 45,
-// m = 8: 76 | 55; float m = 8: 142 | 177, m = 16: 284 | 251.
-constexpr int64_t kInt8GemvLimit = 4, kFloatGemvLimit = 8;
 // Products (codes times rows of x) that are worth a thread: waking one costs 5 to 10 microseconds,
 // in which a Zen 4 core does a million int8 products or a quarter of that in float.
 constexpr int64_t kInt8Grain = 1 << 20, kFloatGrain = 1 << 18;
@@ -95,56 +92,92 @@ void gemm(Linear& a, const void* x, bool int8, const LinearKernels& k) {
     });
 }
 
-// Int8 with any group size and any length of row, in 64-bit integers.
-void general_int8(Linear& a, const float* x, float* y, const LinearKernels& k) {
-    const int64_t cols = a.w.cols, groups = a.w.group ? ceil_div(cols, a.w.group) : 1;
-    const int64_t group = a.w.group ? a.w.group : cols;
-    std::vector<float> row_scale(a.m);
-    std::vector<int8_t> q(a.m * cols);
-    std::vector<float> rounded(cols);
+Tensor product(const Tensor& a, const Tensor& b, int64_t begin, int64_t length) {
+    Tensor left = a, right = b;
+    return dense(torch::stable::matmul(
+        torch::stable::narrow(left, 1, begin, length),
+        torch::stable::transpose(torch::stable::narrow(right, 1, begin, length), 0, 1)));
+}
+
+Tensor cast(const Tensor& t, ScalarType type) {
+    return t.scalar_type() == type ? t : torch::stable::to(t, std::make_optional(type));
+}
+
+// y (m, rows) float32 by torch's matmul.
+Tensor matmul_float(Linear& a, const Tensor& x, const LinearKernels& k) {
+    Tensor w = new_tensor(x, {a.w.rows, a.w.cols}, ScalarType::Float);
+    float* out = static_cast<float*>(w.mutable_data_ptr());
+    torch::stable::parallel_for(0, a.w.rows, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; n++) k.dequantize(a.w, n, out + n * a.w.cols);
+    });
+    Tensor y = product(as_float(x), w, 0, a.w.cols);
+    float* result = static_cast<float*>(y.mutable_data_ptr());
+    for (int64_t i = 0; a.bias && i < a.m * a.w.rows; i++) result[i] += a.bias[i % a.w.rows];
+    return y;
+}
+
+// The same with int8 activations: sums are integers, exact in float32 while they stay below 2^24
+// and else in float64, whatever order torch adds in.
+Tensor matmul_int8(Linear& a, const Tensor& x, const LinearKernels& k) {
+    const int64_t cols = a.w.cols, rows = a.w.rows, padded = a.w.blocks * 64;
+    const int64_t group = a.w.group ? a.w.group : std::max<int64_t>(cols, 1);
+    const int64_t groups = ceil_div(cols, group);
+    int64_t largest = 0;
+    for (int i = 0; i < 256; i++) {
+        largest = std::max<int64_t>(largest, std::abs(a.w.low[i] + 256 * a.w.high[i]));
+    }
+    // 256: exact also where torch was told to multiply float32 in bfloat16.
+    const bool single = largest <= 256 && std::min(group, cols) * 127 * largest < (1 << 24);
+    const ScalarType type = single ? ScalarType::Float : ScalarType::Double;
+
+    place_activations(a, true);
+    Tensor q = new_tensor(x, {a.m, cols}, ScalarType::Float);
+    Tensor w = new_tensor(x, {rows, cols}, ScalarType::Short);
+    float* q_out = static_cast<float*>(q.mutable_data_ptr());
+    int16_t* w_out = static_cast<int16_t*>(w.mutable_data_ptr());
+    k.prepare_int8(a, x.const_data_ptr(), 0, a.m, false);
     for (int64_t m = 0; m < a.m; m++) {
-        const float* row = x + m * cols;
-        float largest = 0;
-        bool finite = true;
-        for (int64_t i = 0; i < cols; i++) {
-            finite &= std::isfinite(row[i]);
-            largest = std::max(largest, std::fabs(row[i]));
-        }
-        const float inv = 1.0f / largest * 127.0f;
-        row_scale[m] = finite ? largest / 127.0f : std::nanf("");
-        for (int64_t i = 0; i < cols; i++) {
-            q[m * cols + i] = finite && std::isfinite(inv)
-                                  ? static_cast<int8_t>(std::nearbyint(row[i] * inv))
-                                  : int8_t{0};
-        }
+        std::copy(a.q + m * padded, a.q + m * padded + cols, q_out + m * cols);
     }
-    std::vector<float> scales(a.w.rows * groups);
-    for (int64_t i = 0; i < a.w.rows * groups; i++) {
-        const int64_t at = a.w.scale_stride ? i : 0;
-        scales[i] =
-            a.w.scale_is_half
-                ? static_cast<float>(static_cast<const torch::headeronly::Half*>(a.w.scale)[at])
-                : static_cast<const float*>(a.w.scale)[at];
-    }
-    torch::stable::parallel_for(0, a.w.rows, 1, [&](int64_t begin, int64_t end) {
-        std::vector<int16_t> level(a.w.blocks * 64);
+    torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+        std::vector<int16_t> level(padded);
         for (int64_t n = begin; n < end; n++) {
             k.levels(a.w, n, level.data());
-            for (int64_t m = 0; m < a.m; m++) {
-                float total = 0;
-                for (int64_t g = 0; g < groups; g++) {
-                    int64_t sum = 0;
-                    for (int64_t i = g * group; i < std::min((g + 1) * group, cols); i++) {
-                        sum += static_cast<int64_t>(q[m * cols + i]) * level[i];
-                    }
-                    const float s = scales[n * groups + g];
-                    total += static_cast<float>(sum) * (a.w.group ? s : row_scale[m] * s);
-                }
-                if (a.w.group) total *= row_scale[m];
-                y[m * a.w.rows + n] = a.bias ? total + a.bias[n] : total;
-            }
+            std::copy(level.begin(), level.begin() + cols, w_out + n * cols);
         }
     });
+    q = cast(q, type);
+    w = cast(w, type);
+
+    Tensor y = new_tensor(x, {a.m, rows}, ScalarType::Float);
+    float* out = static_cast<float*>(y.mutable_data_ptr());
+    std::fill(out, out + a.m * rows, 0.0f);
+    std::vector<float> scale(rows);
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t begin = g * group;
+        const Tensor sums = product(q, w, begin, std::min(group, cols - begin));
+        const void* sum = sums.const_data_ptr();
+        for (int64_t n = 0; n < rows; n++) {
+            const int64_t at = n * a.w.scale_stride + g;
+            scale[n] =
+                a.w.scale_is_half
+                    ? static_cast<float>(static_cast<const torch::headeronly::Half*>(a.w.scale)[at])
+                    : static_cast<const float*>(a.w.scale)[at];
+        }
+        for (int64_t m = 0; m < a.m; m++) {
+            for (int64_t n = 0; n < rows; n++) {
+                const int64_t i = m * rows + n;
+                const float exact = single ? static_cast<const float*>(sum)[i]
+                                           : static_cast<float>(static_cast<const double*>(sum)[i]);
+                out[i] += exact * (a.w.group ? scale[n] : a.row_scale[m] * scale[n]);
+            }
+        }
+    }
+    for (int64_t i = 0; i < a.m * rows; i++) {
+        if (a.w.group) out[i] *= a.row_scale[i / rows];
+        if (a.bias) out[i] += a.bias[i % rows];
+    }
+    return y;
 }
 
 Tensor quant_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale_,
@@ -174,19 +207,20 @@ Tensor quant_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale_
     a.y = y.mutable_data_ptr();
 
     const bool odd_groups = a.w.group % 32 != 0;
-    if (int8_activations && (odd_groups || cols > kLongestInt8Row)) {
-        const Tensor wide = as_float(x);
-        Tensor result = new_tensor(x, sizes, ScalarType::Float);
-        general_int8(a, static_cast<const float*>(wide.const_data_ptr()),
-                     static_cast<float*>(result.mutable_data_ptr()), k);
-        if (a.type == Type::f32) return result;
-        return torch::stable::to(result, std::make_optional(x.scalar_type()));
-    }
-    // The float gemv has no second plane of levels and no scales that change inside 32 columns.
-    const bool gemv_can = int8_activations || !(a.w.wide || odd_groups);
-    if (a.m > (int8_activations ? kInt8GemvLimit : kFloatGemvLimit) || !gemv_can) {
+    const bool too_long = int8_activations && cols > kLongestInt8Row;
+    // The float gemv has no second plane of levels; no gemv has scales that change inside 32
+    // columns.
+    const bool gemv_can = int8_activations ? !(odd_groups || too_long) : !(odd_groups || a.w.wide);
+    const bool gemm_can = k.gemm_int8 && !(int8_activations && (odd_groups || too_long));
+    const int limit = int8_activations ? k.int8_gemv_limit : k.float_gemv_limit;
+    if ((a.m > limit || !gemv_can) && gemm_can) {
         gemm(a, source, int8_activations, k);
         return y;
+    }
+    if (a.m > limit || !gemv_can) {
+        const Tensor flat = torch::stable::view(x, {a.m, cols});
+        const Tensor result = (int8_activations ? matmul_int8 : matmul_float)(a, flat, k);
+        return torch::stable::view(cast(result, x.scalar_type()), sizes);
     }
     const size_t row_bytes = cols * x.element_size(), out_bytes = rows * x.element_size();
     for (int64_t left = a.m, m = 0; left > 0; left -= a.m, m += a.m) {

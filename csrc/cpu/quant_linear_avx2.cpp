@@ -1,9 +1,13 @@
 // Packed weights for AVX2.
 #include "isa_avx2.h"
-// The loops need the lanes above.
-#include "decode.h"
+// The loops need the lanes above, and each other in this order.
 #include "fake_quant_loops.h"
-#include "quant_linear_loops.h"
+//
+#include "decode.h"
+//
+#include "gemv_loops.h"
+//
+#include "gemm_loops.h"
 
 namespace dqw {
 const LinearKernels linear_avx2 = kLinearKernels;
