@@ -14,6 +14,9 @@ constexpr int W = 16;             // 32-bit lanes of a register
 constexpr int kByteOffset = 128;  // vpdpbusd takes unsigned bytes: weights are stored +128
 
 constexpr int kGemvRows = 4, kGemvOutputs = 4;
+// Zen 4, 4 bits, 512 -> 2048, one thread: int8 with 4 rows is a gemv of 50 us, with 5 rows a gemm
+// of 71 us (two gemv: 80); float with 8 rows two gemv of 100 us each, with 16 rows a gemm of 383
+// us.
 constexpr int kInt8GemvLimit = 4, kFloatGemvLimit = 8;
 constexpr int kTileVectors = 2;
 constexpr int kInt8BlockRows = 12, kFloatBlockRows = 12, kGroupBlockRows = 6;
