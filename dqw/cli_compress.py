@@ -38,7 +38,8 @@ def compress(
         ),
     ] = None,
     language: Annotated[
-        str | None, typer.Option(help="Language of clips that name none, such as ja.")
+        str | None,
+        typer.Option(help="Only clips in this language; clips that name none are taken for it."),
     ] = None,
     recipe: Annotated[
         str, typer.Option(help="A TOML file, or one that ships: default, paper-base, paper-tiny.")

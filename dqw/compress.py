@@ -45,7 +45,7 @@ class Job:
 
     teacher, student: hub id, Hugging Face folder or faster-whisper folder; student None: a copy of
     the teacher, or ``student_layers`` of it. data: manifest, audio folder or dataset name; not
-    needed with ``ptq_only``. language: for items that name none.
+    needed with ``ptq_only``. language: only clips in it, and those that name none.
     """
 
     teacher: str
@@ -224,7 +224,7 @@ def save_student(
     import dqw
     from dqw.convert import freeze, quant_modules
     from dqw.hf import attach
-    from dqw.whisper.checkpoint import file_sha256, save_processor
+    from dqw.whisper.checkpoint import file_sha256, quiet_transformers, save_processor
 
     if not all(m.frozen for m in quant_modules(student).values()):
         freeze(student)
@@ -233,7 +233,8 @@ def save_student(
     try:
         with contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, partial, ignore_errors=True)
-            student.save_pretrained(partial)
+            with quiet_transformers():
+                student.save_pretrained(partial)
             save_processor(processor, partial)
             _seal(partial, file_sha256(partial / "model.safetensors"))
             (partial / "README.md").write_text(_card(out.name), encoding="utf-8")

@@ -160,9 +160,7 @@ def _load_cpu_kernels() -> None:
         _cpu_reason = "DQW_BACKEND=reference is set"
         return
     if not _LIBRARY_FILE.exists():
-        _cpu_reason = (
-            "the C++ library was not built; install dqw where a C++ compiler is"
-        )
+        _cpu_reason = "the C++ library was not built; install dqw where a C++ compiler is"
     else:
         try:
             torch.ops.load_library(str(_LIBRARY_FILE))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -25,7 +25,7 @@ def parse_layers(text: str) -> tuple[int, int]:
 
 
 def kept_layers(count: int, of: int) -> list[int]:
-    """Which ``count`` of ``of`` layers a cut keeps: evenly spaced, the first and the last among them.
+    """Which ``count`` of ``of`` layers a cut keeps: evenly spaced, first and last included.
 
     distil-whisper keeps the same ones (arXiv 2311.00430, section 4).
     """
@@ -67,9 +67,8 @@ def cut_student(
 
 def _remap_alignment_heads(student: WhisperForConditionalGeneration, kept: list[int]) -> None:
     """Word timestamps name decoder layers: keep the heads whose layer is still there."""
-    heads = getattr(student.generation_config, "alignment_heads", None)
+    config: Any = student.generation_config
+    heads = getattr(config, "alignment_heads", None)
     if heads:
         place = {layer: index for index, layer in enumerate(kept)}
-        student.generation_config.alignment_heads = [
-            [place[layer], head] for layer, head in heads if layer in place
-        ]
+        config.alignment_heads = [[place[layer], head] for layer, head in heads if layer in place]

@@ -1,0 +1,209 @@
+"""dqw compress from the command line: what it writes, what it refuses, what survives a kill."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+from whisper_helpers import save_tiny, write_tone
+
+from dqw.cli import app
+from dqw.compress import model_mib
+from dqw.convert import quant_modules
+from dqw.whisper.checkpoint import load_whisper
+from dqw.whisper.student import cut_student, kept_layers
+
+FAST = ["--steps", "2", "--batch-size", "2"]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A tiny float Whisper as a Hugging Face folder."""
+    return save_tiny(tmp_path / "base")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three labelled clips and a manifest."""
+    rows = []
+    for number, text in enumerate(("hello", "hello world", "wow")):
+        write_tone(tmp_path / "clips" / f"{number}.wav", 0.4 + 0.1 * number)
+        rows.append({"audio": f"{number}.wav", "text": text, "language": "en"})
+    manifest = tmp_path / "clips" / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifest
+
+
+def dqw(*arguments: object) -> tuple[int, str]:
+    """Exit code and everything printed."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def refused(words: str, *arguments: object) -> None:
+    code, output = dqw("compress", *arguments)
+    assert code == 1 and "Traceback" not in output, output
+    assert output.strip().splitlines()[-1].startswith("Error: "), output
+    assert words in output, output
+
+
+def test_ptq_writes_a_folder_that_loads(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    code, output = dqw("compress", "--teacher", base, "--ptq-only", "--bits", "3", "--out", out)
+    assert code == 0, output
+    model, _ = load_whisper(out)
+    specs = {name: m.spec for name, m in quant_modules(model).items()}
+    assert specs["model.encoder.layers.0.fc1"].bits == 3
+    assert specs["model.decoder.embed_tokens"].bits == 3  # follows --bits
+    assert specs["model.encoder.conv1"].bits == 8
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "dqw" and len(config["weights_sha256"]) == 64
+    assert config["made_by"]["teacher"] == "base"
+    assert not [p for p in out.iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
+    assert "import dqw" in (out / "README.md").read_text()
+    assert 0 < model_mib(out) < model_mib(base)
+
+
+def test_joint_training_moves_weights_and_clips(base: Path, data: Path, tmp_path: Path) -> None:
+    ptq, out = tmp_path / "ptq", tmp_path / "student"
+    assert dqw("compress", "--teacher", base, "--ptq-only", "--out", ptq)[0] == 0
+    code, output = dqw("compress", "--teacher", base, "--data", data, "--out", out, *FAST)
+    assert code == 0, output
+    before, after = (load_whisper(f)[0].model.encoder.layers[0].fc1 for f in (ptq, out))
+    assert not torch.equal(before.scale, after.scale)
+    assert (tmp_path / "student.run" / "log.jsonl").exists()
+    code, output = dqw("transcribe", data.parent / "0.wav", "--model", out, "--language", "en")
+    assert code == 0, output
+    code, output = dqw("eval", "--model", out, "--data", data)
+    assert code == 0 and "%" in output, output
+    code, output = dqw("info", out)
+    assert code == 0 and "apot 4" in output, output
+
+
+def test_a_cut_student_and_its_own_teacher(base: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cut"
+    arguments = ("--teacher", base, "--data", data, "--student-layers", "1,2", "--out", out)
+    code, output = dqw("compress", *arguments, *FAST)
+    assert code == 0, output
+    model, _ = load_whisper(out)
+    assert (len(model.model.encoder.layers), len(model.model.decoder.layers)) == (1, 2)
+
+
+def test_cut_keeps_first_and_last_and_generates() -> None:
+    from conftest import make_tiny_whisper
+
+    teacher = make_tiny_whisper(encoder_layers=6, decoder_layers=6)
+    student = cut_student(teacher, 4, 2)
+    assert kept_layers(4, 6) == [0, 2, 3, 5] and kept_layers(2, 6) == [0, 5]
+    same = student.model.decoder.layers[1].fc1.weight, teacher.model.decoder.layers[5].fc1.weight
+    assert torch.equal(*same) and same[0] is not same[1]
+    assert student.generate(torch.randn(1, 80, 3000), max_new_tokens=3).shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("choose 2 to 8", ["--bits", "1", "--ptq-only"]),
+        ("choose 2 to 8", ["--bits", "9", "--ptq-only"]),
+        ("apot, pot, uniform", ["--grid", "log", "--ptq-only"]),
+        ("choose 32, 64, 128", ["--group-size", "48", "--ptq-only"]),
+        ("--data is missing", []),
+        ("like 4,4", ["--student-layers", "4", "--ptq-only"]),
+        ("the teacher has 2", ["--student-layers", "4,1", "--ptq-only"]),
+        ("is not known", ["--recipe", "best", "--ptq-only"]),
+        ("leave out --resume", ["--resume", "--data", "DATA"]),
+        ("exclude each other", ["--student", "BASE", "--student-layers", "1,1", "--ptq-only"]),
+    ],
+)
+def test_options_that_make_no_sense(
+    words: str, options: list[str], base: Path, data: Path, tmp_path: Path
+) -> None:
+    options = [str({"DATA": data, "BASE": base}.get(o, o)) for o in options]
+    refused(words, "--teacher", base, "--out", tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_not_touched(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.txt").write_text("precious")
+    refused("exists already", "--teacher", base, "--ptq-only", "--out", out)
+    assert (out / "thesis.txt").read_text() == "precious" and len(list(out.iterdir())) == 1
+
+
+def test_other_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
+    from conftest import make_tiny_whisper
+
+    other = tmp_path / "other"
+    make_tiny_whisper().save_pretrained(other)
+    _, processor = load_whisper(base)
+    processor.save_pretrained(other)
+    options = ("--student", other, "--ptq-only", "--out", tmp_path / "out")
+    refused("vocabularies of", "--teacher", base, *options)
+
+
+def test_no_space_left_leaves_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import WhisperForConditionalGeneration
+
+    def full(self: object, folder: Path, **kwargs: object) -> None:
+        Path(folder).mkdir()
+        (Path(folder) / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(WhisperForConditionalGeneration, "save_pretrained", full)
+    room = tmp_path / "room"
+    refused("make room", "--teacher", base, "--ptq-only", "--out", room / "out")
+    assert not list(room.iterdir())
+
+
+def test_an_edited_or_cut_file_is_noticed(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    assert dqw("compress", "--teacher", base, "--ptq-only", "--out", out)[0] == 0
+    audio = write_tone(tmp_path / "a.wav")
+    weights = out / "model.safetensors"
+    good = weights.read_bytes()
+    flipped = good[:-9] + bytes([good[-9] ^ 1]) + good[-8:]
+    for bad in (flipped, good[: len(good) // 2]):
+        weights.write_bytes(bad)
+        code, output = dqw("transcribe", audio, "--model", out)
+        assert code == 1 and "Error: " in output and "model.safetensors" in output, output
+
+
+def test_a_killed_compression_resumes_to_the_same_folder(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    """SIGKILL after some checkpoint, --resume: the same weights, byte for byte, as without."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[train]\nsteps = 12\nbatch_size = 2\nsave_steps = 2\n")
+
+    def command(out: Path, *more: str) -> list[str]:
+        options = ["--teacher", base, "--data", data, "--recipe", recipe, "--out", out]
+        return [sys.executable, "-m", "dqw", "compress", *map(str, options), *more]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), check=True, capture_output=True)
+    process = subprocess.Popen(
+        command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("killed.run/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not killed.exists()
+    refused("--resume", "--teacher", base, "--data", data, "--out", killed, "--recipe", recipe)
+    subprocess.run(command(killed, "--resume"), check=True, capture_output=True)
+    name = "model.safetensors"
+    assert (whole / name).read_bytes() == (killed / name).read_bytes()
