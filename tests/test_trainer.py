@@ -161,18 +161,18 @@ def test_teacher_labels_are_written_once_and_survive_a_torn_line(tmp_path):
     path = tmp_path / "labels.jsonl"
     seen = []
     first = write_labels(
-        teacher, processor, items, path, multilingual=True, batch_size=2,
+        teacher, processor, items, path, batch_size=2,
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert set(first) == {"a", "b", "c"} and seen == [(1, 3), (3, 3)]
-    assert all(label["fault"] in ("", "empty", "loop", "unfinished") for label in first.values())
+    assert all(label["fault"] in ("", "empty", "loop") for label in first.values())
     assert first["c"]["language"] in ("en", "ja")
     whole = path.read_text()
     path.write_text(whole + '{"id": "d", "te')
     assert read_labels(path) == first and path.read_text() == whole
     lines = whole.splitlines(keepends=True)
     path.write_text("".join(lines[:-1]))
-    assert write_labels(teacher, processor, items, path, multilingual=True) == first
+    assert write_labels(teacher, processor, items, path) == first
     path.write_text("no json\n")
     with pytest.raises(UserError, match="row 1 is not a teacher label"):
         read_labels(path)
@@ -185,7 +185,7 @@ def test_loops_are_told_from_speech():
 def test_training_on_teacher_labels(tmp_path, monkeypatch):
     from dqw.distill import labels
 
-    def texts(teacher, processor, items, code, multilingual):
+    def texts(teacher, processor, items, code):
         return [{"text": f"t {i.id}", "language": "ja", "fault": ""} for i in items]
 
     monkeypatch.setattr(labels, "_transcribe", texts)

@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from dqw.distill.data import SAMPLE_RATE, SpeechItem
+from dqw.distill.data import SpeechItem
 from dqw.errors import UserError
+from dqw.whisper.transcribe import transcribe
 
 # A transcript that compresses further than this repeats itself (Whisper's own threshold).
 COMPRESSION_LIMIT = 2.4
@@ -35,7 +34,6 @@ def write_labels(
     items: Sequence[SpeechItem],
     path: Path,
     *,
-    multilingual: bool,
     language: str | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], object] | None = None,
@@ -43,13 +41,13 @@ def write_labels(
     """Greedy transcripts of `items` by `teacher`, from `path` where it has them.
 
     Returns id → {"text", "language", "fault"}; `fault` is "" for a label to learn from, else
-    `empty`, `loop` or `unfinished`. A clip without a language, where `language` gives none, gets
+    `empty` or `loop`. A clip without a language, where `language` gives none, gets
     the one that the teacher hears. `progress` is called with (done, total).
     """
     labels = read_labels(path)
     todo = [item for item in items if item.id not in labels]
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Clips of one language go together, so a batch shares its prefix.
+    # Clips of one language go together, so a batch shares its prefix; the sort is stable.
     known = [(item.language or language or "", item) for item in todo]
     known.sort(key=lambda pair: pair[0])
     done = len(items) - len(todo)
@@ -59,7 +57,7 @@ def write_labels(
             batch = [item for spoken, item in known[:batch_size] if spoken == code]
             known = known[len(batch) :]
             for item, label in zip(
-                batch, _transcribe(teacher, processor, batch, code, multilingual), strict=True
+                batch, _transcribe(teacher, processor, batch, code), strict=True
             ):
                 labels[item.id] = label
                 file.write(json.dumps({"id": item.id, **label}, ensure_ascii=False) + "\n")
@@ -93,43 +91,21 @@ def read_labels(path: Path) -> dict[str, dict[str, Any]]:
     return labels
 
 
-@torch.no_grad()
 def _transcribe(
-    teacher: Any, processor: Any, items: list[SpeechItem], code: str, multilingual: bool
+    teacher: Any, processor: Any, items: list[SpeechItem], code: str
 ) -> list[dict[str, Any]]:
-    device, dtype = teacher.device, teacher.dtype
-    waves = [item.load() for item in items]
-    features = processor.feature_extractor(
-        waves, sampling_rate=SAMPLE_RATE, return_tensors="pt"
-    ).input_features.to(device, dtype)
-    options: dict[str, Any] = {}
-    codes = [code or None] * len(items)
-    if multilingual:
-        if not code:
-            heard = teacher.detect_language(input_features=features)
-            names = processor.tokenizer.convert_ids_to_tokens(heard.tolist())
-            codes = [name.strip("<|>") for name in names]
-        options = {"language": codes if len(set(codes)) > 1 else codes[0], "task": "transcribe"}
-    # The decoder has room for this many tokens after a prefix of at most four.
-    room = teacher.config.max_target_positions - 4
-    tokens = teacher.generate(
-        features,
-        num_beams=1,
-        do_sample=False,
-        return_timestamps=False,
-        max_new_tokens=room,
-        **options,
+    found = transcribe(
+        teacher, processor, [item.load() for item in items], code or None, batch_size=len(items)
     )
     made = []
-    end = processor.tokenizer.eos_token_id
-    for row, spoken in zip(tokens.tolist(), codes, strict=True):
-        text = processor.tokenizer.decode(row, skip_special_tokens=True).strip()
-        fault = ""
-        if not text:
-            fault = "empty"
-        elif is_loop(text):
-            fault = "loop"
-        elif len(row) >= room and end not in row:
-            fault = "unfinished"
-        made.append({"text": text, "language": spoken, "fault": fault})
+    for transcript in found:
+        loops = transcript.looped or is_loop(transcript.text)
+        fault = "" if transcript.text else "empty"
+        made.append(
+            {
+                "text": transcript.text,
+                "language": transcript.language,
+                "fault": "loop" if loops else fault,
+            }
+        )
     return made

@@ -108,7 +108,6 @@ def prepare(
             processor,
             unlabelled,
             labels_path,
-            multilingual=encoder.multilingual,
             language=train.language,
             batch_size=train.label_batch_size,
             progress=progress,

@@ -48,12 +48,14 @@ class Segment:
 @dataclass(frozen=True)
 class Transcript:
     """`language`: the code used, given or detected; None for silence and unknown. `segments` are
-    empty unless timestamps were asked for or the audio is longer than 30 s."""
+    empty unless timestamps were asked for or the audio is longer than 30 s. `looped`: the decoder
+    repeated itself at the end and was stopped; one copy is left (clips of at most 30 s)."""
 
     text: str
     language: str | None
     seconds: float
     segments: list[Segment] = field(default_factory=list)
+    looped: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -225,11 +227,10 @@ class _Decoder:
             tokens = row[prompt:]
             if self.end in tokens:
                 tokens = tokens[: tokens.index(self.end)]
-            tokens = cut_loop(tokens, self.first_timestamp)
-            segments = self._segments(tokens, clip.seconds) if self.timestamps else []
-            results.append(
-                Transcript(self._text(tokens), self._reported(code), clip.seconds, segments)
-            )
+            kept = cut_loop(tokens, self.first_timestamp)
+            segments = self._segments(kept, clip.seconds) if self.timestamps else []
+            language, looped = self._reported(code), len(kept) < len(tokens)
+            results.append(Transcript(self._text(kept), language, clip.seconds, segments, looped))
         return results
 
     @torch.inference_mode()
