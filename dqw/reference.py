@@ -72,14 +72,16 @@ def fake_quant_backward(
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Dynamic int8 per row of the last dimension: float32 integers in -127…127, and their scale.
 
-    A row of zeros stays zero. A row with NaN or infinity has scale NaN, so all of its results are.
+    A row of zeros stays zero, and so does one so small that 127 / largest overflows. A row with
+    NaN or infinity has scale NaN, so all of its results are.
     """
     xf = x.float()
     if x.shape[-1] == 0:
         return xf, xf.new_zeros((*x.shape[:-1], 1))
     largest = xf.abs().amax(dim=-1, keepdim=True)
     finite = torch.isfinite(largest)
-    safe = torch.where(finite & (largest > 0), largest, torch.ones_like(largest))
+    counts = finite & torch.isfinite(127.0 / largest)
+    safe = torch.where(counts, largest, torch.ones_like(largest))
     q = torch.round(torch.where(finite, xf, torch.zeros_like(xf)) * (127.0 / safe))
     q = q.clamp(-127, 127)
     scale = torch.where(finite, largest / 127.0, torch.full_like(largest, torch.nan))

@@ -138,3 +138,9 @@ def test_backend_info_names_every_operator() -> None:
     info = ops.backend_info()
     assert set(info) >= {"fake_quant", "quant_linear", "quant_embedding", "dequantize"}
     assert all(row["cpu"] and row["cuda"] for row in info.values())
+
+
+def test_a_tiny_row_is_a_row_of_zeros() -> None:
+    x = torch.full((1, 64), 1e-38)
+    assert torch.equal(ops.fake_quant_activation(x), torch.zeros(1, 64))
+    assert torch.equal(reference.fake_quant_activation(x), torch.zeros(1, 64))
