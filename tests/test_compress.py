@@ -207,3 +207,25 @@ def test_a_killed_compression_resumes_to_the_same_folder(
     subprocess.run(command(killed, "--resume"), check=True, capture_output=True)
     name = "model.safetensors"
     assert (whole / name).read_bytes() == (killed / name).read_bytes()
+
+
+def test_the_folder_works_in_pipeline_and_generate(base: Path, tmp_path: Path) -> None:
+    """What a user of transformers types, after `import dqw`, in a fresh process."""
+    out = tmp_path / "small"
+    assert dqw("compress", "--teacher", base, "--ptq-only", "--out", out)[0] == 0
+    audio = write_tone(tmp_path / "a.wav")
+    code = (
+        "import sys, dqw, soundfile\n"
+        "from transformers import pipeline\n"
+        "asr = pipeline('automatic-speech-recognition', model=sys.argv[1])\n"
+        "wave, rate = soundfile.read(sys.argv[2], dtype='float32')\n"
+        "text = asr({'raw': wave, 'sampling_rate': rate}, generate_kwargs={'language': 'en'})\n"
+        "asr.model.save_pretrained(sys.argv[3])\n"
+        "print('TEXT', text['text'], type(asr.model.model.encoder.layers[0].fc1).__name__)\n"
+    )
+    again = tmp_path / "again"
+    command = [sys.executable, "-c", code, str(out), str(audio), str(again)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0 and "TEXT" in run.stdout and "QuantLinear" in run.stdout, run.stderr
+    name = "model.safetensors"
+    assert (again / name).read_bytes() == (out / name).read_bytes()

@@ -67,6 +67,7 @@ def tiny(folder: Path) -> tuple[WhisperForConditionalGeneration, WhisperProcesso
     for name, value in prompt_ids(tokenizer).items():
         setattr(config, name, value)
     config.max_length = 24
+    config._from_model_config = False  # else generate would build another from the model
     # like Whisper: no special token but the end, and not the end at once
     config.suppress_tokens = [1, 2, 7, *range(end + 1, end + len(SPECIALS))]
     config.begin_suppress_tokens = [end]

@@ -229,7 +229,7 @@ class TrainConfig:
     end. `cache_features` keeps log-mel features in memory as float16 (480 kB a clip at 80 mels);
     `auto` does so up to 2,000 clips. `precision` is that of the matrix products: `auto` takes
     bf16 where the machine multiplies it in hardware (weights, optimizer and losses stay float32;
-    measured on two Zen 4 cores: 1.8 times the speed of float32), else float32.
+    measured on two Zen 4 cores: 1.4 times the speed of float32), else float32.
     """
 
     steps: int = 0
