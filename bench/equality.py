@@ -55,9 +55,7 @@ def main(
         largest = max(largest, (a - b).abs().max().item())
         spread = max(spread, b.std().item())
     print(f"{same} of {len(items)} clips with the same first choice at all {tokens} tokens")
-    print(
-        f"largest difference of logits {largest:.2g}, where their standard deviation is {spread:.2g}"
-    )
+    print(f"logits differ by at most {largest:.2g} (standard deviation {spread:.2g})")
 
 
 if __name__ == "__main__":
