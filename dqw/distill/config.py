@@ -128,6 +128,8 @@ class DistillConfig:
         teacher_masked: the teacher also sees the SpecAugment mask (default: clean features).
         teacher_labels: `missing` (label audio without text), `all` (replace every text), `never`.
         teacher_dtype: the teacher's own dtype, or `keep`.
+        calibration_clips: before the first step, the quantized weights are rounded with
+            error compensation on this many training windows (`dqw.calibrate`); 0: not.
     """
 
     ce: float = 0.1
@@ -144,6 +146,7 @@ class DistillConfig:
     teacher_masked: bool = False
     teacher_labels: str = "missing"
     teacher_dtype: str = "keep"
+    calibration_clips: int = 0
     spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
@@ -159,6 +162,7 @@ class DistillConfig:
             )
         for key in ("temperature", "hidden_temperature"):
             _in_range(f"distill.{key}", getattr(self, key), 0, open_low=True)
+        _in_range("distill.calibration_clips", self.calibration_clips, 0)
         for key in ("matching_interval", "matching_rows"):
             _in_range(f"distill.{key}", getattr(self, key), 1)
         _one_of("distill.hidden_loss", self.hidden_loss, HIDDEN_LOSSES)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import Seq2SeqTrainingArguments
 
+from dqw.calibrate import calibrate
 from dqw.distill import checkpoint as store
 from dqw.distill.callbacks import ReportCallback, cut_log, tensorboard_callback
 from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig
@@ -128,6 +129,8 @@ def distill(
         cache=train.cache_features == "always"
         or (train.cache_features == "auto" and len(made.examples) <= CACHED_CLIPS),
     )
+    if found is None and config.calibration_clips:
+        _calibrate(student.to(args.device), dataset, Collator(pad=encoder.end), config, shown)
     args.max_steps = total_steps(train, len(dataset), args.world_size)
     report = ReportCallback(shown, folder / "log.jsonl")
     seed_step(train.seed, -1, 0, 0)  # projections start at random
@@ -157,6 +160,24 @@ def distill(
         shown.stop()
     student.eval()
     return _result(trainer, made, report, time.monotonic() - began, step, folder, args.max_steps)
+
+
+def _calibrate(
+    student: Any, dataset: SpeechDataset, collate: Collator, config: DistillConfig, shown: Display
+) -> None:
+    """Round with error compensation on the first windows; a resumed run has that behind it."""
+    windows, size = config.calibration_clips, 4
+    shown.note(f"rounding with error compensation on {windows} windows")
+
+    def batches() -> Iterable[dict[str, torch.Tensor]]:
+        for start in range(0, windows, size):
+            made = collate([dataset[key] for key in range(start, min(start + size, windows))])
+            names = ("input_features", "decoder_input_ids")
+            yield {name: made[name].to(student.device) for name in names}
+
+    student.eval()
+    with torch.autocast(student.device.type, torch.bfloat16, enabled=fast_precision() == "bf16"):
+        calibrate(student, batches())
 
 
 def training_arguments(
