@@ -86,6 +86,8 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     if not job.ptq_only:
         train(job, recipe, student, teacher, processor, items, teacher_processor)
     folder = save_student(student, processor, job.out, provenance(job, recipe))
+    if not job.ptq_only:
+        finish(job)
     say(f"wrote {folder}: {model_mib(folder):.1f} MiB without the tokenizer")
     return folder
 
@@ -198,7 +200,13 @@ def train(
         resume=job.resume,
         teacher_processor=teacher_processor,
     )
-    (run / "finished").touch()
+
+
+def finish(job: Job) -> None:
+    """The folder is written: the run's logs and labels stay, its checkpoints (GBs) go."""
+    (job.run / "finished").touch()
+    for checkpoint in job.run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def provenance(job: Job, recipe: Recipe) -> dict[str, Any]:

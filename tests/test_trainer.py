@@ -559,3 +559,13 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path):
         for row in [*expected, *found]:
             row.pop("seconds_per_step", None)
         assert expected == found
+
+
+def test_calibration_comes_before_the_first_step(tmp_path):
+    config = DistillConfig(calibration_clips=3)
+    with_it, without = (
+        run(tmp_path / name, student=dqw.quantize(tiny_model()), config=config)
+        for name, config in (("a", config), ("b", DistillConfig()))
+    )
+    assert with_it.steps == without.steps
+    assert with_it.losses["loss"] != without.losses["loss"]

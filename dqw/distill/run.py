@@ -169,15 +169,14 @@ def _calibrate(
     windows, size = config.calibration_clips, 4
     shown.note(f"rounding with error compensation on {windows} windows")
 
-    def batches() -> Iterable[dict[str, torch.Tensor]]:
-        for start in range(0, windows, size):
-            made = collate([dataset[key] for key in range(start, min(start + size, windows))])
-            names = ("input_features", "decoder_input_ids")
-            yield {name: made[name].to(student.device) for name in names}
-
+    batches = []  # made before autocast begins: the mel filters must not run in bf16
+    for start in range(0, windows, size):
+        made = collate([dataset[key] for key in range(start, min(start + size, windows))])
+        names = ("input_features", "decoder_input_ids")
+        batches.append({name: made[name].to(student.device) for name in names})
     student.eval()
     with torch.autocast(student.device.type, torch.bfloat16, enabled=fast_precision() == "bf16"):
-        calibrate(student, batches())
+        calibrate(student, batches)
 
 
 def training_arguments(
