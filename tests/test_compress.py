@@ -77,7 +77,10 @@ def test_ptq_writes_a_folder_that_loads(base: Path, tmp_path: Path) -> None:
 def test_joint_training_moves_weights_and_clips(base: Path, data: Path, tmp_path: Path) -> None:
     ptq, out = tmp_path / "ptq", tmp_path / "student"
     assert dqw("compress", "--teacher", base, "--ptq-only", "--out", ptq)[0] == 0
-    code, output = dqw("compress", "--teacher", base, "--data", data, "--out", out, *FAST)
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("[train]\nsteps = 2\nbatch_size = 2\nclip_lr = 0.01\n")
+    options = ("--teacher", base, "--data", data, "--out", out, "--recipe", recipe)
+    code, output = dqw("compress", *options)
     assert code == 0, output
     before, after = (load_whisper(f)[0].model.encoder.layers[0].fc1 for f in (ptq, out))
     assert not torch.equal(before.scale, after.scale)
