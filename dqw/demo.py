@@ -22,6 +22,7 @@ from dqw.whisper.files import write_atomic
 
 BASE_FLOAT16_MIB = 138.46  # whisper-base's 72,593,920 parameters as float16
 SMALL_FLOAT16_MIB = 461.07  # whisper-small's 241,734,912
+_PANGRAMS = ("pangram", "quick_brown_fox")
 
 
 @dataclass
@@ -83,13 +84,12 @@ def run_demo(out: Path, console: Any) -> dict[str, Any]:
 
 
 def split(items: list[Item]) -> tuple[list[Item], list[Item]]:
-    """Train and test: of every language's clips one is held out, another kind each time."""
-    test: list[Item] = []
-    seen: dict[str | None, list[Item]] = {}
-    for item in sorted(items, key=lambda item: (item.language or "", item.id)):
-        seen.setdefault(item.language, []).append(item)
-    for number, clips in enumerate(seen.values()):
-        test.append(clips[number % len(clips)])
+    """Train and test: the pangrams are held out.
+
+    They are the clips with the most different words. Counting clips cannot be scored: Whisper
+    writes digits where their texts have words (102 % WER for the float model).
+    """
+    test = [item for item in items if any(kind in item.id for kind in _PANGRAMS)]
     return [item for item in items if item not in test], test
 
 
@@ -143,21 +143,14 @@ def show(demo: Demo, summary: dict[str, dict[str, Any]], test: list[Item]) -> No
     """The table, and three transcripts of the student beside what was said."""
     from rich.table import Table
 
-    table = Table(title=f"whisper-base on {len(test)} clips it was not trained on")
-    for column in (
-        "model",
-        "MiB",
-        "× base fp16",
-        "× small fp16",
-        "WER",
-        "CER (ja, zh)",
-        "decoding",
-    ):
-        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    title = f"whisper-base on {len(test)} clips it was not trained on; × smaller than float16"
+    table = Table(title=title)
+    for column in ("model", "MiB", "× base", "× small", "WER", "CER ja zh"):
+        table.add_column(column, justify="left" if column == "model" else "right")
     names = {
-        "teacher": "teacher, float",
-        "ptq": "quantization alone",
-        "student": "trained student",
+        "teacher": "teacher",
+        "ptq": "quantized",
+        "student": "trained",
     }
     for name, row in summary.items():
         table.add_row(
@@ -167,7 +160,6 @@ def show(demo: Demo, summary: dict[str, dict[str, Any]], test: list[Item]) -> No
             f"{SMALL_FLOAT16_MIB / row['size_mib']:.2f}",
             f"{row['wer']:.1f} % ({row['errors']}/{row['words']})",
             f"{row['cer']:.1f} % ({row['character_errors']}/{row['characters']})",
-            f"{row['seconds']:.1f} s",
         )
     demo.console.print(table)
     for index in range(0, len(test), max(1, len(test) // 3))[:3]:
