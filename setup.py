@@ -54,6 +54,7 @@ BY_SUFFIX = {
         "-Wno-maybe-uninitialized",
         "-Wno-uninitialized",
     ],
+    "_avx512_bf16.cpp": [*AVX2, *AVX512, "-mavx512bf16"],
     "_avx2.cpp": AVX2,
     "_scalar.cpp": ["-O2"],
 }

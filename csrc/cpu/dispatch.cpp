@@ -9,11 +9,11 @@
 namespace dqw {
 namespace {
 
-const Tier kScalar = {"scalar", &fake_quant_scalar, &linear_scalar};
+const Tier kScalar = {"scalar", &fake_quant_scalar, &linear_scalar, &ceilings_scalar};
 
 #if defined(__x86_64__)
-const Tier kAvx2 = {"avx2", &fake_quant_avx2, &linear_avx2};
-const Tier kAvx512 = {"avx512", &fake_quant_avx512, &linear_avx512};
+const Tier kAvx2 = {"avx2", &fake_quant_avx2, &linear_avx2, &ceilings_avx2};
+const Tier kAvx512 = {"avx512", &fake_quant_avx512, &linear_avx512, &ceilings_avx512};
 
 // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
 bool has_avx2() {

@@ -102,16 +102,30 @@ struct LinearKernels {
     void (*gemm_int8)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, void* scratch);
 };
 
+// ---- what the machine can do at most: csrc/cpu/ceilings.cpp ----
+
+// On one thread. `sink`: 64 bytes that keep the result alive; multiply returns its operations.
+struct CeilingKernels {
+    int64_t (*multiply_float)(int64_t rounds, void* sink);
+    int64_t (*multiply_int8)(int64_t rounds, void* sink);
+    void (*read)(const uint8_t* data, int64_t bytes, void* sink);
+};
+
+// Only where the processor has AVX512_BF16.
+int64_t multiply_bf16_avx512(int64_t rounds, void* sink);
+
 // ---- tiers: csrc/cpu/dispatch.cpp ----
 
 struct Tier {
     const char* name;
     const FakeQuantKernels* fake_quant;
     const LinearKernels* linear;
+    const CeilingKernels* ceilings;
 };
 
 extern const FakeQuantKernels fake_quant_scalar, fake_quant_avx2, fake_quant_avx512;
 extern const LinearKernels linear_scalar, linear_avx2, linear_avx512;
+extern const CeilingKernels ceilings_scalar, ceilings_avx2, ceilings_avx512;
 
 // The tier in use: the best that the machine runs, or what DQW_CPU_ISA asks for if it runs that.
 const Tier& tier();

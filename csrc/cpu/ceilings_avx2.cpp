@@ -1,0 +1,50 @@
+// The peaks of AVX2: float32 FMA, int8 products by maddubs and madd, and reading memory.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#define DQW_INLINE static inline __attribute__((always_inline))
+#include "ceilings_loops.h"
+
+namespace dqw {
+namespace {
+
+int64_t multiply_float(int64_t rounds, void* sink) {
+    chains(
+        _mm256_set1_ps(1e-3f), _mm256_set1_ps(0.5f),
+        [](__m256 acc, __m256 a, __m256 b) { return _mm256_fmadd_ps(a, b, acc); }, rounds, sink);
+    return rounds * kChains * 8 * 2;
+}
+
+int64_t multiply_int8(int64_t rounds, void* sink) {
+    chains(
+        _mm256_set1_epi8(1), _mm256_set1_epi8(1),
+        [](__m256i acc, __m256i a, __m256i b) {
+            // Of its own chain: `a` alone would be the same product in all, computed once.
+            const __m256i pairs = _mm256_maddubs_epi16(_mm256_xor_si256(a, acc), b);
+            return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+        },
+        rounds, sink);
+    return rounds * kChains * 32 * 2;
+}
+
+void read(const uint8_t* data, int64_t bytes, void* sink) {
+    const auto load = [](const uint8_t* p) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    };
+    __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
+    for (int64_t i = 0; i + 128 <= bytes; i += 128) {
+        a = _mm256_xor_si256(a, load(data + i));
+        b = _mm256_xor_si256(b, load(data + i + 32));
+        c = _mm256_xor_si256(c, load(data + i + 64));
+        d = _mm256_xor_si256(d, load(data + i + 96));
+    }
+    a = _mm256_xor_si256(_mm256_xor_si256(a, b), _mm256_xor_si256(c, d));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sink), a);
+}
+
+}  // namespace
+
+const CeilingKernels ceilings_avx2 = {multiply_float, multiply_int8, read};
+
+}  // namespace dqw
