@@ -1,7 +1,11 @@
-"""``python -m bench``: dqw's operators timed against PyTorch's, on this machine."""
+"""``python -m bench``: dqw's operators timed against their rivals and this machine's ceilings.
 
-import json
-from enum import Enum
+A mistake on the command line is one sentence and exit code 2, before anything is timed.
+"""
+
+import contextlib
+import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -9,76 +13,119 @@ import torch
 import typer
 from rich.console import Console
 
-Op = Enum("Op", {name: name for name in ("all", "quant_linear", "fake_quant")})
+from dqw.errors import UserError
+
+err = Console(stderr=True, highlight=False)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def parse_shapes(text: str | None, count: int, form: str) -> list[tuple[int, ...]] | None:
-    if not text:
-        return None
-    try:
-        shapes = [tuple(int(part) for part in shape.split("x")) for shape in text.split(",")]
-        if any(len(shape) != count or min(shape) < 1 for shape in shapes):
-            raise ValueError
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of shapes such as {form}") from None
-    return shapes
-
-
+@app.command()
 def main(
-    op: Annotated[Op, typer.Option(help="The operator to time.")] = Op.all,
+    op: Annotated[
+        str, typer.Option(help="quant_linear, fake_quant, embedding, train_step or all.")
+    ] = "all",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     shapes: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="quant_linear: 1x512x2048,1500x512x512 (x's rows, in, out). "
-            "fake_quant: 512x2048 (out, in)."
+            help="whisper, or M,K,N (rows of x, in, out); more of them after a semicolon. "
+            "train_step: clips, width, vocabulary."
         ),
-    ] = None,
-    bits: Annotated[int, typer.Option(min=2, max=8, help="Width of a weight's code.")] = 4,
+    ] = "whisper",
+    bits: Annotated[str, typer.Option(help="2 to 8, or several such as 3,4.")] = "4",
     grid: Annotated[str, typer.Option(help="apot, pot or uniform.")] = "apot",
+    dtype: Annotated[
+        str, typer.Option(help="Of x and weights: float32, bfloat16 or float16.")
+    ] = "float32",
+    peers: Annotated[
+        str, typer.Option(help="all, none, or names such as torch-float32,openvino.")
+    ] = "all",
     threads: Annotated[
         int | None, typer.Option(help="Threads; PyTorch's choice if not given.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few shapes, few rounds.")] = False,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", help="Also write all timings, in seconds, to this file."),
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Weights from memory: more copies than caches hold.")
+    ] = False,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write all rows to this file.")
     ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write machine and all rows to this file.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the roofline into this PNG file.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="A git revision: its kernels, built anew, are one more peer."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: few shapes.")] = False,
 ) -> None:
-    """Time dqw's kernels against PyTorch's own.
+    """Time dqw's kernels against PyTorch's and other packages'.
 
-    Candidates take turns and medians are shown; × is how many times faster than the first column,
-    and rows that lose stay. Example: python -m bench --op quant_linear --bits 4 --quick
+    Candidates and peers take turns; medians are shown. Ratios say how many times faster dqw is:
+    below 1 it loses, and rows that lose stay. Shares are of the ceilings measured at the start.
+
+    Example: python -m bench --op quant_linear --bits 4 --quick
     """
-    from bench import fake_quant, quant_linear, table
-    from dqw.errors import UserError
-    from dqw.grids import check_grid
+    from bench import options, runner, table
+    from bench import plot as plotting
+    from bench import rows as files
+    from bench.base import Base
+    from bench.peers import names
 
-    if shapes and op is Op.all:
-        raise typer.BadParameter("--shapes needs --op quant_linear or --op fake_quant")
-    try:
-        check_grid(grid, bits)
-    except UserError as error:
-        raise typer.BadParameter(str(error)) from None
-    if threads:
-        torch.set_num_threads(threads)
-    console = Console()
-    table.print_header(console)
-    results: dict[str, list[table.Row]] = {}
-    if op in (Op.all, Op.quant_linear):
-        rows = quant_linear.run(parse_shapes(shapes, 3, "1x512x2048"), bits, grid, quick)
-        title = f"quant_linear, {grid} {bits} bits"
-        table.print_table(console, title, rows, "F.linear float32", "GOP/s")
-        results[title] = rows
-    if op in (Op.all, Op.fake_quant):
-        tables = fake_quant.run(parse_shapes(shapes, 2, "512x2048"), bits, grid, quick)
-        for part, rows in tables.items():
-            title = f"fake_quant {part}, {bits} bits, per channel"
-            table.print_table(console, title, rows, "learnable_per_channel", "GB/s")
-            results[title] = rows
+    checked = options.Options(
+        ops=options.parse_ops(op),
+        device=options.check_device(device),
+        shapes=options.parse_shapes(shapes),
+        bits=options.parse_bits(bits, grid),
+        grid=grid,
+        dtype=options.choose("--dtype", dtype, tuple(options.DTYPES)),
+        peers=options.parse_peers(peers, names()),
+        threads=options.check_threads(threads),
+        cold=cold,
+        quick=quick,
+    )
+    if shapes != "whisper" and op == "all":
+        raise UserError("--shapes M,K,N is for one operator: add --op, such as --op quant_linear.")
+    for file, option in ((csv_file, "--csv"), (json_file, "--json"), (plot, "--plot")):
+        options.check_writable(file, option)
+    if plot:
+        plotting.check_plot()
+        if "quant_linear" not in checked.ops:
+            raise UserError("--plot draws quant_linear: add --op quant_linear or --op all.")
+    other = Base(base, checked.threads) if base else contextlib.nullcontext()
+    torch.set_num_threads(checked.threads)
+    torch.manual_seed(0)
+    console = Console(width=None if sys.stdout.isatty() else table.WIDTH, highlight=False)
+    facts = table.machine(checked)
+    table.print_header(console, facts)
+    found: list[files.Row] = []
+    skipped: dict[str, str] = {}
+    with err.status("") as status, other as built:
+        for name in checked.ops:
+            rows = runner.run(name, checked, built, skipped, status.update)
+            table.print_rows(console, name, rows)
+            found += rows
+    table.print_skipped(console, skipped)
     if json_file:
-        report = {"machine": table.machine(), **{t: table.as_json(r) for t, r in results.items()}}
-        json_file.write_text(json.dumps(report, indent=1) + "\n")
+        files.write_json(json_file, facts, found, skipped)
+    if csv_file:
+        files.write_csv(csv_file, found)
+    if plot:
+        plotting.draw(plot, found, facts["ceilings"])
+
+
+def run() -> None:
+    """Exit code 2 and one sentence for a mistake; 130 for Ctrl-C."""
+    warnings.filterwarnings("ignore", module="torch|torchao|onnxruntime")
+    try:
+        app()
+    except UserError as error:
+        err.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run()

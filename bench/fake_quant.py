@@ -1,65 +1,45 @@
-"""fake_quant, forward and with its gradients, against PyTorch's and an eager argmin quantizer."""
+"""fake_quant, forward alone and with its gradients, against PyTorch's and other quantizers.
 
-from collections.abc import Callable
+The ceiling is the ideal traffic at the speed of a copy of the same array, which takes its turn
+among the candidates: forward 2 elements a weight, forward and backward 5.
+"""
 
 import torch
-from torch import Tensor
 
-from bench import peers
-from bench.table import Candidates, Row, time_interleaved
-from dqw import grids, ops
+from bench.options import Options, Shape
+from bench.peers import Data
+from bench.rows import Problem, Work
+from bench.timing import Call
 
-# Weights (out, in): attention and MLP of whisper-base, MLP of whisper-large.
-SHAPES = [(512, 512), (2048, 512), (5120, 1280)]
-QUICK_SHAPES = [(512, 512), (2048, 512)]
-
-
-def candidates(rows: int, cols: int, bits: int, grid: str, backward: bool) -> Candidates:
-    x = torch.randn(rows, cols, requires_grad=backward)
-    grad = torch.randn(rows, cols)
-    top = grids.level_max(grid, bits)
-    uniform_top = grids.level_max("uniform", bits)
-    levels = torch.tensor(grids.magnitudes(grid, bits)).float()
-
-    def scale(level_max: int) -> Tensor:
-        return (torch.full((rows, 1), 2.5) / level_max).requires_grad_(backward)
-
-    def call(function: Callable[[Tensor], Tensor], s: Tensor) -> Callable[[], object]:
-        if not backward:
-            return lambda: function(s)
-
-        def step() -> None:
-            x.grad = s.grad = None
-            function(s).backward(grad)
-
-        return step
-
-    bucket, uniform = grids.bucket(grid, bits), grids.bucket("uniform", bits)
-    copy = torch.empty(rows, cols)
-    found: Candidates = {} if backward else {"copy": lambda: copy.copy_(x)}
-    if not backward:
-        found["per_channel_affine"] = call(
-            lambda s: peers.per_channel_affine(x, s, uniform_top), scale(uniform_top)
-        )
-    return found | {
-        "learnable_per_channel": call(
-            lambda s: peers.learnable_per_channel_affine(x, s, uniform_top), scale(uniform_top)
-        ),
-        f"argmin {grid}": call(lambda s: peers.argmin_over_levels(x, s, levels), scale(top)),
-        "dqw uniform": call(lambda s: ops.fake_quant(x, s, uniform, 0), scale(uniform_top)),
-        f"dqw {grid}": call(lambda s: ops.fake_quant(x, s, bucket, 0), scale(top)),
-    }
+# Weights: attention and MLP of whisper-base, MLP of whisper-large. M plays no part.
+SHAPES: tuple[Shape, ...] = ((1, 512, 512), (1, 512, 2048), (1, 1280, 5120))
+QUICK_SHAPES: tuple[Shape, ...] = ((1, 512, 512), (1, 512, 2048))
+VARIANTS = {"forward": 2, "forward+backward": 5}
 
 
-def run(
-    shapes: list[tuple[int, ...]] | None, bits: int, grid: str, quick: bool
-) -> dict[str, list[Row]]:
-    """Two tables; ``work`` is the least traffic: 2 floats a weight forward, 5 with gradients."""
-    tables: dict[str, list[Row]] = {"forward": [], "forward and backward": []}
-    for rows, cols in shapes or (QUICK_SHAPES if quick else SHAPES):
-        for title, floats in (("forward", 2), ("forward and backward", 5)):
-            timings = time_interleaved(
-                candidates(rows, cols, bits, grid, backward=floats == 5), quick
+def groups(shape: Shape, o: Options) -> list[list[Problem]]:
+    return [
+        [
+            Problem(
+                "fake_quant", *shape, bits, o.grid, dtype=o.dtype, device=o.device, variant=variant
             )
-            tables[title].append(Row(f"{rows} × {cols}", 4.0 * floats * rows * cols, timings))
-    return tables
+        ]
+        for bits in o.bits
+        for variant in VARIANTS
+    ]
+
+
+def work(p: Problem) -> Work:
+    return Work(float(VARIANTS[p.variant] * p.N * p.K * getattr(torch, p.dtype).itemsize))
+
+
+def data(p: Problem) -> Data:
+    nothing = torch.empty(0)
+    return nothing, nothing
+
+
+def copy(p: Problem) -> Call:
+    """One read and one write of the weight: 2 elements each."""
+    x = torch.randn(p.N, p.K, device=p.device).to(getattr(torch, p.dtype))
+    y = torch.empty_like(x)
+    return lambda: y.copy_(x)

@@ -1,123 +1,150 @@
-"""Timing, the machine's header, and one printer for every table of ``python -m bench``."""
+"""What a person reads: the machine's header and one table for every operator, 100 columns wide."""
 
 import os
 import platform
-import statistics
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-Candidates = dict[str, Callable[[], object]]
+from bench import ceilings
+from bench.options import Options
+from bench.rows import Row
 
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds a call: median, and the 20th and 80th percentile of the rounds."""
-
-    p50: float
-    p20: float
-    p80: float
+PACKAGES = ("torchao", "onnxruntime", "openvino")
+WIDTH = 100
 
 
-@dataclass(frozen=True)
-class Row:
-    """One problem and what each candidate took; ``work`` is operations or bytes a call."""
-
-    problem: str
-    work: float
-    timings: dict[str, Timing]
-
-
-def time_interleaved(candidates: Candidates, quick: bool) -> dict[str, Timing]:
-    """Time candidates in turns, so that a slow moment of the machine hits all of them.
-
-    A turn repeats its candidate for about 2 ms (quick: 0.5 ms), so that the clock's own cost
-    vanishes, after one call that is not counted and brings back what the others threw out of the
-    caches: numbers are for warm caches as far as the data fit.
-    """
-    rounds, span = (5, 0.5e-3) if quick else (21, 2e-3)
-    repeats = {}
-    for name, call in candidates.items():
-        call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, int(span / (time.perf_counter() - start)))
-    samples: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            if repeats[name] > 1:
-                call()
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            samples[name].append((time.perf_counter() - start) / repeats[name])
-    timings = {}
-    for name, values in samples.items():
-        fifths = statistics.quantiles(values, n=5)
-        timings[name] = Timing(statistics.median(values), fifths[0], fifths[3])
-    return timings
-
-
-def machine() -> dict[str, str]:
-    """Where these numbers come from."""
+def machine(o: Options) -> dict[str, str | int | float | dict]:
+    """Where these numbers come from, and what the machine can do at most."""
     import dqw
     from dqw import ops
 
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    return {
-        "processor": f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "dqw": f"{dqw.__version__}, CPU kernels: {ops.backend_info()['quant_linear']['cpu']}",
+    sets = "none: the library is not loaded"
+    if hasattr(torch.ops.dqw_cpu, "instruction_sets"):
+        sets = torch.ops.dqw_cpu.instruction_sets()
+    device = torch.cuda.get_device_name() if o.device == "cuda" else processor()
+    found = {
+        "processor": device,
+        "cores": os.cpu_count() or 1,
+        "threads": o.threads,
+        "instruction_sets": sets,
+        "kernels": ops.backend_info()["quant_linear"][o.device],
+        "dqw": dqw.__version__,
         "torch": f"{torch.__version__} ({torch.backends.cpu.get_cpu_capability()})",
         "python": platform.python_version(),
-        "load": f"{os.getloadavg()[0]:.1f} on {os.cpu_count()} cores before the start",
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found | {
+        "load": f"{os.getloadavg()[0]:.1f} before the start",
         "date": time.strftime("%Y-%m-%d"),
+        "ceilings": ceilings.measured(o.threads, o.device),
     }
 
 
-def print_header(console: Console) -> None:
-    for name, value in machine().items():
-        console.print(f"[bold]{name:>10}[/bold]  {value}", highlight=False)
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
-def print_table(console: Console, title: str, rows: list[Row], baseline: str, unit: str) -> None:
-    """A line a problem: time of each candidate and how many times faster than ``baseline``.
+def print_header(console: Console, facts: dict) -> None:
+    for name, value in facts.items():
+        if name == "ceilings":
+            value = ", ".join(f"{key.replace('_', ' ')} {rate:,.0f}" for key, rate in value.items())
+        line = Text(f"{name.replace('_', ' '):>16}  ", "bold")
+        console.print(line.append(str(value), "default not bold"))
 
-    ``unit`` names what ``work`` counts, in billions a second of the fastest dqw candidate. The
-    last column compares that candidate with the fastest of the others; below 1.00 dqw loses.
+
+def print_skipped(console: Console, skipped: dict[str, str]) -> None:
+    for name, why in skipped.items():
+        console.print(Text(f"skipped {name}: {why}", "yellow"))
+
+
+def print_rows(console: Console, op: str, rows: list[Row]) -> None:
+    """A line a candidate. Ratios: how many times faster dqw is; below 1 it loses, in red.
+
+    PyTorch's own operators are named without their "torch-".
     """
-    names = list(rows[0].timings)
-    table = Table(title=title, title_justify="left", header_style="bold")
-    table.add_column("problem", justify="right", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right")
-    table.add_column(f"dqw {unit}", justify="right")
-    table.add_column("dqw against best", justify="right")
+    table = Table(title=title(op, rows), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("M × K → N", justify="right", no_wrap=True)
+    table.add_column("dqw", no_wrap=True)
+    table.add_column("µs\np20–p80", justify="right", no_wrap=True)
+    table.add_column("rate", justify="right", no_wrap=True)
+    table.add_column("of\nroof", justify="right", no_wrap=True)
+    table.add_column("extra\nMiB", justify="right", no_wrap=True)
+    table.add_column("times as fast as …")
+    before = None
     for row in rows:
-        base = row.timings[baseline].p50
-        cells = [
-            f"{row.timings[name].p50 * 1e6:,.0f} µs\n×{base / row.timings[name].p50:.2f}"
-            for name in names
-        ]
-        ours = min(t.p50 for name, t in row.timings.items() if name.startswith("dqw"))
-        rivals = [t.p50 for name, t in row.timings.items() if is_rival(name)]
-        against = f"×{min(rivals) / ours:.2f}" if rivals else "-"
-        table.add_row(row.problem, *cells, f"{row.work / ours / 1e9:,.0f}", against)
+        p, t = row.problem, row.timing
+        problem = f"{p.M} × {p.K} → {p.N}"
+        if problem != before and before:
+            table.add_section()
+        times = f"{micro(t.p50)}\n{micro(t.p20)}–{micro(t.p80)}"
+        share = f"{100 * row.share:.0f} %" if row.ceiling else "-"
+        label = p.label + (f" {p.bits} bits" if many_bits(rows) else "")
+        table.add_row(
+            "" if problem == before else problem,
+            label,
+            times,
+            rate(row),
+            share,
+            f"{row.extra_bytes / 2**20:.2f}",
+            against(row),
+        )
+        before = problem
     console.print(table)
+    losing = sum(row.loses for row in rows)
+    compared = sum(bool(row.peers) for row in rows)
+    console.print(f"{losing} of {compared} compared rows lose to a peer.\n")
 
 
-def is_rival(name: str) -> bool:
-    """A copy is the machine's limit, not a rival."""
-    return not name.startswith("dqw") and name != "copy"
+def title(op: str, rows: list[Row]) -> str:
+    first = rows[0]
+    bits = ", ".join(str(b) for b in dict.fromkeys(row.problem.bits for row in rows))
+    caches = "weights from memory" if first.cold else "warm caches"
+    return (
+        f"{op}, {first.problem.grid}, {bits} bits, {first.problem.dtype}, "
+        f"{first.threads} threads, {caches}"
+    )
 
 
-def as_json(rows: list[Row]) -> list[dict]:
-    return [asdict(row) for row in rows]
+def many_bits(rows: list[Row]) -> bool:
+    return len({row.problem.bits for row in rows}) > 1
+
+
+def micro(seconds: float) -> str:
+    value = seconds * 1e6
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def rate(row: Row) -> str:
+    if not row.ceiling:
+        return "-"
+    if row.bound == "memory":
+        return f"{row.gbps:,.1f} GB/s"
+    return f"{row.gops:,.0f} GOP/s"
+
+
+def against(row: Row) -> Text:
+    """Every peer, the hardest first."""
+    text = Text()
+    for name in sorted(row.peers, key=row.ratio):
+        ratio = row.ratio(name)
+        if text:
+            text.append(" ")
+        short = name.removeprefix("torch-")
+        text.append(f"{ratio:.2f}×{short}", "bold red" if ratio < 1 else "green")
+    return text or Text("-")

@@ -66,10 +66,10 @@ def test_the_real_package_wins_over_the_folder(tmp_path: Path) -> None:
 
 
 def test_bench_runs_from_the_root(tmp_path: Path) -> None:
-    arguments = ["--op", "quant_linear", "--shapes", "1x64x64", "--threads", "1", "--quick"]
+    arguments = ["--op", "quant_linear", "--shapes", "1,64,64", "--threads", "1", "--quick"]
     report = tmp_path / "report.json"
     assert "quant_linear" in run("-m", "bench", *arguments, "--json", str(report))
-    assert "dqw int8" in report.read_text()
+    assert '"rows"' in report.read_text()
 
 
 def test_the_triton_kernels_import_from_anywhere(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""dqw's own calls for a ``Problem``, in this process or in that of another revision.
+
+``build(problem)`` gives a function that makes a call with weights of its own, and the bytes of
+those weights. Only torch, dqw's operators and the problem are needed.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.rows import Problem
+from bench.timing import Call
+
+Builder = Callable[[], Call]
+
+
+def build(problem: Problem) -> tuple[Builder, int]:
+    return {
+        "quant_linear": quant_linear,
+        "fake_quant": fake_quant,
+        "embedding": embedding,
+    }[problem.op](problem)
+
+
+def packed_matrix(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Random codes (N, K), scales and levels, as ``dqw.ops`` takes them."""
+    from dqw import grids, packing
+
+    p = problem
+    codes = torch.randint(0, 2**p.bits, (p.N, p.K), dtype=torch.uint8)
+    groups = -(-p.K // p.group_size) if p.group_size else 1
+    scale = torch.rand(p.N, groups) / grids.level_max(p.grid, p.bits)
+    if p.group_size:
+        scale = scale.half()
+    tensors = packing.pack(codes, p.bits), scale, grids.levels(p.grid, p.bits)
+    a, b, c = (t.to(p.device) for t in tensors)
+    return a, b, c
+
+
+def size(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def quant_linear(p: Problem) -> tuple[Builder, int]:
+    from dqw import ops
+
+    x = torch.randn(p.M, p.K, device=p.device).to(getattr(torch, p.dtype))
+    packed, scale, levels = packed_matrix(p)
+    int8 = p.activations == "int8"
+
+    def make() -> Call:
+        w, s = packed.clone(), scale.clone()
+        return lambda: ops.quant_linear(x, w, s, levels, None, p.N, p.bits, p.group_size, int8)
+
+    return make, size(packed, scale)
+
+
+def embedding(p: Problem) -> tuple[Builder, int]:
+    from dqw import ops
+
+    packed, scale, levels = packed_matrix(p)
+
+    def make() -> Call:
+        w, s = packed.clone(), scale.clone()
+        ids = torch.randint(0, p.N, (p.M,), device=p.device)
+        return lambda: ops.quant_embedding(ids, w, s, levels, p.N, p.K, p.bits, p.group_size)
+
+    # What one call touches.
+    return make, max(1, size(packed, scale) * p.M // p.N)
+
+
+def fake_quant(p: Problem) -> tuple[Builder, int]:
+    from dqw import grids, ops
+
+    top, bucket = grids.level_max(p.grid, p.bits), grids.bucket(p.grid, p.bits).to(p.device)
+
+    def make() -> Call:
+        call, _ = fake_quant_call(
+            p, top, lambda x, scale: ops.fake_quant(x, scale, bucket, p.group_size)
+        )
+        return call
+
+    return make, p.N * p.K * getattr(torch, p.dtype).itemsize
+
+
+def fake_quant_call(
+    p: Problem, level_max: int, function: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Call, Tensor]:
+    """``function(x, scale)``, forward or with gradients of both, and the x it works on."""
+    backward = p.variant != "forward"
+    dtype = getattr(torch, p.dtype)
+    x = torch.randn(p.N, p.K, device=p.device).to(dtype).requires_grad_(backward)
+    grad = torch.randn(p.N, p.K, device=p.device).to(dtype)
+    scale = (torch.full((p.N, 1), 2.5, device=p.device) / level_max).requires_grad_(backward)
+    if not backward:
+        return lambda: function(x, scale), x
+
+    def step() -> None:
+        x.grad = scale.grad = None
+        function(x, scale).backward(grad)
+
+    return step, x

@@ -1,0 +1,80 @@
+"""What this machine can do at most, measured here and now: the roof over every row.
+
+Reading depends on where the data lie, so it is measured for a working set of the size asked for;
+``COLD`` is far beyond the last level cache. Arithmetic peaks are loops over registers
+(csrc/cpu/ceilings*.cpp); without the compiled library, and on a GPU, PyTorch's own sum, copy and
+matmul stand in for them.
+"""
+
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+from bench.timing import last_level_cache, local
+
+KINDS = ("float32", "bfloat16", "int8")
+COLD = 0  # a working set that no cache holds
+
+
+def compiled() -> bool:
+    from dqw import ops  # noqa: F401  loads the library
+
+    return hasattr(torch.ops.dqw_cpu, "ceiling_read")
+
+
+def best_rate(work: Callable[[], float], seconds: float = 0.03) -> float:
+    """The highest of the rates of repeated ``work()``, which returns how much it did."""
+    work()
+    best, end = 0.0, time.perf_counter() + seconds
+    while True:
+        start = time.perf_counter()
+        done = work()
+        now = time.perf_counter()
+        best = max(best, done / (now - start))
+        if now > end:
+            return best
+
+
+@cache
+def peak_gops(kind: str, threads: int, device: str = "cpu") -> float:
+    """Billions of operations a second for factors of ``kind``; a product and a sum are two.
+
+    0.0 if the instruction set in use has no such instruction.
+    """
+    if device == "cpu" and compiled():
+        multiply = torch.ops.dqw_cpu.ceiling_multiply
+        return best_rate(lambda: multiply(kind, threads, 100_000)) / 1e9
+    if kind == "int8":
+        return 0.0
+    size = 4096 if device == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=getattr(torch, kind))
+    run = local(lambda: a @ a, device)
+    return best_rate(lambda: 0 * run(1) + 2.0 * size**3) / 1e9
+
+
+def read_gbps(size: int, threads: int, device: str = "cpu") -> float:
+    """GB/s of reading a working set of ``size`` bytes again and again (``COLD``: from memory)."""
+    if size == COLD:
+        return _read_gbps(max(4 * last_level_cache(), 2**27), threads, device)
+    return _read_gbps(2 ** max(14, (size - 1).bit_length()), threads, device)
+
+
+@cache
+def _read_gbps(size: int, threads: int, device: str) -> float:
+    data = torch.zeros(size // 4, device=device)
+    if device == "cpu" and compiled():
+        rounds = max(1, 2**25 // size)
+        read = torch.ops.dqw_cpu.ceiling_read
+        return best_rate(lambda: read(data, threads, rounds)) / 1e9
+    run = local(data.sum, device)
+    return best_rate(lambda: 0 * run(1) + size) / 1e9
+
+
+def measured(threads: int, device: str = "cpu") -> dict[str, float]:
+    """The ceilings of the header: memory by thread count, and each peak that exists."""
+    counts = (1, threads) if threads > 1 and device == "cpu" else (threads,)
+    found = {f"memory_read_gbps_{n}_threads": read_gbps(COLD, n, device) for n in counts}
+    peaks = {f"{kind}_gops": peak_gops(kind, threads, device) for kind in KINDS}
+    return found | {name: peak for name, peak in peaks.items() if peak}

@@ -1,0 +1,50 @@
+"""``--plot FILE.png``: the roofline, operations a byte against operations a second."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from bench.rows import Row
+from dqw.errors import UserError
+
+
+def check_plot() -> None:
+    if find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install matplotlib, or leave --plot out.")
+
+
+def draw(file: Path, rows: list[Row], measured: dict[str, float]) -> None:
+    """Rows that count operations, under the memory's slope and each peak's flat roof."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = [row for row in rows if row.work.operations]
+    if not points:
+        raise UserError("--plot draws quant_linear: add --op quant_linear or --op all.")
+    slope = max(rate for name, rate in measured.items() if "gbps" in name)
+    intensities = [row.work.operations / row.work.bytes for row in points]
+    low, high = min(intensities) / 2, max(intensities) * 2
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    for name, peak in measured.items():
+        if not name.endswith("_gops"):
+            continue
+        corner = min(max(peak / slope, low), high)
+        axes.plot([low, corner, high], [low * slope, min(corner * slope, peak), peak], "--")
+        axes.annotate(f"{name.removesuffix('_gops')} {peak:,.0f} GOP/s", (high, peak), ha="right")
+    for label in dict.fromkeys(row.problem.label for row in points):
+        mine = [row for row in points if row.problem.label == label]
+        x = [row.work.operations / row.work.bytes for row in mine]
+        axes.scatter(x, [row.gops for row in mine], label=f"dqw {label}", zorder=3)
+    for row in points:
+        name = row.fastest_peer
+        if name:
+            x_peer = row.work.operations / row.work.bytes
+            gops = row.work.operations / row.peers[name].p50 / 1e9
+            axes.scatter(x_peer, gops, marker="x", color="gray", s=20)
+    axes.scatter([], [], marker="x", color="gray", label="fastest peer")
+    caption = f"operations per byte of dqw's traffic (memory: {slope:,.0f} GB/s; caches are faster)"
+    axes.set(xscale="log", yscale="log", xlabel=caption, ylabel="GOP/s")
+    axes.legend()
+    figure.savefig(file, dpi=120, format="png")
+    pyplot.close(figure)

@@ -1,0 +1,115 @@
+"""Every row of an operator: candidates and peers built, timed in turns, put under their roof."""
+
+from collections.abc import Callable
+from types import ModuleType
+
+from bench import ceilings, embedding, fake_quant, quant_linear, timing, train_step
+from bench.base import Base
+from bench.calls import build
+from bench.options import Options
+from bench.packages import Unfit
+from bench.peers import PEERS
+from bench.rows import Problem, Row, Work, roof
+
+MODULES: dict[str, ModuleType] = {
+    "quant_linear": quant_linear,
+    "fake_quant": fake_quant,
+    "embedding": embedding,
+}
+COPY = "copy"
+Skipped = dict[str, str]  # peer → why
+Report = Callable[[str], None]
+
+
+def run(op: str, o: Options, base: Base | None, skipped: Skipped, report: Report) -> list[Row]:
+    """All rows of ``op``. Peers that cannot run are named in ``skipped``, once each."""
+    if op == "train_step":
+        return train_step.run(o, report)
+    module = MODULES[op]
+    shapes = o.shapes or (module.QUICK_SHAPES if o.quick else module.SHAPES)
+    rows = []
+    for shape in shapes:
+        for problems in module.groups(shape, o):
+            report(f"{op} {' × '.join(map(str, shape))} {problems[0].variant}")
+            rows += run_group(module, problems, o, base, skipped)
+    return rows
+
+
+def run_group(
+    module: ModuleType, problems: list[Problem], o: Options, base: Base | None, skipped: Skipped
+) -> list[Row]:
+    first = problems[0]
+    calls: dict[str, timing.Call] = {}
+    candidates: dict[str, timing.Candidate] = {}
+    peers = []
+    for name, call in peer_calls(module, first, o, skipped).items():
+        candidates[name] = timing.local(call, o.device)
+        peers.append(name)
+    if first.op == "fake_quant":
+        size = first.N * first.K * 4
+        call = timing.rotated(lambda: fake_quant.copy(first), size, o.cold)
+        candidates[COPY] = timing.local(call, o.device)
+    for i, problem in enumerate(problems):
+        maker, size = build(problem)
+        calls[str(i)] = timing.rotated(maker, size, o.cold)
+        candidates[f"dqw {i}"] = timing.local(calls[str(i)], o.device)
+        if base:
+            candidates[f"base {i}"] = base.candidate(problem, o.cold)
+    timings = timing.time_interleaved(candidates, o.quick)
+    rows = []
+    for i, problem in enumerate(problems):
+        work = module.work(problem)
+        if COPY in timings:
+            bound, ceiling = "memory", copy_gbps(work, problem, timings[COPY])
+        else:
+            bound, ceiling = roof_of(work, o)
+        rivals = {name: timings[name] for name in peers}
+        if base:
+            rivals[base.name] = timings[f"base {i}"]
+        extra = timing.extra_bytes(calls[str(i)], o.device)
+        own = timings[f"dqw {i}"]
+        rows.append(Row(problem, o.threads, o.cold, own, work, bound, ceiling, extra, rivals))
+    return rows
+
+
+def peer_calls(
+    module: ModuleType, problem: Problem, o: Options, skipped: Skipped
+) -> dict[str, timing.Call]:
+    data = module.data(problem)
+    found = {}
+    for peer in PEERS[problem.op]:
+        if not o.wants(peer.name):
+            continue
+        missing = peer.missing()
+        if o.device not in peer.devices:
+            missing = f"has no {o.device} operator"
+        if missing:
+            skipped.setdefault(peer.name, missing)
+            continue
+        try:
+            with timing.quiet():
+                maker, size = peer.build(problem, data)
+                call = timing.rotated(maker, size, o.cold)
+                call()
+        except Unfit as reason:
+            why = f"{reason} ({problem.op} {problem.M} × {problem.K} → {problem.N})"
+            skipped.setdefault(f"{peer.name} in part", why)
+        except Exception as error:  # another package's failure must not end the run
+            first_line = (str(error).splitlines() or [""])[0][:120]
+            skipped.setdefault(peer.name, f"failed: {type(error).__name__}: {first_line}")
+        else:
+            found[peer.name] = call
+    return found
+
+
+def copy_gbps(work: Work, p: Problem, copied: timing.Timing) -> float:
+    traffic = fake_quant.work(p).bytes / fake_quant.VARIANTS[p.variant] * 2
+    return traffic / copied.p50 / 1e9
+
+
+def roof_of(work: Work, o: Options) -> tuple[str, float]:
+    """Cold: memory. Warm: as fast as a working set of these bytes can be read again."""
+    gbps = ceilings.read_gbps(ceilings.COLD if o.cold else int(work.bytes), o.threads, o.device)
+    kinds = {"int8": ("int8",), "bfloat16": ("bfloat16", "float32")}.get(work.kind, ("float32",))
+    peaks = (ceilings.peak_gops(kind, o.threads, o.device) for kind in kinds)
+    return roof(work, next((peak for peak in peaks if peak), 0.0), gbps)
