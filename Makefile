@@ -1,4 +1,5 @@
 # make demo: set up, then compress a real Whisper and let it speak. make test: every check.
+# make bench: every kernel against its rivals and the machine's limits.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
@@ -19,8 +20,12 @@ lint: $(READY)
 	$(BIN)/mypy dqw
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
+# The peers that dqw is measured against, then everything, warm and cold, into bench/results/.
 bench: $(READY)
-	$(BIN)/python -m bench
+	$(BIN)/python -m pip install --quiet --progress-bar on -e '.[bench]' --no-build-isolation
+	@mkdir -p bench/results
+	$(BIN)/python -m bench --json bench/results/warm.json --csv bench/results/warm.csv --plot bench/results/roofline.png
+	$(BIN)/python -m bench --op quant_linear --cold --json bench/results/cold.json --csv bench/results/cold.csv
 
 setup: $(READY)
 

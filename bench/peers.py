@@ -7,7 +7,7 @@ bench/packages.py.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -25,12 +25,16 @@ Data = tuple[Tensor, Tensor]  # x (M, K), w (N, K); float32
 
 @dataclass(frozen=True)
 class Peer:
-    """``build(problem, data)`` → (builder of calls, bytes of one call's weights)."""
+    """``build(problem, data)`` → (builder of calls, bytes of one call's weights).
+
+    ``not_cold``: why copies of its weights would measure something else; empty if they do not.
+    """
 
     name: str
     build: Callable[[Problem, Data], tuple[Builder, int]]
     needs: tuple[str, ...] = ()
-    devices: tuple[str, ...] = field(default=("cpu",))
+    devices: tuple[str, ...] = ("cpu",)
+    not_cold: str = ""
 
     def missing(self) -> str:
         """Why this peer is skipped everywhere here; empty if it is not."""
@@ -191,7 +195,12 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("torch-int4pack", linear_int4pack),
         Peer("torchao", packages.torchao_linear, ("torchao",)),
         Peer("onnxruntime", packages.onnxruntime_linear, ("onnxruntime", "onnx")),
-        Peer("openvino", packages.openvino_linear, ("openvino",)),
+        Peer(
+            "openvino",
+            packages.openvino_linear,
+            ("openvino",),
+            not_cold="has threads of its own for each copy of the weights, and they oversleep",
+        ),
     ),
     "fake_quant": (
         Peer("torch-per-channel", fake_quantizer(per_channel_affine, True), devices=BOTH),

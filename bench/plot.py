@@ -24,14 +24,16 @@ def draw(file: Path, rows: list[Row], measured: dict[str, float]) -> None:
         raise UserError("--plot draws quant_linear: add --op quant_linear or --op all.")
     slope = max(rate for name, rate in measured.items() if "gbps" in name)
     intensities = [row.work.operations / row.work.bytes for row in points]
-    low, high = min(intensities) / 2, max(intensities) * 2
+    peaks = [peak for name, peak in measured.items() if name.endswith("_gops")]
+    low, high = min(intensities) / 2, 2 * max(*intensities, *(peak / slope for peak in peaks))
     figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
     for name, peak in measured.items():
         if not name.endswith("_gops"):
             continue
-        corner = min(max(peak / slope, low), high)
-        axes.plot([low, corner, high], [low * slope, min(corner * slope, peak), peak], "--")
-        axes.annotate(f"{name.removesuffix('_gops')} {peak:,.0f} GOP/s", (high, peak), ha="right")
+        x = [low, max(low, peak / slope), high]
+        axes.plot(x, [min(i * slope, peak) for i in x], "--", color="gray", linewidth=1)
+        roof = f"{name.removesuffix('_gops')} {peak:,.0f} GOP/s"
+        axes.annotate(roof, (high, peak), ha="right", va="bottom")
     for label in dict.fromkeys(row.problem.label for row in points):
         mine = [row for row in points if row.problem.label == label]
         x = [row.work.operations / row.work.bytes for row in mine]

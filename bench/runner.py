@@ -83,6 +83,8 @@ def peer_calls(
         missing = peer.missing()
         if o.device not in peer.devices:
             missing = f"has no {o.device} operator"
+        if o.cold:
+            missing = missing or peer.not_cold
         if missing:
             skipped.setdefault(peer.name, missing)
             continue
