@@ -1,6 +1,5 @@
 """What the command line asked for, checked: a mistake is one sentence that names the cure."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,10 +105,13 @@ def check_writable(file: Path | None, option: str) -> None:
     """Before the timing, not after: a lost result costs minutes."""
     if file is None:
         return
-    folder = file.parent
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    probe = file.with_name(file.name + ".tmp")
+    try:
+        if file.is_dir():
+            raise IsADirectoryError
+        probe.touch()
+        probe.unlink()
+    except OSError:
         raise UserError(
             f"{option} {file} cannot be written: name a file in an existing, writable folder."
-        )
-    if file.exists() and not os.access(file, os.W_OK):
-        raise UserError(f"{option} {file} is write-protected: name another file.")
+        ) from None

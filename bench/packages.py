@@ -111,6 +111,8 @@ def onnxruntime_linear(p: Problem, data: Data) -> tuple[Builder, int]:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Between its turns its threads must not spin on the cores of the others.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     feed = {"x": x.numpy()}
 
     def make() -> Call:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bench.timing import Timing
+from dqw.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -145,5 +146,9 @@ def write_csv(file: Path, rows: list[Row]) -> None:
 
 def write(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
+    try:
+        temporary.write_text(text)
+        temporary.replace(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{file} cannot be written ({error.strerror}): free some space.") from None

@@ -54,7 +54,7 @@ def time_interleaved(
 
     A turn repeats its candidate for about 2 ms (quick: 0.5 ms), so that the clock's own cost
     vanishes, after one call that is not counted and brings back what the others threw out of the
-    caches.
+    caches, and the threads that they put to sleep.
     """
     rounds = rounds or (7 if quick else 21)
     span = 0.5e-3 if quick else 2e-3
@@ -65,8 +65,7 @@ def time_interleaved(
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            if repeats[name] > 1:
-                run(1)
+            run(1)
             samples[name].append(run(repeats[name]) / repeats[name])
     return {name: summary(values) for name, values in samples.items()}
 

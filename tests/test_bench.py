@@ -277,7 +277,7 @@ def test_candidates_take_turns() -> None:
         return lambda repeats: order.append(name) or 1e-2 * repeats
 
     found = timing.time_interleaved({"a": candidate("a"), "b": candidate("b")}, True, rounds=3)
-    assert order[4:] == ["a", "b"] * 3
+    assert order[4:] == ["a", "a", "b", "b"] * 3
     assert found["a"] == timing.Timing(1e-2, 1e-2, 1e-2)
 
 
