@@ -4,6 +4,7 @@ Each function: (problem, (x, w)) → (builder of calls, bytes of one call's weig
 """
 
 import warnings
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,14 @@ def stored_bits(bits: int) -> int:
     return 4 if bits <= 4 else 8
 
 
+@cache
+def share_threads(count: int) -> None:
+    """One pool for all sessions: hundreds of copies of the weights must not be as many pools."""
+    import onnxruntime
+
+    onnxruntime.set_global_thread_pool_sizes(count, 1)
+
+
 def onnxruntime_linear(p: Problem, data: Data) -> tuple[Builder, int]:
     """MatMulNBits, groups of 64, int8 arithmetic (accuracy level 4)."""
     import onnxruntime
@@ -110,7 +119,8 @@ def onnxruntime_linear(p: Problem, data: Data) -> tuple[Builder, int]:
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    share_threads(torch.get_num_threads())
+    options.use_per_session_threads = False
     # Between its turns its threads must not spin on the cores of the others.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     feed = {"x": x.numpy()}

@@ -39,7 +39,7 @@ def run_shape(shape: Shape, bits: int, o: Options) -> list[Row]:
     if peers:
         calls["torch-float32"] = step(student, problems[0])
     candidates = {name: timing.local(call, o.device) for name, call in calls.items()}
-    timings = timing.time_interleaved(candidates, o.quick, rounds=3 if o.quick else 7)
+    timings = timing.time_interleaved(candidates, o.quick, rounds=3 if o.quick else 5)
     rows = []
     for p in problems:
         name = p.activations + " quantized"
