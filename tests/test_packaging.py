@@ -116,9 +116,9 @@ def test_wide_registers_stay_in_files_that_may_use_them() -> None:
             text=True,
             check=True,
         ).stdout
-        if not path.stem.endswith("_avx512"):
+        if "_avx512" not in path.stem:
             assert not re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])|%k[0-7]\b", code), path.name
-        if not path.stem.endswith(("_avx512", "_avx2")):
+        if not re.search("_avx(2|512)", path.stem):
             assert "%ymm" not in code, path.name
 
 
