@@ -13,7 +13,8 @@ from dqw.errors import UserError
 _COMPRESS_EXAMPLES = (
     "Examples: dqw compress --teacher openai/whisper-small --student openai/whisper-base "
     "--data speech/manifest.jsonl --language ja --bits 4 --grid apot --out base-ja-4bit; "
-    "without training: dqw compress --teacher openai/whisper-base --ptq-only --out base-4bit"
+    "without training: dqw compress --teacher openai/whisper-base --data speech/manifest.jsonl "
+    "--ptq-only --budget 40MiB --out base-40"
 )
 
 
@@ -61,13 +62,22 @@ def compress(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of the weights.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data order and augmentation.")] = None,
     ptq_only: Annotated[
-        bool, typer.Option("--ptq-only", help="Quantize without training; needs no data.")
+        bool,
+        typer.Option("--ptq-only", help="Quantize without training; --data makes it better."),
     ] = False,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Bytes of the folder, like 32MiB: bits are chosen layer by layer."),
+    ] = None,
+    calibration_clips: Annotated[
+        int | None, typer.Option(help="Windows of speech that rounding errors are measured on.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the unfinished run in OUT.run.")
     ] = False,
 ) -> None:
     """Make a Whisper small: distil a teacher into a quantized student, and write a folder."""
+    from dqw.budget import parse_bytes
     from dqw.compress import Job
     from dqw.compress import compress as run
     from dqw.whisper.student import parse_layers
@@ -81,6 +91,7 @@ def compress(
             "embedding_bits": embedding_bits,
             "activations": activations,
         },
+        distill={"calibration_clips": calibration_clips},
         train={
             "steps": steps,
             "epochs": epochs,
@@ -99,6 +110,7 @@ def compress(
         language=language,
         ptq_only=ptq_only,
         resume=resume,
+        budget=parse_bytes(budget) if budget else None,
     )
     run(job, chosen, lambda line: err.print(line))
 

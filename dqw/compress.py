@@ -1,7 +1,7 @@
 """From a float Whisper to a small folder: what ``dqw compress`` does, as one function.
 
-teacher and student → plan → fake quantization → distillation → freeze → a folder. The training
-run lives beside the folder, in OUT.run (checkpoints, labels, logs); the folder itself is written
+teacher and student → plan → fake quantization → distillation → freeze → a folder. Without training,
+error-compensating rounding on calibration speech takes distillation's place. The training run lives beside the folder, in OUT.run (checkpoints, labels, logs); the folder itself is written
 under a temporary name and appears whole or not at all.
 """
 
@@ -21,6 +21,7 @@ from dqw.errors import UserError
 from dqw.recipe import Recipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     from dqw.whisper.data import Item
@@ -45,7 +46,9 @@ class Job:
 
     teacher, student: hub id, Hugging Face folder or faster-whisper folder; student None: a copy of
     the teacher, or ``student_layers`` of it. data: manifest, audio folder or dataset name; not
-    needed with ``ptq_only``. language: only clips in it, and those that name none.
+    needed with ``ptq_only``, where some of it calibrates. language: only clips in it, and those
+    that name none. budget: bytes of the whole folder without the tokenizer; widths are then chosen
+    layer by layer on calibration speech.
     """
 
     teacher: str
@@ -56,6 +59,7 @@ class Job:
     language: str | None = None
     ptq_only: bool = False
     resume: bool = False
+    budget: int | None = None
 
     @property
     def run(self) -> Path:
@@ -71,18 +75,29 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     """
     check_output(job)
     items: list[Item] = []
-    if not job.ptq_only:
+    if job.data is not None:
         from dqw.whisper.data import load_items
 
-        if job.data is None:
-            raise UserError(
-                "--data is missing: give a manifest.jsonl, an audio folder or a dataset."
-            )
         items = load_items(job.data, language=job.language)
         seconds = sum(item.seconds or 0 for item in items)
         say(f"data: {len(items)} clips, {seconds / 60:.1f} min")
+    elif not job.ptq_only or job.budget:
+        raise UserError("--data is missing: give a manifest.jsonl, an audio folder or a dataset.")
     teacher, student, processor, teacher_processor = load_models(job, say)
+    batches: list[dict[str, Tensor]] = []
+    if items and (job.ptq_only or job.budget):
+        from dqw.speech import calibration_batches
+
+        batches = calibration_batches(
+            items, recipe, student, teacher, processor, teacher_processor, say
+        )
+    if job.budget:
+        from dqw.budget import fit_budget
+
+        recipe = fit_budget(student, recipe, job.budget, batches, say)
     quantize_student(student, recipe, say)
+    if job.ptq_only and batches:
+        calibrate_student(student, batches, say)
     if not job.ptq_only:
         train(job, recipe, student, teacher, processor, items, teacher_processor)
     folder = save_student(student, processor, job.out, provenance(job, recipe))
@@ -155,12 +170,27 @@ def quantize_student(student: WhisperForConditionalGeneration, recipe: Recipe, s
     from dqw.convert import quant_modules, quantize
 
     start = time.monotonic()
-    with _progress("clips", len(recipe.plan(student))) as advance:
+    with progress_bar("clips", len(recipe.plan(student))) as advance:
         quantize(student, recipe, progress=advance)
     count = len(quant_modules(student))
     say(
         f"quantized {count} layers at their least squared error in {time.monotonic() - start:.0f} s"
     )
+
+
+def calibrate_student(
+    student: WhisperForConditionalGeneration, batches: list[dict[str, Tensor]], say: Say
+) -> None:
+    """Round with error compensation (``dqw.calibrate``), in place."""
+    from dqw.calibrate import calibrate, layer_count
+    from dqw.speech import lowered
+
+    start = time.monotonic()
+    student.eval()
+    with progress_bar("rounding", layer_count(student)) as advance, lowered(student):
+        calibrate(student, batches, progress=advance)
+    clips = sum(len(batch["decoder_input_ids"]) for batch in batches)
+    say(f"rounded on {clips} windows of speech in {time.monotonic() - start:.0f} s")
 
 
 def train(
@@ -217,7 +247,11 @@ def provenance(job: Job, recipe: Recipe) -> dict[str, Any]:
         "student_layers": list(job.student_layers or ()) or None,
         "quant": recipe.to_dict()["quant"],
     }
-    if not job.ptq_only:
+    if job.budget:
+        made["budget"] = job.budget
+    if job.ptq_only:
+        made["calibrated"] = job.data is not None
+    else:
         made |= {k: recipe.to_dict()[k] for k in ("distill", "guidance", "train")}
     return made
 
@@ -290,7 +324,7 @@ def model_mib(folder: str | Path) -> float:
 
 
 @contextlib.contextmanager
-def _progress(what: str, total: int):  # type: ignore[no-untyped-def]
+def progress_bar(what: str, total: int):  # type: ignore[no-untyped-def]
     """A rich progress bar on stderr that a callback with one name advances."""
     from rich.console import Console
     from rich.progress import (

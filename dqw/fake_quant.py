@@ -50,9 +50,19 @@ class FakeQuantize(nn.Module):
         if self.deviation is not None:
             clip = clip * self.deviation
         exact = (clip / self.level_max).clamp(min=SMALLEST_SCALE)
-        stored = exact.detach().to(scale_dtype(self.spec)).float()
+        stored = self.stored(exact.detach())
         # Forward: exactly `stored`. Backward: the exact scale's gradient, damped.
         return stored + (exact - exact.detach()) * self.gradient_scale
+
+    def stored(self, scale: Tensor) -> Tensor:
+        """``scale`` as a packed layer would keep it: of its dtype, not below the smallest."""
+        return scale.clamp(min=SMALLEST_SCALE).to(scale_dtype(self.spec)).float()
+
+    @torch.no_grad()
+    def set_scale(self, scale: Tensor) -> None:
+        """Move the clips to where ``scale()`` gives ``scale``, which must be one it can store."""
+        clip = scale * self.level_max
+        self.clip.copy_(clip if self.deviation is None else clip / self.deviation)
 
     def forward(self, weight: Tensor, rows: Tensor | None = None) -> Tensor:
         """Fake-quantized ``weight``, same shape and dtype; ``rows``: which rows these are."""
@@ -120,6 +130,23 @@ def _search(w: Tensor, group_size: int, spec: QuantSpec, bucket: Tensor) -> Tens
         fitted = (grouped(w) * level).sum(-1) / power.clamp(min=1.0)
         scale = torch.where(power > 0, fitted, best).clamp(min=SMALLEST_SCALE)
         best, best_error = _keep_better(best, best_error, scale, error(scale))
+    return best
+
+
+@torch.no_grad()
+def search_near(
+    part: Tensor, scale: Tensor, quantizer: FakeQuantize, importance: Tensor
+) -> Tensor:
+    """The best of 11 scales from 0.8 to 1.2 times ``scale`` (rows, 1) for one group, (rows, 1).
+
+    part: the group's weights (rows, columns); importance (columns,) weighs their squared errors.
+    """
+    part = part.contiguous()
+    best, best_error = scale, torch.full_like(scale, torch.inf)
+    for step in (0, *range(-5, 0), *range(1, 6)):  # the old one first: it wins ties
+        tried = quantizer.stored(scale * (1 + 0.04 * step))
+        error = ops.fake_quant(part, tried, quantizer.bucket, 0).sub_(part).square_()
+        best, best_error = _keep_better(best, best_error, tried, (error @ importance)[:, None])
     return best
 
 

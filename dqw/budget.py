@@ -1,0 +1,257 @@
+"""Bits for each layer under a size: ``dqw compress --budget 32MiB``.
+
+What a layer's rounding costs is measured: the layer alone is rounded to 3 bits, and the mean KL of
+the next-token distributions from those of the float model is taken on speech. That is quadratic in
+small errors, so at other widths it goes with the squared error of the weights. The costs of layers
+add up; which widths cost least in all and fit the budget is then found exactly.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dqw import grids, ops
+from dqw.errors import UserError
+from dqw.fake_quant import least_squares_scale
+from dqw.packing import packed_bytes
+from dqw.recipe import Override, QuantSpec, Recipe
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+PROBE = 3  # bits at which a layer's KL is measured
+WINDOWS = 8  # of speech, for that
+# config.json with its plan and the other small files: 30 KiB for whisper-base; and the header.
+OVERHEAD = 64 * 1024
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """ "32MiB", "32 MB" or "33554432" → bytes. Raises UserError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
+    if not found or float(found[1]) == 0:
+        raise UserError(f"--budget is {text!r}: give a size, like 32MiB or 34MB.")
+    return int(float(found[1]) * _UNITS[found[2] or ""])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to store a layer: its spec, the bytes it takes, and the KL it costs."""
+
+    spec: QuantSpec
+    size: int
+    cost: float
+
+
+def candidates(spec: QuantSpec) -> list[QuantSpec]:
+    """``spec`` at every width. From 5 bits on, with groups, uniform has less error than APoT."""
+    wide = "uniform" if spec.group_size else spec.grid
+    return [replace(spec, bits=b, grid=wide if b >= 5 else spec.grid) for b in WIDTHS]
+
+
+def stored_bytes(rows: int, cols: int, spec: QuantSpec) -> int:
+    """Bytes of a packed layer: codes, scales and table."""
+    groups = -(-cols // spec.group_size) if spec.group_size else 1
+    scales = 4 if spec.per_tensor else rows * groups * (2 if spec.group_size else 4)
+    return packed_bytes(rows, cols, spec.bits) + scales + 2 * 2**spec.bits
+
+
+def rounded(matrix: Tensor, spec: QuantSpec) -> Tensor:
+    """``matrix`` (rows, cols) on the grid of ``spec``, float32, with the clips of least error."""
+    bucket = grids.bucket(spec.grid, spec.bits).to(matrix.device)
+    scale = least_squares_scale(matrix, spec, bucket)
+    return ops.fake_quant(matrix.float(), scale, bucket, spec.group_size or 0)
+
+
+class Probe:
+    """A float model's next-token distributions on ``batches``, to compare changed weights with.
+
+    Encoder outputs are kept, so a change in the decoder does not run the encoder again.
+    """
+
+    def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        self.model, self.batches = model.eval(), batches
+        self.heard = self._hear()
+        self.target = self._predict(self.heard)
+
+    @torch.no_grad()
+    def _hear(self) -> list[Tensor]:
+        encoder, device = self.model.model.encoder, self.model.device
+        return [encoder(b["input_features"].to(device)).last_hidden_state for b in self.batches]
+
+    @torch.no_grad()
+    def _predict(self, heard: list[Tensor]) -> list[Tensor]:
+        """Log-probabilities of every batch, (tokens, vocabulary) float32."""
+        found = []
+        for batch, states in zip(self.batches, heard):
+            ids, real = batch["decoder_input_ids"], batch.get("decoder_mask")
+            last = self.model.model.decoder(
+                input_ids=ids.to(states.device), encoder_hidden_states=states, use_cache=False
+            ).last_hidden_state
+            rows = last.flatten(0, 1) if real is None else last[real.to(last.device)]
+            with torch.autocast(rows.device.type, enabled=False):
+                found.append(self.model.proj_out(rows.float()).log_softmax(-1))
+        return found
+
+    def kl(self, encoder_changed: bool = True) -> float:
+        """Mean KL(float ‖ now) of the model as it is now, in nats a token."""
+        now = self._predict(self._hear() if encoder_changed else self.heard)
+        total = sum(
+            float((t.exp() * (t - n)).sum(dtype=torch.float64)) for t, n in zip(self.target, now)
+        )
+        return max(total, 0.0) / sum(len(t) for t in self.target)
+
+
+@contextmanager
+def changed(layer: nn.Module, matrix: Tensor) -> Iterator[None]:
+    """``layer`` with another weight within the block."""
+    weight: Any = layer.weight
+    kept = weight.data
+    weight.data = matrix.view_as(kept).to(kept.dtype)
+    try:
+        yield
+    finally:
+        weight.data = kept
+
+
+def sensitivities(
+    model: Any,
+    plan: Mapping[str, QuantSpec],
+    probe: Probe,
+    progress: Callable[[str], object] | None = None,
+) -> dict[str, list[Choice]]:
+    """Layer name → its choices, one for each of ``WIDTHS``. ``model`` is float and stays as it is."""
+    found = {}
+    for name, spec in plan.items():
+        if progress is not None:
+            progress(name)
+        layer = model.get_submodule(name)
+        matrix = layer.weight.detach().flatten(1).float()
+        errors, cost = {}, 0.0
+        for option in candidates(spec):
+            q = rounded(matrix, option)
+            errors[option] = float((q - matrix).square().sum())
+            if option.bits == PROBE:
+                with changed(layer, q):
+                    cost = probe.kl(encoder_changed=".encoder." in f".{name}") / errors[option]
+        found[name] = [
+            Choice(option, stored_bytes(*matrix.shape, option), cost * error)
+            for option, error in errors.items()
+        ]
+    return found
+
+
+def allocate(choices: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
+    """One choice of each layer: the least cost in all that fits ``budget`` bytes.
+
+    Exact, by dynamic programming over sizes in units of 256 bytes (rounded up, so the budget
+    holds). Raises UserError if even the smallest do not fit.
+    """
+    unit = 256
+    least = sum(min(c.size for c in layer) for layer in choices)
+    units = budget // unit
+    cost = np.zeros(units + 1 if units >= 0 else 0)
+    picks = []
+    for layer in choices:
+        best = np.full_like(cost, np.inf)
+        pick = np.zeros(len(cost), dtype=np.int8)
+        for index, choice in enumerate(layer):
+            width = -(-choice.size // unit)
+            if width > units:
+                continue
+            tried = np.full_like(cost, np.inf)
+            tried[width:] = cost[: len(cost) - width] + choice.cost
+            pick[tried < best] = index
+            np.minimum(best, tried, out=best)
+        cost = best
+        picks.append(pick)
+    if not len(cost) or not np.isfinite(cost[-1]):
+        raise UserError(
+            f"the layers take {least / 2**20:.1f} MiB at 2 bits, and the budget leaves "
+            f"{budget / 2**20:.1f} MiB for them: give a larger --budget, or a smaller student."
+        )
+    at, chosen = units, []
+    for layer, pick in zip(reversed(choices), reversed(picks)):
+        choice = layer[pick[at]]
+        chosen.append(choice)
+        at -= -(-choice.size // unit)
+    return chosen[::-1]
+
+
+def float_bytes(model: nn.Module, plan: Mapping[str, QuantSpec]) -> int:
+    """Bytes of everything that the plan leaves float16, each tensor once."""
+    packed = {id(model.get_submodule(name).weight) for name in plan}
+    seen = {id(p): p.numel() for p in model.state_dict(keep_vars=True).values()}
+    return 2 * sum(count for key, count in seen.items() if key not in packed)
+
+
+def fit_budget(
+    model: Any,
+    recipe: Recipe,
+    budget: int,
+    batches: Sequence[Mapping[str, Tensor]],
+    say: Callable[[str], object] = print,
+) -> Recipe:
+    """``recipe`` with an override for each layer, so that the folder takes ``budget`` bytes at most.
+
+    model: float, on any device; batches: as of ``dqw.speech``, of which the first 8 windows are
+    used. The plan is said in a few lines. Raises UserError if the budget cannot be met.
+    """
+    from dqw.compress import progress_bar
+    from dqw.speech import lowered
+
+    start = time.monotonic()
+    plan = recipe.plan(model)
+    with lowered(model):
+        probe = Probe(model, few(batches, WINDOWS))
+        with progress_bar("sensitivities", len(plan)) as advance:
+            found = sensitivities(model, plan, probe, advance)
+    rest = float_bytes(model, plan) + OVERHEAD
+    chosen = dict(zip(found, allocate(list(found.values()), budget - rest)))
+    say(f"sensitivities of {len(plan)} layers measured in {time.monotonic() - start:.0f} s")
+    for line in described(chosen):
+        say(line)
+    total = rest + sum(choice.size for choice in chosen.values())
+    cost = sum(choice.cost for choice in chosen.values())
+    say(f"plan: {total / 2**20:.2f} of {budget / 2**20:.2f} MiB, KL of about {cost:.4f} expected")
+    overrides = [
+        Override(
+            match=name, bits=c.spec.bits, grid=c.spec.grid, group_size=c.spec.group_size or 0
+        )
+        for name, c in chosen.items()
+    ]
+    quant = replace(recipe.quant, override=[*recipe.quant.override, *overrides])
+    return replace(recipe, quant=quant)
+
+
+def few(batches: Sequence[Mapping[str, Tensor]], windows: int) -> list[dict[str, Tensor]]:
+    """About ``windows`` windows: whole batches, evenly spaced over all."""
+    size = max(len(batches[0]["decoder_input_ids"]), 1)
+    count = min(max(windows // size, 1), len(batches))
+    return [dict(batches[i * len(batches) // count]) for i in range(count)]
+
+
+def kind_of(name: str) -> str:
+    """What a layer is, across depths: "encoder fc1", "decoder encoder_attn k_proj", "embed_tokens"."""
+    parts = [p for p in name.removeprefix("model.").split(".") if not p.isdigit() and p != "layers"]
+    return " ".join(parts)
+
+
+def described(chosen: Mapping[str, Choice]) -> list[str]:
+    """One line for each kind of layer: the bits of its layers, first to last."""
+    kinds: dict[str, list[Choice]] = {}
+    for name, choice in chosen.items():
+        kinds.setdefault(kind_of(name), []).append(choice)
+    return [
+        f"  {kind:32} {' '.join(str(c.spec.bits) for c in row)} bits, "
+        f"{sum(c.size for c in row) / 2**20:.2f} MiB"
+        for kind, row in kinds.items()
+    ]

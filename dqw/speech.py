@@ -1,0 +1,82 @@
+"""Windows of speech to measure a model on: what calibration and sensitivities need.
+
+A window is what Whisper hears at once, 30 s: a clip and others of its language joined to it, with
+the tokens it should give. Clips without a text are labelled by the teacher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dqw.recipe import Recipe
+
+if TYPE_CHECKING:
+    from dqw.distill.data import SpeechItem
+
+WINDOWS = 96  # where the recipe names no number
+BATCH = 4
+
+
+def calibration_batches(
+    items: Sequence[SpeechItem],
+    recipe: Recipe,
+    student: Any,
+    teacher: Any,
+    processor: Any,
+    teacher_processor: Any,
+    say: Callable[[str], object],
+) -> list[dict[str, Tensor]]:
+    """Batches of at most 4 windows: input_features (batch, mel, 3000), decoder_input_ids and
+    decoder_mask (batch, length), on the CPU.
+
+    ``recipe.distill.calibration_clips`` windows (96 if it is 0), from clips evenly spaced over
+    ``items``. Raises UserError if no clip can be used.
+    """
+    from dqw.distill.data import Collator, LabelEncoder, SpeechDataset
+    from dqw.distill.prepare import prepare
+    from dqw.distill.run import is_multilingual
+
+    wanted = recipe.distill.calibration_clips or WINDOWS
+    chosen = [items[i * len(items) // wanted] for i in range(wanted)] if wanted < len(items) \
+        else list(items)  # fmt: skip
+    multilingual = is_multilingual(student)
+    encoder = LabelEncoder(
+        processor.tokenizer, multilingual, student.config.max_target_positions
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        made = prepare(
+            chosen, encoder, teacher, teacher_processor, recipe.distill, recipe.train,
+            Path(folder) / "labels.jsonl",
+            window=float(processor.feature_extractor.chunk_length),
+            progress=lambda done, total: say(f"teacher labels {done}/{total}")
+            if done == total else None,
+        )  # fmt: skip
+    joined = replace(recipe.distill.augment, concatenate=0.8, noise=0.0, speed=0.0)
+    dataset = SpeechDataset(
+        made.examples, encoder, processor.feature_extractor, augment=joined, seed=recipe.train.seed
+    )
+    collate = Collator(pad=encoder.end)
+    count = min(wanted, len(dataset)) if wanted < len(items) else min(wanted, 2 * len(dataset))
+    names = ("input_features", "decoder_input_ids", "decoder_mask")
+    batches = []
+    for start in range(0, count, BATCH):
+        batch = collate([dataset[key] for key in range(start, min(start + BATCH, count))])
+        batches.append({name: batch[name] for name in names})
+    return batches
+
+
+@contextlib.contextmanager
+def lowered(model: Any) -> Iterator[None]:
+    """bfloat16 matrix products within the block, where the machine multiplies it in hardware."""
+    from dqw.distill.run import fast_precision
+
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_precision() == "bf16"):
+        yield

@@ -1,0 +1,135 @@
+"""Bits under a budget: sizes are those of the folder, and no other plan that fits costs less."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_whisper
+from typer.testing import CliRunner
+from whisper_helpers import save_tiny, write_tone
+
+from dqw.budget import (
+    Choice,
+    Probe,
+    allocate,
+    candidates,
+    changed,
+    float_bytes,
+    parse_bytes,
+    rounded,
+    sensitivities,
+    stored_bytes,
+)
+from dqw.cli import app
+from dqw.compress import model_mib
+from dqw.convert import quant_modules
+from dqw.errors import UserError
+from dqw.linear import QuantLinear
+from dqw.recipe import QuantSpec, Recipe
+from dqw.whisper.checkpoint import load_whisper
+
+
+def test_sizes_as_people_write_them() -> None:
+    assert parse_bytes("32MiB") == 32 * 2**20
+    assert parse_bytes("1.5 mb") == 1_500_000
+    assert parse_bytes("4096") == 4096
+    for bad in ("", "much", "0MiB", "-3MiB", "3 miles"):
+        with pytest.raises(UserError, match="like 32MiB"):
+            parse_bytes(bad)
+
+
+@pytest.mark.parametrize("group", [None, 32, 64])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_stored_bytes_are_those_of_a_packed_layer(group: int | None, bits: int) -> None:
+    spec = QuantSpec(bits=bits, grid="uniform", group_size=group)
+    layer = QuantLinear.from_linear(torch.nn.Linear(100, 7), spec)
+    layer.freeze()
+    tensors = layer.weight, layer.scale, layer.levels
+    assert stored_bytes(7, 100, spec) == sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_allocation_is_the_best_of_all() -> None:
+    dice = random.Random(0)
+    spec = QuantSpec()
+    for _ in range(50):
+        layers = [
+            [Choice(spec, 256 * dice.randint(1, 9), dice.random()) for _ in range(3)]
+            for _ in range(4)
+        ]
+        budget = 256 * dice.randint(8, 30)
+        every = [p for p in itertools.product(*layers) if sum(c.size for c in p) <= budget]
+        if not every:
+            with pytest.raises(UserError, match="larger --budget"):
+                allocate(layers, budget)
+            continue
+        found = allocate(layers, budget)
+        assert sum(c.size for c in found) <= budget
+        assert sum(c.cost for c in found) == pytest.approx(
+            min(sum(c.cost for c in p) for p in every)
+        )
+
+
+def test_a_layer_that_matters_costs_more() -> None:
+    model = make_tiny_whisper(max_source_positions=50)
+    model.model.encoder.layers[0].fc1.weight.data *= 0.0  # says nothing, rounds to itself
+    batch = {
+        "input_features": torch.randn(2, 80, 100),
+        "decoder_input_ids": torch.randint(0, 120, (2, 9)),
+        "decoder_mask": torch.ones(2, 9, dtype=torch.bool),
+    }
+    probe = Probe(model, [batch])
+    assert probe.kl() < 1e-6
+    plan = Recipe().plan(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = sensitivities(model, plan, probe)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    costs = {name: [c.cost for c in row] for name, row in found.items()}
+    assert costs["model.encoder.layers.0.fc1"] == [0.0] * 6
+    assert costs["model.decoder.embed_tokens"][0] > costs["model.decoder.embed_tokens"][2] > 0
+    # What is extrapolated is what is measured, within a factor.
+    name = "model.decoder.layers.1.fc1"
+    for choice in found[name][:3]:
+        layer = model.get_submodule(name)
+        with changed(layer, rounded(layer.weight.detach(), choice.spec)):
+            assert 0.4 < choice.cost / probe.kl(encoder_changed=False) < 2.5
+    sizes = {c.spec.bits: c.size for c in found[name]}
+    assert sizes[2] < sizes[3] < sizes[8]
+    assert [s.grid for s in candidates(QuantSpec())] == ["apot"] * 3 + ["uniform"] * 3
+    assert float_bytes(model, plan) > 0
+
+
+def test_compress_keeps_within_the_budget(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    rows = []
+    for number, text in enumerate(("hello", "hello world", "wow")):
+        write_tone(tmp_path / "clips" / f"{number}.wav", 0.4 + 0.1 * number)
+        rows.append({"audio": f"{number}.wav", "text": text, "language": "en"})
+    data = tmp_path / "clips" / "manifest.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(budget: str, out: Path, *more: str) -> tuple[int, str]:
+        options = ["compress", "--teacher", base, "--data", data, "--budget", budget, "--out", out]
+        result = CliRunner().invoke(app, [*map(str, options), *more])
+        return result.exit_code, result.output
+
+    sizes = []
+    for budget in (220, 300):
+        out = tmp_path / str(budget)
+        code, output = run(f"{budget}KiB", out, "--ptq-only")
+        assert code == 0, output
+        assert "plan: " in output and "decoder fc1" in output
+        sizes.append(model_mib(out) * 1024)
+        assert sizes[-1] <= budget
+    assert sizes[0] < sizes[1]
+    bits = {m.spec.bits for m in quant_modules(load_whisper(tmp_path / "220")[0]).values()}
+    assert len(bits) > 1
+    code, output = run("100KiB", tmp_path / "none", "--ptq-only")
+    assert code == 1 and "larger --budget" in output
+    code, output = run("220KiB", tmp_path / "trained", "--steps", "1", "--batch-size", "2")
+    assert code == 0, output
+    assert model_mib(tmp_path / "trained") * 1024 <= 220
