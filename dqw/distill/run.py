@@ -5,6 +5,7 @@ output_dir/
   teacher_labels.jsonl   texts the teacher wrote
   log.jsonl              losses of every logged step
   guidance.jsonl         losses and choices of every guidance update
+  states/                see dqw.distill.states
   tensorboard/           the same losses for TensorBoard
 """
 
@@ -29,6 +30,8 @@ from dqw.distill.guidance import Choice
 from dqw.distill.model import DistillModel
 from dqw.distill.prepare import Prepared, prepare
 from dqw.distill.progress import Display, StepReport, display
+from dqw.distill.states import FOLDER as STATES
+from dqw.distill.states import StatesDataset, keep_states, keeps_states
 from dqw.distill.stepping import seed_step
 from dqw.distill.trainer import DistillTrainer
 from dqw.errors import UserError
@@ -101,6 +104,7 @@ def distill(
             f"guidance.mode = {guidance.mode!r} chooses layers by their distillation loss, but "
             "hidden states are not compared: give distill.hidden a positive weight and a matching."
         )
+    kept = keeps_states(config, guidance, train)
     found = _checkpoint(folder, resume)
     shown = _display(progress)
     _settle(student, teacher, config, train)
@@ -132,14 +136,27 @@ def distill(
     if found is None and config.calibration_clips:
         _calibrate(student.to(args.device), dataset, Collator(pad=encoder.end), config, shown)
     args.max_steps = total_steps(train, len(dataset), args.world_size)
-    report = ReportCallback(shown, folder / "log.jsonl")
     seed_step(train.seed, -1, 0, 0)  # projections start at random
+    pupil = DistillModel(student, teacher, config)
+    windows: SpeechDataset | StatesDataset = dataset
+    if kept:
+        if found is not None:
+            store.load_weights(found, pupil)
+        pupil.to(args.device)
+        with args.main_process_first(local=False):
+            content = repr((made.fingerprint(), train.seed, config))
+            windows = keep_states(
+                dataset, pupil, teacher, folder / STATES, content,
+                torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+                lambda done, total: shown.note(f"encoder and teacher, windows {done}/{total}"),
+            )  # fmt: skip
+    report = ReportCallback(shown, folder / "log.jsonl")
     trainer = DistillTrainer(
-        DistillModel(student, teacher, config),
+        pupil,
         teacher,
         (config, guidance, train),
         args,
-        train_dataset=dataset,
+        train_dataset=windows,
         data_collator=Collator(pad=encoder.end),
         callbacks=[report],
     )
@@ -165,13 +182,15 @@ def distill(
 def _calibrate(
     student: Any, dataset: SpeechDataset, collate: Collator, config: DistillConfig, shown: Display
 ) -> None:
-    """Round with error compensation on the first windows; a resumed run has that behind it."""
+    """Round with error compensation on some windows; a resumed run has that behind it."""
     windows, size = config.calibration_clips, 4
     shown.note(f"rounding with error compensation on {windows} windows")
 
     batches = []  # made before autocast begins: the mel filters must not run in bf16
     for start in range(0, windows, size):
-        made = collate([dataset[key] for key in range(start, min(start + size, windows))])
+        # Evenly over the data, which comes source by source.
+        keys = [k * len(dataset) // windows for k in range(start, min(start + size, windows))]
+        made = collate([dataset[key] for key in keys])
         names = ("input_features", "decoder_input_ids")
         batches.append({name: made[name].to(student.device) for name in names})
     student.eval()
