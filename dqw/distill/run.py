@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Seq2SeqTrainingArguments
 
 from dqw.calibrate import calibrate
@@ -119,7 +120,7 @@ def distill(
             items, encoder, teacher, teacher_processor or processor, config, train,
             folder / "teacher_labels.jsonl",
             window=float(processor.feature_extractor.chunk_length),
-            progress=lambda done, total: shown.note(f"teacher labels {done}/{total}"),
+            progress=lambda done, total: shown.count("teacher labels", done, total),
         )  # fmt: skip
     for reason, ids in made.skipped.items():
         shown.note(f"left out, {reason}: {len(ids)} ({', '.join(ids[:3])}{'…' if ids[3:] else ''})")
@@ -144,11 +145,13 @@ def distill(
             store.load_weights(found, pupil)
         pupil.to(args.device)
         with args.main_process_first(local=False):
-            content = repr((made.fingerprint(), train.seed, config))
+            content = repr(
+                (made.fingerprint(), train.seed, config.augment, pupil.stacks, pupil.kind)
+            )
             windows = keep_states(
                 dataset, pupil, teacher, folder / STATES, content,
                 torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
-                lambda done, total: shown.note(f"encoder and teacher, windows {done}/{total}"),
+                lambda done, total: shown.count("encoder and teacher, windows", done, total),
             )  # fmt: skip
     report = ReportCallback(shown, folder / "log.jsonl")
     trainer = DistillTrainer(
@@ -184,18 +187,23 @@ def _calibrate(
 ) -> None:
     """Round with error compensation on some windows; a resumed run has that behind it."""
     windows, size = config.calibration_clips, 4
-    shown.note(f"rounding with error compensation on {windows} windows")
-
+    names = ("input_features", "decoder_input_ids")
     batches = []  # made before autocast begins: the mel filters must not run in bf16
     for start in range(0, windows, size):
         # Evenly over the data, which comes source by source.
         keys = [k * len(dataset) // windows for k in range(start, min(start + size, windows))]
         made = collate([dataset[key] for key in keys])
-        names = ("input_features", "decoder_input_ids")
         batches.append({name: made[name].to(student.device) for name in names})
+
+    def heard() -> Iterator[dict[str, Tensor]]:
+        for done, batch in enumerate(batches):
+            shown.count("error compensation, windows heard", done * size, windows)
+            yield batch
+        shown.note("error compensation: rounding")
+
     student.eval()
     with torch.autocast(student.device.type, torch.bfloat16, enabled=fast_precision() == "bf16"):
-        calibrate(student, batches)
+        calibrate(student, heard())
 
 
 def training_arguments(
