@@ -233,10 +233,10 @@ def train(
 
 
 def finish(job: Job) -> None:
-    """The folder is written: the run's logs and labels stay, its checkpoints (GBs) go."""
+    """The folder is written: the run's logs and labels stay, checkpoints and states (GBs) go."""
     (job.run / "finished").touch()
-    for checkpoint in job.run.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    for folder in [*job.run.glob("checkpoint-*"), job.run / "states"]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def provenance(job: Job, recipe: Recipe) -> dict[str, Any]:

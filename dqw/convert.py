@@ -146,11 +146,17 @@ def freeze(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def round_float_rest(model: nn.Module) -> None:
-    """Round every float tensor that is not a latent weight or a clip to float16, keeping dtypes."""
+    """Round every float tensor that is not a latent weight or a clip to float16, keeping dtypes;
+    the encoder's sinusoids, which are not stored, become exact."""
+    from dqw.hf import POSITIONS, sinusoidal_positions
+
     own = {id(t) for m in quant_modules(model).values() for t in _quantized_tensors(m)}
     for tensor in model.state_dict(keep_vars=True).values():
         if tensor.is_floating_point() and id(tensor) not in own:
             tensor.data.copy_(tensor.data.half())
+    exact = sinusoidal_positions(model)
+    if exact is not None:
+        model.get_parameter(POSITIONS).data.copy_(exact)
 
 
 def _quantized_tensors(module: QuantModule) -> list[torch.Tensor]:

@@ -2,9 +2,11 @@
 
 config.json carries ``quantization_config``: quant_method "dqw", format_version, and the plan,
 layer name → spec. On load the layers of the plan become empty packed modules and the folder's
-tensors fill them; on save the same tensors go back, the float rest as float16.
+tensors fill them; on save the same tensors go back, the float rest as float16. The encoder's
+positions are a formula and are not stored (1.5 MiB of whisper-base's 39).
 """
 
+import re
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dqw.errors import UserError
 from dqw.packing import FORMAT_VERSION
 from dqw.recipe import QuantSpec
+
+POSITIONS = "model.encoder.embed_positions.weight"
 
 
 @register_quantization_config("dqw")
@@ -59,6 +63,9 @@ class DqwQuantizer(HfQuantizer):
         from dqw.convert import swap_empty
 
         swap_empty(model, self.quantization_config.specs())
+        # Not stored: transformers fills it by its formula, as it does for every new model.
+        ignored = list(model._keys_to_ignore_on_load_missing or [])
+        model._keys_to_ignore_on_load_missing = [*ignored, re.escape(POSITIONS)]
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:
@@ -90,14 +97,30 @@ class DqwQuantizer(HfQuantizer):
 
 
 def packed_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """``model``'s state as it is stored: packed tensors as they are, the float rest as float16."""
+    """``model``'s state as it is stored: packed tensors as they are, the float rest as float16,
+    without what the architecture's formula gives."""
     from dqw.convert import quant_modules
 
+    left_out = {POSITIONS} if sinusoidal_positions(model) is not None else set()
     own = {f"{name}.scale" for name in quant_modules(model)}
     return {
         name: tensor.half() if tensor.is_floating_point() and name not in own else tensor
         for name, tensor in model.state_dict().items()
+        if name not in left_out
     }
+
+
+def sinusoidal_positions(model: Any) -> torch.Tensor | None:
+    """The exact sinusoids, float32 (positions, width), if ``model``'s encoder positions are those
+    to within what storing them as bfloat16 does; None if they were trained or there are none."""
+    try:
+        weight = model.get_parameter(POSITIONS)
+    except AttributeError:
+        return None
+    from transformers.models.whisper.modeling_whisper import sinusoids
+
+    exact: torch.Tensor = sinusoids(*weight.shape).to(weight.device)
+    return exact if torch.allclose(weight.float(), exact, rtol=0, atol=2.0**-8) else None
 
 
 def attach(model: Any, **extra: Any) -> None:

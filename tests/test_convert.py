@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny_whisper
+from safetensors.torch import load_file
 from transformers import WhisperForConditionalGeneration
 
 import dqw
@@ -224,3 +225,20 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(dqw.UserError, match="format 99"):
         WhisperForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_positions_that_are_a_formula_are_not_stored(tmp_path):
+    name = "model.encoder.embed_positions.weight"
+    model = make_tiny_whisper()
+    exact = model.get_parameter(name).data.clone()
+    model.get_parameter(name).data.copy_(exact.half())
+    model = dqw.freeze(dqw.quantize(model))
+    assert torch.equal(model.get_parameter(name), exact)
+    model.save_pretrained(tmp_path / "formula")
+    assert name not in load_file(str(tmp_path / "formula" / "model.safetensors"))
+    loaded = WhisperForConditionalGeneration.from_pretrained(tmp_path / "formula")
+    assert torch.equal(loaded.get_parameter(name), exact)
+    model.get_parameter(name).data[3] += 0.5  # trained: no formula gives it
+    model.save_pretrained(tmp_path / "trained")
+    loaded = WhisperForConditionalGeneration.from_pretrained(tmp_path / "trained")
+    assert torch.allclose(loaded.get_parameter(name), model.get_parameter(name), atol=1e-3)

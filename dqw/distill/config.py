@@ -82,6 +82,8 @@ class AugmentConfig:
     `concatenate` is the probability that clips of the same language are joined, a short pause
     between them, until 30 s are full; `noise` the probability of adding white noise at
     `noise_snr` dB (low, high); `speed` the largest relative change of speed (0.1: 0.9 to 1.1).
+    `redraw`: every epoch draws anew; false: a window is the same in every epoch, so that what a
+    frozen encoder and the teacher make of it can be kept.
     """
 
     concatenate: float = 0.0
@@ -89,6 +91,7 @@ class AugmentConfig:
     noise: float = 0.0
     noise_snr: list[float] = field(default_factory=lambda: [10.0, 40.0])
     speed: float = 0.0
+    redraw: bool = True
 
     def __post_init__(self) -> None:
         _in_range("augment.concatenate", self.concatenate, 0, 1)
@@ -231,9 +234,12 @@ class TrainConfig:
     `projection_lr` are peak learning rates under one schedule; only matrices under `lr` decay.
     `language` is taken for items that name none. `save_steps` 0 writes one checkpoint, at the
     end. `cache_features` keeps log-mel features in memory as float16 (480 kB a clip at 80 mels);
-    `auto` does so up to 2,000 clips. `precision` is that of the matrix products: `auto` takes
-    bf16 where the machine multiplies it in hardware (weights, optimizer and losses stay float32;
-    measured on two Zen 4 cores: 1.4 times the speed of float32), else float32.
+    `auto` does so up to 2,000 clips. `cache_states` keeps, on disk beside the run, what a frozen
+    encoder and the teacher make of each window (1.7 MB for base): `auto` does so where that does
+    not change from epoch to epoch (`dqw.distill.states`), `always` insists. `precision` is that of
+    the matrix products: `auto` takes bf16 where the machine multiplies it in hardware (weights,
+    optimizer and losses stay float32; measured on two Zen 4 cores: 1.4 times the speed of float32),
+    else float32.
     """
 
     steps: int = 0
@@ -255,6 +261,7 @@ class TrainConfig:
     seed: int = 0
     workers: int = 0
     cache_features: str = "auto"
+    cache_states: str = "auto"
     save_steps: int = 0
     keep_checkpoints: int = 2
     log_steps: int = 1
@@ -274,6 +281,7 @@ class TrainConfig:
         _one_of("train.schedule", self.schedule, SCHEDULES)
         _one_of("train.precision", self.precision, PRECISIONS)
         _one_of("train.cache_features", self.cache_features, ("auto", "always", "never"))
+        _one_of("train.cache_states", self.cache_states, ("auto", "always", "never"))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(
                 f"train.betas = {self.betas!r} is not a pair: give two numbers of at least 0 and "

@@ -137,7 +137,8 @@ class SpeechDataset(Dataset[dict[str, Any]]):
         example = self.examples[index]
         text = example.text
         if self.augment.active:
-            dice = random.Random(f"{self.seed} {epoch} {index}")
+            drawn = epoch if self.augment.redraw else 0
+            dice = random.Random(f"{self.seed} {drawn} {index}")
             wave, text = self._augmented(example, dice)
             features = self._features(wave)
         elif self.cache is None:
@@ -196,8 +197,9 @@ class EpochSampler(Sampler[int]):
 class Collator:
     """Stacks examples: features float32 (batch, mel, 3000), tokens padded on the right.
 
-    `decoder_mask` (batch, length) bool marks what is not padding; `labels` has −100 at padding
-    and at forced positions.
+    Kept states (see `dqw.distill.states`) come instead of features: `heard` stacked as float32,
+    the teacher's rows one after the other. `decoder_mask` (batch, length) bool marks what is not
+    padding; `labels` has −100 at padding and at forced positions.
     """
 
     def __init__(self, pad: int) -> None:
@@ -207,9 +209,12 @@ class Collator:
         length = max(len(example["ids"]) for example in examples)
         batch: dict[str, Tensor] = {
             name: torch.stack([example[name] for example in examples]).float()
-            for name in ("input_features", "teacher_features")
+            for name in ("input_features", "teacher_features", "heard")
             if name in examples[0]
         }
+        for name in examples[0]:
+            if name.startswith("taught"):
+                batch[name] = torch.cat([example[name] for example in examples])
         ids = torch.full((len(examples), length), self.pad, dtype=torch.long)
         labels = torch.full((len(examples), length), IGNORE, dtype=torch.long)
         mask = torch.zeros((len(examples), length), dtype=torch.bool)

@@ -27,9 +27,13 @@ class Batch:
 
     Attributes:
         features: (batch, mel, 3000) for the student; teacher_features the same for the teacher.
+            Empty where the batch has kept states instead.
         ids: (batch, length) int64 decoder inputs.
         labels: (tokens,) int64 of the positions with a label; token_rows their flat places.
         decoder_rows: flat places of the decoder positions that are not padding.
+        heard: (batch, source positions, width), the frozen encoder's output, if it was kept.
+        taught: the teacher's rows, if they were kept: last decoder states of the labelled
+            positions under −1, of layer J at all decoder rows under J.
     """
 
     features: Tensor
@@ -38,12 +42,19 @@ class Batch:
     labels: Tensor
     token_rows: Tensor
     decoder_rows: Tensor
+    heard: Tensor | None = None
+    taught: dict[int, Tensor] | None = None
 
     @classmethod
     def of(cls, inputs: dict[str, Tensor]) -> Batch:
         flat = inputs["labels"].reshape(-1)
         token_rows = (flat != IGNORE).nonzero().squeeze(1)
-        features = inputs["input_features"]
+        heard = inputs.get("heard")
+        taught = None
+        if heard is not None:
+            taught = {-1: inputs["taught"]}
+            taught |= {int(n[7:]): t for n, t in inputs.items() if n.startswith("taught.")}
+        features = inputs["input_features"] if heard is None else heard.new_empty(0)
         return cls(
             features=features,
             teacher_features=inputs.get("teacher_features", features),
@@ -51,6 +62,8 @@ class Batch:
             labels=flat.index_select(0, token_rows),
             token_rows=token_rows,
             decoder_rows=inputs["decoder_mask"].reshape(-1).nonzero().squeeze(1),
+            heard=heard,
+            taught=taught,
         )
 
     def head(self, clips: int) -> Batch:
@@ -105,7 +118,9 @@ def forward_pass(
     """
     with ExitStack() as opened:
         seen = {s: opened.enter_context(tap.open(wanted[s])) for s, tap in taps.items()}
-        heard = model.model.encoder(features).last_hidden_state
+        heard = batch.heard
+        if heard is None:
+            heard = model.model.encoder(features).last_hidden_state
         last = model.model.decoder(
             input_ids=batch.ids, encoder_hidden_states=heard, use_cache=False
         ).last_hidden_state
@@ -268,6 +283,16 @@ def teacher_pass(
     """The frozen teacher on a batch, in its own dtype, without a graph."""
     rows, states = forward_pass(teacher, features.to(teacher.dtype), batch, taps, wanted)
     return TeacherOutput(vocabulary_logits(teacher, rows) if logits else None, states)
+
+
+@torch.no_grad()
+def teacher_recalled(
+    teacher: Any, batch: Batch, wanted: dict[str, set[int]], logits: bool
+) -> TeacherOutput:
+    """The same from kept rows."""
+    assert batch.taught is not None
+    states = {s: {j: batch.taught[j] for j in layers} for s, layers in wanted.items()}
+    return TeacherOutput(vocabulary_logits(teacher, batch.taught[-1]) if logits else None, states)
 
 
 def _width(model: Any, stack: str, kind: str) -> int:

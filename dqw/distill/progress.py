@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+COUNT_SECONDS = 10.0
+
 
 @dataclass
 class StepReport:
@@ -67,6 +69,9 @@ def display(mode: str, callback: Callable[[StepReport], object] | None = None) -
 class Display:
     """Shows nothing; the base of the others."""
 
+    # The station being counted: its name, when and where counting began, when it was last shown.
+    _counted: tuple[str, float, int, float] = ("", 0.0, 0, 0.0)
+
     def start(self, total: int, done: int = 0) -> None:
         """Training begins (or goes on) at step `done` of `total`."""
 
@@ -75,6 +80,20 @@ class Display:
 
     def note(self, text: str) -> None:
         """Something worth a line of its own."""
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """How far a station is that takes a while; a line every ten seconds, and its last."""
+        now = time.monotonic()
+        if self._counted[0] != what:
+            self._counted = (what, now, done, 0.0)
+        _, began, first, shown = self._counted
+        if done < total and now - shown < COUNT_SECONDS:
+            return
+        self._counted = (what, began, first, now)
+        left = ""
+        if first < done < total:
+            left = f", {(now - began) / (done - first) * (total - done):.0f} s left"
+        self.note(f"{what} {done}/{total}{left}")
 
     def stop(self) -> None:
         """Training ended, or an error ends it; may be called twice."""

@@ -5,6 +5,7 @@ output_dir/
   teacher_labels.jsonl   texts the teacher wrote
   log.jsonl              losses of every logged step
   guidance.jsonl         losses and choices of every guidance update
+  states/                see dqw.distill.states
   tensorboard/           the same losses for TensorBoard
 """
 
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import Seq2SeqTrainingArguments
 
 from dqw.calibrate import calibrate
@@ -29,6 +31,8 @@ from dqw.distill.guidance import Choice
 from dqw.distill.model import DistillModel
 from dqw.distill.prepare import Prepared, prepare
 from dqw.distill.progress import Display, StepReport, display
+from dqw.distill.states import FOLDER as STATES
+from dqw.distill.states import StatesDataset, keep_states, keeps_states
 from dqw.distill.stepping import seed_step
 from dqw.distill.trainer import DistillTrainer
 from dqw.errors import UserError
@@ -101,6 +105,7 @@ def distill(
             f"guidance.mode = {guidance.mode!r} chooses layers by their distillation loss, but "
             "hidden states are not compared: give distill.hidden a positive weight and a matching."
         )
+    kept = keeps_states(config, guidance, train)
     found = _checkpoint(folder, resume)
     shown = _display(progress)
     _settle(student, teacher, config, train)
@@ -115,7 +120,7 @@ def distill(
             items, encoder, teacher, teacher_processor or processor, config, train,
             folder / "teacher_labels.jsonl",
             window=float(processor.feature_extractor.chunk_length),
-            progress=lambda done, total: shown.note(f"teacher labels {done}/{total}"),
+            progress=lambda done, total: shown.count("teacher labels", done, total),
         )  # fmt: skip
     for reason, ids in made.skipped.items():
         shown.note(f"left out, {reason}: {len(ids)} ({', '.join(ids[:3])}{'…' if ids[3:] else ''})")
@@ -132,14 +137,29 @@ def distill(
     if found is None and config.calibration_clips:
         _calibrate(student.to(args.device), dataset, Collator(pad=encoder.end), config, shown)
     args.max_steps = total_steps(train, len(dataset), args.world_size)
-    report = ReportCallback(shown, folder / "log.jsonl")
     seed_step(train.seed, -1, 0, 0)  # projections start at random
+    pupil = DistillModel(student, teacher, config)
+    windows: SpeechDataset | StatesDataset = dataset
+    if kept:
+        if found is not None:
+            store.load_weights(found, pupil)
+        pupil.to(args.device)
+        with args.main_process_first(local=False):
+            content = repr(
+                (made.fingerprint(), train.seed, config.augment, pupil.stacks, pupil.kind)
+            )
+            windows = keep_states(
+                dataset, pupil, teacher, folder / STATES, content,
+                torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+                lambda done, total: shown.count("encoder and teacher, windows", done, total),
+            )  # fmt: skip
+    report = ReportCallback(shown, folder / "log.jsonl")
     trainer = DistillTrainer(
-        DistillModel(student, teacher, config),
+        pupil,
         teacher,
         (config, guidance, train),
         args,
-        train_dataset=dataset,
+        train_dataset=windows,
         data_collator=Collator(pad=encoder.end),
         callbacks=[report],
     )
@@ -165,18 +185,25 @@ def distill(
 def _calibrate(
     student: Any, dataset: SpeechDataset, collate: Collator, config: DistillConfig, shown: Display
 ) -> None:
-    """Round with error compensation on the first windows; a resumed run has that behind it."""
+    """Round with error compensation on some windows; a resumed run has that behind it."""
     windows, size = config.calibration_clips, 4
-    shown.note(f"rounding with error compensation on {windows} windows")
-
+    names = ("input_features", "decoder_input_ids")
     batches = []  # made before autocast begins: the mel filters must not run in bf16
     for start in range(0, windows, size):
-        made = collate([dataset[key] for key in range(start, min(start + size, windows))])
-        names = ("input_features", "decoder_input_ids")
+        # Evenly over the data, which comes source by source.
+        keys = [k * len(dataset) // windows for k in range(start, min(start + size, windows))]
+        made = collate([dataset[key] for key in keys])
         batches.append({name: made[name].to(student.device) for name in names})
+
+    def heard() -> Iterator[dict[str, Tensor]]:
+        for done, batch in enumerate(batches):
+            shown.count("error compensation, windows heard", done * size, windows)
+            yield batch
+        shown.note("error compensation: rounding")
+
     student.eval()
     with torch.autocast(student.device.type, torch.bfloat16, enabled=fast_precision() == "bf16"):
-        calibrate(student, batches)
+        calibrate(student, heard())
 
 
 def training_arguments(

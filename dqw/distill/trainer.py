@@ -24,7 +24,14 @@ from dqw.distill.data import EpochSampler
 from dqw.distill.guidance import Guidance, Losses, QuantLossProbe
 from dqw.distill.layers import LayerTap, layer_name
 from dqw.distill.matching import Matching, needs_costs
-from dqw.distill.model import Batch, DistillModel, StepLosses, forward_pass, teacher_pass
+from dqw.distill.model import (
+    Batch,
+    DistillModel,
+    StepLosses,
+    forward_pass,
+    teacher_pass,
+    teacher_recalled,
+)
 from dqw.distill.stepping import parameter_groups, scheduler_state, seed_step, spec_augment
 
 TOKEN_LOSSES = ("ce", "kl")
@@ -105,12 +112,13 @@ class DistillTrainer(Seq2SeqTrainer):
         step, micro = self._begin(batch)
         seed_step(self.plan.seed, step, micro, self.args.process_index)
         features = self.student_features(batch)
-        heard = features if self.distill.teacher_masked else batch.teacher_features
         distilled = self.distilled_layers()
-        teacher = teacher_pass(
-            self.teacher, heard, batch, self.teacher_taps,
-            self.teacher_layers_wanted(distilled), logits=self.distill.kl > 0,
-        )  # fmt: skip
+        wanted, logits = self.teacher_layers_wanted(distilled), self.distill.kl > 0
+        if batch.taught is None:
+            heard = features if self.distill.teacher_masked else batch.teacher_features
+            teacher = teacher_pass(self.teacher, heard, batch, self.teacher_taps, wanted, logits)
+        else:
+            teacher = teacher_recalled(self.teacher, batch, wanted, logits)
         losses: StepLosses = model(features, batch, teacher, self.matching, distilled)
         self.matching = losses.matching
         parts = max(self.current_gradient_accumulation_steps, 1)

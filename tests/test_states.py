@@ -1,0 +1,107 @@
+"""Kept states: a frozen encoder's output and the teacher's, worked out once a window."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from speech_helpers import clips, one_thread, tiny_model  # noqa: F401
+from test_trainer import SHORT, run, weights
+
+import dqw
+from dqw.distill import DistillConfig, GuidanceConfig, states
+from dqw.distill.config import AugmentConfig, SpecAugmentConfig
+from dqw.errors import UserError
+
+KEPT = replace(SHORT, steps=6, freeze_encoder=True)
+CONFIG = DistillConfig(matching="optimal", augment=AugmentConfig(noise=1.0, redraw=False))
+
+
+def test_training_on_kept_states_is_training(tmp_path):
+    """The first step's losses agree to what float16 does to the encoder's output."""
+    made = {}
+    for name in ("always", "never"):
+        student = dqw.quantize(tiny_model())
+        before = weights(student.model.encoder)
+        made[name] = run(
+            tmp_path / name,
+            student,
+            tiny_model(),
+            CONFIG,
+            replace(KEPT, steps=1, cache_states=name),
+        )
+        after = student.model.encoder.state_dict()
+        assert all(torch.equal(before[k], after[k]) for k in before)
+    assert len(list((tmp_path / "always/states").glob("*.safetensors"))) == 6
+    assert not (tmp_path / "never/states").exists()
+    for name, loss in made["never"].losses.items():
+        assert made["always"].losses[name] == pytest.approx(loss, rel=1e-3, abs=1e-5), name
+
+
+def test_windows_that_are_there_are_not_worked_out_again(tmp_path):
+    plan = replace(KEPT, cache_states="always")
+    run(tmp_path, config=CONFIG, train=plan)
+    files = sorted((tmp_path / "states").glob("*.safetensors"))
+    stamps = [path.stat().st_mtime_ns for path in files]
+    kept = load_file(files[3])
+    assert kept["heard"].dtype == torch.float16 and kept["heard"].shape == (50, 64)
+    files[3].unlink()
+    states.shutil.rmtree(tmp_path / "checkpoint-6")
+    run(tmp_path, config=CONFIG, train=plan, resume=True)
+    again = [path.stat().st_mtime_ns for path in files]
+    assert [old == new for old, new in zip(stamps, again, strict=True)] == [
+        i != 3 for i in range(6)
+    ]
+    assert all(torch.equal(kept[k], v) for k, v in load_file(files[3]).items())
+
+
+def test_states_of_another_encoder_or_other_data_are_thrown_away(tmp_path):
+    plan = replace(KEPT, cache_states="always")
+    for config, items in (
+        (CONFIG, clips(6)),
+        (CONFIG, clips(5)),
+        (replace(CONFIG, hidden=0), clips(5)),
+    ):
+        run(tmp_path, config=config, train=plan, items=items)
+        mark = json.loads((tmp_path / "states/made_from.json").read_text())
+        assert len(list((tmp_path / "states").glob("*.safetensors"))) == len(items)
+        states.shutil.rmtree(tmp_path / "checkpoint-6")
+    torch.manual_seed(5)
+    other = tiny_model()
+    other.model.encoder.layer_norm.weight.data += 0.5
+    run(tmp_path, other, config=replace(CONFIG, hidden=0), train=plan, items=clips(5))
+    assert (
+        json.loads((tmp_path / "states/made_from.json").read_text())["encoder"] != mark["encoder"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "cure"),
+    [
+        ({"train": replace(KEPT, cache_states="always", freeze_encoder=False)}, "freeze_encoder"),
+        ({"config": DistillConfig(augment=AugmentConfig(noise=1.0))}, "redraw = false"),
+        ({"config": DistillConfig(spec_augment=SpecAugmentConfig(time_prob=0.1))}, "spec_augment"),
+        ({"guidance": GuidanceConfig(mode="random")}, "guidance.mode"),
+    ],
+)
+def test_states_that_change_cannot_be_kept(tmp_path, changes, cure):
+    settings = {"train": replace(KEPT, cache_states="always"), **changes}
+    with pytest.raises(UserError, match=cure):
+        run(tmp_path, **settings)
+    settings["train"] = replace(settings["train"], cache_states="auto")
+    run(tmp_path, **settings)
+    assert not (tmp_path / "states").exists()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+    real = states.write_atomic
+
+    def full(path, chunks):
+        if path.suffix == ".safetensors":
+            raise OSError(28, "No space left on device")
+        real(path, chunks)
+
+    monkeypatch.setattr(states, "write_atomic", full)
+    with pytest.raises(UserError, match="free some space and resume"):
+        run(tmp_path, config=CONFIG, train=KEPT)
