@@ -39,6 +39,7 @@ Packed packed_weight(const Tensor& weight, const Tensor& scale, const Tensor& le
         w.high[code] = static_cast<int8_t>((level[code] - low) / 256);
         // -128 is one plane too, but a kernel may rely on the magnitude: 127 at most.
         w.wide |= w.high[code] != 0 || low == -128;
+        w.largest = std::max<int>(w.largest, std::abs(level[code]));
     }
     return w;
 }
