@@ -41,6 +41,7 @@ Packed packed_weight(const Tensor& weight, const Tensor& scale, const Tensor& le
         w.wide |= w.high[code] != 0 || low == -128;
         w.largest = std::max<int>(w.largest, std::abs(level[code]));
     }
+    w.products16 = 32767 / (2 * 128 * 2 * std::max(w.largest, 1));
     return w;
 }
 

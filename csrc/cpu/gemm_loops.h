@@ -62,7 +62,7 @@ void fill_float_tile(const Packed& w, int64_t n, const float* scales, float* til
     if (!w.wide) {
         fill_tile<B>(w, n, low, [&](int64_t unit, int t, i32 v) {
             f32 s = scale_of(unit * 4, t);
-            unroll<4>([&](auto j) {
+            unroll<4>([&](auto j) DQW_INLINED {
                 if (group % 4 != 0) s = scale_of(unit * 4 + j.value, t);
                 store(tile + (unit * 4 + j.value) * kTileRows + t * W,
                       mul(low.template part<j.value>(v), s));
@@ -72,13 +72,13 @@ void fill_float_tile(const Packed& w, int64_t n, const float* scales, float* til
     }
     // Two planes: the upper one goes through the tile, exact, before the scale.
     fill_tile<B>(w, n, high, [&](int64_t unit, int t, i32 v) {
-        unroll<4>([&](auto j) {
+        unroll<4>([&](auto j) DQW_INLINED {
             store(tile + (unit * 4 + j.value) * kTileRows + t * W,
                   mul(high.template part<j.value>(v), all(256.0f)));
         });
     });
     fill_tile<B>(w, n, low, [&](int64_t unit, int t, i32 v) {
-        unroll<4>([&](auto j) {
+        unroll<4>([&](auto j) DQW_INLINED {
             float* at = tile + (unit * 4 + j.value) * kTileRows + t * W;
             const f32 level = add(load(at), low.template part<j.value>(v));
             store(at, mul(level, scale_of(unit * 4 + j.value, t)));
@@ -97,13 +97,14 @@ DQW_INLINE i32 broadcast_unit(const int8_t* q) {
 template <int M, class Dot>
 DQW_INLINE void int8_block(const int32_t* tile, const int8_t* q, int64_t steps, int64_t depth,
                            i32 (&acc)[M][kTileVectors]) {
-    const auto run = [&](int64_t n, i32(&part)[M][kTileVectors]) {
+    const auto run = [&](int64_t n, i32(&part)[M][kTileVectors]) DQW_INLINED {
         for (; n > 0; n--) {
             i32 w[kTileVectors];
-            unroll<kTileVectors>([&](auto t) { w[t.value] = load_int(tile + t.value * W); });
-            unroll<M>([&](auto m) {
+            unroll<kTileVectors>([&](auto t)
+                                     DQW_INLINED { w[t.value] = load_int(tile + t.value * W); });
+            unroll<M>([&](auto m) DQW_INLINED {
                 const i32 x = broadcast_unit(q + 4 * m.value);
-                unroll<kTileVectors>([&](auto t) {
+                unroll<kTileVectors>([&](auto t) DQW_INLINED {
                     i32& sum = part[m.value][t.value];
                     sum = Dot::dot(sum, w[t.value], x);
                 });
@@ -117,10 +118,11 @@ DQW_INLINE void int8_block(const int32_t* tile, const int8_t* q, int64_t steps, 
     } else {
         for (; steps > 0; steps -= depth) {
             i32 part[M][kTileVectors];
-            unroll<M * kTileVectors>(
-                [&](auto i) { part[i.value / kTileVectors][i.value % kTileVectors] = all_int(0); });
+            unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
+                part[i.value / kTileVectors][i.value % kTileVectors] = all_int(0);
+            });
             run(steps < depth ? steps : depth, part);
-            unroll<M * kTileVectors>([&](auto i) {
+            unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
                 constexpr int m = i.value / kTileVectors, t = i.value % kTileVectors;
                 acc[m][t] = add_int(acc[m][t], Dot::widen(part[m][t]));
             });
@@ -132,10 +134,11 @@ template <int M, class Dot>
 void int8_product(const int32_t* tile, const int8_t* q, int64_t steps, int64_t depth,
                   int32_t* sums) {
     i32 acc[M][kTileVectors];
-    unroll<M * kTileVectors>(
-        [&](auto i) { acc[i.value / kTileVectors][i.value % kTileVectors] = all_int(0); });
+    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
+        acc[i.value / kTileVectors][i.value % kTileVectors] = all_int(0);
+    });
     int8_block<M, Dot>(tile, q, steps, depth, acc);
-    unroll<M * kTileVectors>([&](auto i) {
+    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
         store_int(sums + i.value * W, acc[i.value / kTileVectors][i.value % kTileVectors]);
     });
 }
@@ -144,19 +147,20 @@ template <int M>
 void float_product(const float* tile, const float* x, int64_t steps, float* sums) {
     f32 acc[M][kTileVectors];
     unroll<M * kTileVectors>(
-        [&](auto i) { acc[i.value / kTileVectors][i.value % kTileVectors] = zero(); });
+        [&](auto i) DQW_INLINED { acc[i.value / kTileVectors][i.value % kTileVectors] = zero(); });
     for (int64_t k = 0; k < steps; k++) {
         f32 w[kTileVectors];
-        unroll<kTileVectors>([&](auto t) { w[t.value] = load(tile + t.value * W); });
-        unroll<M>([&](auto m) {
+        unroll<kTileVectors>([&](auto t) DQW_INLINED { w[t.value] = load(tile + t.value * W); });
+        unroll<M>([&](auto m) DQW_INLINED {
             const f32 v = all(x[m.value]);
-            unroll<kTileVectors>(
-                [&](auto t) { acc[m.value][t.value] = fma(w[t.value], v, acc[m.value][t.value]); });
+            unroll<kTileVectors>([&](auto t) DQW_INLINED {
+                acc[m.value][t.value] = fma(w[t.value], v, acc[m.value][t.value]);
+            });
         });
         tile += kTileRows;
         x += M;
     }
-    unroll<M * kTileVectors>([&](auto i) {
+    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
         store(sums + i.value * W, acc[i.value / kTileVectors][i.value % kTileVectors]);
     });
 }
@@ -170,27 +174,28 @@ void group_product(const Linear& a, const int32_t* tile, const float* scales, co
     const int64_t cols = a.w.cols, group = a.w.group, groups = (cols + group - 1) / group;
     const int64_t steps = a.w.blocks * kUnit / 4;
     f32 total[M][kTileVectors];
-    unroll<M * kTileVectors>([&](auto i) {
+    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
         total[i.value / kTileVectors][i.value % kTileVectors] = load(sums + i.value * W);
     });
     for (int64_t g = 0; g < groups; g++) {
         i32 acc[M][kTileVectors];
-        unroll<M>([&](auto m) {
+        unroll<M>([&](auto m) DQW_INLINED {
             const int32_t start = -offset * a.row_sum[(m0 + m.value) * groups + g];
-            unroll<kTileVectors>([&](auto t) { acc[m.value][t.value] = all_int(start); });
+            unroll<kTileVectors>([&](auto t)
+                                     DQW_INLINED { acc[m.value][t.value] = all_int(start); });
         });
         const int64_t begin = g * group / 4;
         const int64_t end = begin + group / 4 < steps ? begin + group / 4 : steps;
         int8_block<M, Dot>(tile + begin * kTileRows, q + begin * 4 * M, end - begin, depth, acc);
-        unroll<kTileVectors>([&](auto t) {
+        unroll<kTileVectors>([&](auto t) DQW_INLINED {
             const f32 s = mul(load(scales + g * kTileRows + t.value * W), all(unit));
-            unroll<M>([&](auto m) {
+            unroll<M>([&](auto m) DQW_INLINED {
                 f32& sum = total[m.value][t.value];
                 sum = fma(to_float(acc[m.value][t.value]), s, sum);
             });
         });
     }
-    unroll<M * kTileVectors>([&](auto i) {
+    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
         store(sums + i.value * W, total[i.value / kTileVectors][i.value % kTileVectors]);
     });
 }
@@ -214,8 +219,9 @@ void run_gemm_float(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* sc
     float bias[kTileRows] = {};
     for (int64_t i = 0; a.bias && i < kTileRows && n + i < w.rows; i++) bias[i] = a.bias[n + i];
     each_block(a, m0, m1, [&](int64_t m, int64_t rows) {
-        with_rows<kFloatBlockRows>(
-            rows, [&](auto r) { float_product<r.value>(tile, a.x + m * padded, padded, sums); });
+        with_rows<kFloatBlockRows>(rows, [&](auto r) DQW_INLINED {
+            float_product<r.value>(tile, a.x + m * padded, padded, sums);
+        });
         for (int64_t i = 0; i < rows; i++) {
             for (int t = 0; t < kTileVectors && n + t * W < w.rows; t++) {
                 f32 y = load(sums + i * kTileRows + t * W);

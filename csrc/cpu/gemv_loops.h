@@ -29,17 +29,17 @@ void float_rows(const Linear& a, int64_t m0, int64_t begin, int64_t end) {
         for (int64_t r0 = 0; r0 < W && n + r0 < end; r0 += R) {
             const RowPointers<R> rows(w, n + r0);
             f32 acc[R][M];
-            unroll<R * M>([&](auto i) { acc[i.value / M][i.value % M] = zero(); });
+            unroll<R * M>([&](auto i) DQW_INLINED { acc[i.value / M][i.value % M] = zero(); });
             for (int64_t b = 0; b < w.blocks; b++) {
-                unroll<R>([&](auto r) {
+                unroll<R>([&](auto r) DQW_INLINED {
                     const Bytes v = table(codes<B>(rows.p[r.value] + b * 8 * B));
                     // Groups: the sum of a part is scaled once; without them, at the end.
                     f32 part[kParts][M];
-                    unroll<kParts * 4>([&](auto i) {
+                    unroll<kParts * 4>([&](auto i) DQW_INLINED {
                         constexpr int p = i.value / 4, j = i.value % 4;
                         const f32 level = table.template part<j>(v.part[p]);
                         const float* at = x + b * kUnit + i.value * W;
-                        unroll<M>([&](auto m) {
+                        unroll<M>([&](auto m) DQW_INLINED {
                             const f32 value = load(at + m.value * padded);
                             f32& sum = w.group ? part[p][m.value] : acc[r.value][m.value];
                             sum = w.group && j == 0 ? mul(level, value) : fma(level, value, sum);
@@ -49,14 +49,14 @@ void float_rows(const Linear& a, int64_t m0, int64_t begin, int64_t end) {
                     float first, second;
                     const int64_t row = n + r0 + r.value;
                     scales_of_block(w, row < w.rows ? row : w.rows - 1, b, first, second);
-                    unroll<kParts * M>([&](auto i) {
+                    unroll<kParts * M>([&](auto i) DQW_INLINED {
                         constexpr int p = i.value / M, m = i.value % M;
                         acc[r.value][m] =
                             fma(part[p][m], halves<p>(first, second), acc[r.value][m]);
                     });
                 });
             }
-            unroll<R * M>([&](auto i) {
+            unroll<R * M>([&](auto i) DQW_INLINED {
                 sums[i.value % M][r0 + i.value / M] = sum(acc[i.value / M][i.value % M]);
             });
         }
@@ -70,7 +70,9 @@ template <class F>
 DQW_INLINE void each_step(int64_t blocks, int64_t begin, int64_t end, const F& f) {
     int64_t s = begin;
     for (; s < end && (s + 1) * kStepBlocks <= blocks; s++) f(s, Int<kStepBlocks>());
-    if (s < end) f(s, Int<1>());
+    if constexpr (kStepBlocks > 1) {
+        if (s < end) f(s, Int<1>());
+    }
 }
 
 // Integer sums of one plane: totals[m][i] for outputs n + i.
@@ -84,14 +86,14 @@ DQW_INLINE void int8_sums(const Linear& a, const Table<B>& table, int64_t n, int
     for (int64_t r0 = 0; r0 < W && n + r0 < end; r0 += R) {
         const RowPointers<R> rows(w, n + r0);
         i32 acc[M][R];
-        unroll<R * M>([&](auto i) { acc[i.value / R][i.value % R] = all_int(0); });
-        const auto run = [&](int64_t from, int64_t to, i32(&part)[M][R]) {
-            each_step(w.blocks, from, to, [&](int64_t s, auto blocks) {
+        unroll<R * M>([&](auto i) DQW_INLINED { acc[i.value / R][i.value % R] = all_int(0); });
+        const auto run = [&](int64_t from, int64_t to, i32(&part)[M][R]) DQW_INLINED {
+            each_step(w.blocks, from, to, [&](int64_t s, auto blocks) DQW_INLINED {
                 const int8_t* q = a.q + s * kStepBlocks * kUnit;
-                unroll<R>([&](auto r) {
+                unroll<R>([&](auto r) DQW_INLINED {
                     const uint8_t* p = rows.p[r.value] + s * kStepBlocks * 8 * B;
                     const auto v = table(step_codes<B, blocks.value>(p));
-                    unroll<M * 2>([&](auto i) {
+                    unroll<M * 2>([&](auto i) DQW_INLINED {
                         constexpr int m = i.value / 2, h = i.value % 2;
                         part[m][r.value] = Dot::dot(part[m][r.value], v.part[h],
                                                     load_part<blocks.value>(q + m * padded, h));
@@ -104,15 +106,16 @@ DQW_INLINE void int8_sums(const Linear& a, const Table<B>& table, int64_t n, int
         } else {
             for (int64_t s = 0; s < steps; s += depth) {
                 i32 part[M][R];
-                unroll<R * M>([&](auto i) { part[i.value / R][i.value % R] = all_int(0); });
+                unroll<R * M>([&](auto i)
+                                  DQW_INLINED { part[i.value / R][i.value % R] = all_int(0); });
                 run(s, s + depth < steps ? s + depth : steps, part);
-                unroll<R * M>([&](auto i) {
+                unroll<R * M>([&](auto i) DQW_INLINED {
                     i32& sum = acc[i.value / R][i.value % R];
                     sum = add_int(sum, Dot::widen(part[i.value / R][i.value % R]));
                 });
             }
         }
-        unroll<M>([&](auto m) { store_sums(totals[m.value] + r0, acc[m.value]); });
+        unroll<M>([&](auto m) DQW_INLINED { store_sums(totals[m.value] + r0, acc[m.value]); });
     }
 }
 
@@ -157,7 +160,7 @@ DQW_INLINE void group_sums(const Linear& a, int64_t n, int64_t end, float (&sums
     for (int64_t r0 = 0; r0 < W && n + r0 < end; r0 += R) {
         const RowPointers<R> rows(w, n + r0);
         f32 acc[M][R];
-        unroll<R * M>([&](auto i) { acc[i.value / R][i.value % R] = zero(); });
+        unroll<R * M>([&](auto i) DQW_INLINED { acc[i.value / R][i.value % R] = zero(); });
         for (int64_t c = 0; c < padded; c += kChunk) {
             const int64_t g0 = group_of(c);
             const int64_t g1 = group_of((c + kChunk < padded ? c + kChunk : padded) - 1);
@@ -167,7 +170,7 @@ DQW_INLINE void group_sums(const Linear& a, int64_t n, int64_t end, float (&sums
                 load_scales(w, row, g0, (g1 < last ? g1 : last) - g0 + 1, scales[r]);
             }
             const int64_t stop = (c + kChunk) / kStep < steps ? (c + kChunk) / kStep : steps;
-            each_step(w.blocks, c / kStep, stop, [&](int64_t s, auto blocks) {
+            each_step(w.blocks, c / kStep, stop, [&](int64_t s, auto blocks) DQW_INLINED {
                 constexpr int chunks = 2 * blocks.value;
                 int64_t g[chunks];
                 for (int i = 0; i < chunks; i++) {
@@ -176,31 +179,31 @@ DQW_INLINE void group_sums(const Linear& a, int64_t n, int64_t end, float (&sums
                 }
                 const int8_t* q = a.q + s * kStep;
                 const char* start = (const char*)a.lane_start + s * kStep;
-                unroll<R>([&](auto r) {
+                unroll<R>([&](auto r) DQW_INLINED {
                     const auto c =
                         step_codes<B, blocks.value>(rows.p[r.value] + s * kStepBlocks * 8 * B);
                     for (int plane = 0; plane < (w.wide ? 2 : 1); plane++) {
                         const auto v = plane ? high(c) : low(c);
                         f32 scale[2];
-                        unroll<kParts>([&](auto i) {
+                        unroll<kParts>([&](auto i) DQW_INLINED {
                             scale[i.value] = part_scale<blocks.value>(scales[r.value], g, i.value);
                             if (plane) scale[i.value] = mul(scale[i.value], all(256.0f));
                         });
-                        unroll<M>([&](auto m) {
+                        unroll<M>([&](auto m) DQW_INLINED {
                             i32 part[2];
-                            unroll<kParts>([&](auto i) {
+                            unroll<kParts>([&](auto i) DQW_INLINED {
                                 part[i.value] =
                                     offset ? load_part<blocks.value>(
                                                  (const int8_t*)start + m.value * padded, i.value)
                                            : all_int(0);
                             });
-                            unroll<2>([&](auto h) {
+                            unroll<2>([&](auto h) DQW_INLINED {
                                 i32& own = part[Split ? h.value : 0];
                                 own = Dot::dot(
                                     own, v.part[h.value],
                                     load_part<blocks.value>(q + m.value * padded, h.value));
                             });
-                            unroll<kParts>([&](auto i) {
+                            unroll<kParts>([&](auto i) DQW_INLINED {
                                 f32& sum = acc[m.value][r.value];
                                 sum = fma(to_float(Dot::widen(part[i.value])), scale[i.value], sum);
                             });
@@ -209,7 +212,7 @@ DQW_INLINE void group_sums(const Linear& a, int64_t n, int64_t end, float (&sums
                 });
             });
         }
-        unroll<M>([&](auto m) { store_sums(sums[m.value] + r0, acc[m.value]); });
+        unroll<M>([&](auto m) DQW_INLINED { store_sums(sums[m.value] + r0, acc[m.value]); });
     }
 }
 
@@ -230,8 +233,8 @@ void int8_group_rows(const Linear& a, int64_t begin, int64_t end) {
 
 void run_gemv_float(const Linear& a, int64_t begin, int64_t end) {
     with_bits(a.w.bits, [&](auto bits) {
-        with_rows<kGemvRows>(a.m,
-                             [&](auto m) { float_rows<bits.value, m.value>(a, 0, begin, end); });
+        with_rows<kGemvRows>(
+            a.m, [&](auto m) DQW_INLINED { float_rows<bits.value, m.value>(a, 0, begin, end); });
     });
 }
 

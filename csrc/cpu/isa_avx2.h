@@ -6,6 +6,7 @@
 #include "kernels.h"
 
 #define DQW_INLINE static inline __attribute__((always_inline))
+#define DQW_INLINED __attribute__((always_inline))  // a lambda, behind its parameters
 
 namespace dqw {
 namespace {
@@ -98,7 +99,10 @@ constexpr int64_t kDeepest = 1 << 30;
 struct Deep {
     static constexpr bool direct = false;
     DQW_INLINE i32 dot(i32 part, i32 w, i32 q) {
-        return _mm256_add_epi16(part, _mm256_maddubs_epi16(w, q));
+        part = _mm256_add_epi16(part, _mm256_maddubs_epi16(w, q));
+        // In this order: GCC 12 would make all products first, and spill the sums.
+        asm volatile("" : "+x"(part));
+        return part;
     }
     DQW_INLINE i32 widen(i32 part) { return _mm256_madd_epi16(part, _mm256_set1_epi16(1)); }
     // What `part` starts from to take the offset of all products with q0 and q1 back.
@@ -120,15 +124,10 @@ struct Signed {
     DQW_INLINE i32 widen(i32 part) { return part; }
     DQW_INLINE i32 start(i32, i32, int) { return _mm256_setzero_si256(); }
 };
-// How many products (of 2 * 128 * (level + offset) at most) 16 bits can hold: two or it is no use.
-DQW_INLINE int64_t products_in_16_bits(const Packed& w) {
-    return 32767 / (2 * 128 * 2 * (w.largest > 0 ? w.largest : 1));
-}
-DQW_INLINE bool is_deep(const Packed& w) { return !w.wide && products_in_16_bits(w) >= 2; }
+// Two products a part, or 16 bits are no use.
+DQW_INLINE bool is_deep(const Packed& w) { return !w.wide && w.products16 >= 2; }
 DQW_INLINE int byte_offset(const Packed& w) { return is_deep(w) ? w.largest : 0; }
-DQW_INLINE int64_t dot_depth(const Packed& w) {
-    return is_deep(w) ? products_in_16_bits(w) : kDeepest;
-}
+DQW_INLINE int64_t dot_depth(const Packed& w) { return is_deep(w) ? w.products16 : kDeepest; }
 DQW_INLINE bool takes_planes(const Packed& w) { return is_deep(w); }
 template <class F>
 DQW_INLINE void with_dot(const Packed& w, const F& f) {

@@ -7,6 +7,7 @@
 #include "kernels.h"
 
 #define DQW_INLINE static inline __attribute__((always_inline))
+#define DQW_INLINED __attribute__((always_inline))  // a lambda, behind its parameters
 
 namespace dqw {
 namespace {

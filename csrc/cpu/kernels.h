@@ -61,7 +61,8 @@ struct Packed {
     alignas(64) int8_t low[256];
     alignas(64) int8_t high[256];
     bool wide;
-    int largest;  // magnitude of a level
+    int largest;     // magnitude of a level
+    int products16;  // so many pairs of products of bytes, unsigned by `largest`, fit 16 bits
 };
 
 struct Linear {
