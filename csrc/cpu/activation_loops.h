@@ -3,8 +3,8 @@
 //
 // Integer sums are exact in int32 (|sum| <= 65536 * 255 * 128 < 2^31, which is why the operator
 // sends longer rows elsewhere). Tables with |level| > 127 are two planes of bytes, each run as a
-// matrix of its own and put together as low + 256 * high in 64 bits. Float activations may be two
-// or three planes too: rows of q, digits to base 256, put together as floats.
+// matrix of its own and put together as low + 256 * high in 64 bits. Float activations may be
+// planes too, three rows of q: digits to base 256, put together as floats.
 #pragma once
 
 namespace dqw {
@@ -23,20 +23,31 @@ DQW_INLINE void with_rows(int64_t rows, const F& f) {
     f(Int<Max>());
 }
 
-// Scales of a row's `count` groups from `first` on, as floats; `out` has room for whole registers.
-DQW_INLINE void load_scales(const Packed& w, int64_t row, int64_t first, int64_t count,
-                            float* out) {
-    const int64_t at = row * w.scale_stride + first;
-    for (int64_t i = 0; i < count; i += W) {
-        const int64_t n = count - i;
-        if (w.scale_is_half) {
-            store(out + i,
-                  n >= W ? read<Type::f16>(w.scale, at + i) : read<Type::f16>(w.scale, at + i, n));
-        } else {
-            store(out + i,
-                  n >= W ? read<Type::f32>(w.scale, at + i) : read<Type::f32>(w.scale, at + i, n));
+template <Type T>
+DQW_INLINE f32 read_some(const void* p, int64_t i, int64_t n) {
+    return n >= W ? read<T>(p, i) : read<T>(p, i, n);
+}
+
+// Scales of W rows from n, of groups [g0, g1), as floats; → the step from row to row. Whole rows
+// lie side by side as they do in memory.
+constexpr int64_t kScaleColumns = 2048;  // at most, for the room of `out`: groups have 32 or more
+DQW_INLINE int64_t load_scales(const Packed& w, int64_t n, int64_t g0, int64_t g1, int64_t groups,
+                               float* out) {
+    const int64_t rows = w.rows - n < W ? w.rows - n : W;
+    const auto convert = [&](int64_t from, int64_t count, float* to) {
+        for (int64_t i = 0; i < count; i += W) {
+            const int64_t left = count - i;
+            store(to + i, w.scale_is_half ? read_some<Type::f16>(w.scale, from + i, left)
+                                          : read_some<Type::f32>(w.scale, from + i, left));
         }
+    };
+    if (g1 - g0 == groups) {
+        convert(n * groups, rows * groups, out);
+        return groups;
     }
+    constexpr int64_t stride = kScaleColumns / 32;
+    for (int64_t r = 0; r < rows; r++) convert((n + r) * groups + g0, g1 - g0, out + r * stride);
+    return stride;
 }
 
 // ---- results ----
@@ -118,11 +129,6 @@ DQW_INLINE void finish_groups(const Linear& a, const Outputs& o, int64_t m, int6
 
 // ---- activations ----
 
-template <Type T>
-DQW_INLINE f32 read_some(const void* p, int64_t i, int64_t n) {
-    return n >= W ? read<T>(p, i) : read<T>(p, i, n);
-}
-
 // Rows [begin, end) of x as float32, padded with zeros to whole blocks. For the gemm, `begin` is
 // the first row of a register block, stored column by column. For the gemv, in the order in which
 // FloatTable gives weights: of each run of 4 W columns first those at 0, 4, 8 …, then 1, 5, 9 ….
@@ -149,29 +155,22 @@ void run_prepare_float(const Linear& a, const void* source, int64_t begin, int64
     });
 }
 
-// The power of two that makes a row of x integers of `planes` digits, and back; for a row with NaN
-// or infinity as row_range.
+// The power of two that makes a row of x integers of three digits, and back; for a row with NaN or
+// infinity as row_range.
 template <Type T>
-DQW_INLINE RowRange digit_range(const void* x, int64_t begin, int64_t end, int planes) {
-    union {
+DQW_INLINE RowRange digit_range(const void* x, int64_t begin, int64_t end) {
+    union Bits {
         uint32_t bits;
         float value;
-    } u = {largest_bits<T>(x, begin, end)};
-    const float largest = u.value;
-    if (u.bits >= 0x7f800000) return {0.0f, __builtin_nanf("")};
-    const int exponent = (int)(u.bits >> 23);  // biased; x is finite and not negative
-    const int top = planes == 3 ? 22 : 14;     // largest * inv lies in 2^top … 2^(top+1)
-    int shift = top + 127 - (exponent > 30 ? exponent : 30);
-    const float most = planes == 3 ? 127 * 65793.0f : 127 * 257.0f;  // 127 in every digit
-    union {
-        uint32_t bits;
-        float value;
-    } inv = {(uint32_t)(shift + 127) << 23}, scale = {(uint32_t)(127 - shift) << 23};
-    if (largest * inv.value > most) {
-        inv.value *= 0.5f;
-        scale.value *= 2.0f;
-    }
-    return {inv.value, scale.value};
+    };
+    const Bits largest = {largest_bits<T>(x, begin, end)};
+    if (largest.bits >= 0x7f800000) return {0.0f, __builtin_nanf("")};
+    const int exponent = (int)(largest.bits >> 23);  // with its bias of 127
+    // largest * 2^shift lies in 2^22 … 2^23; the smallest numbers need not be scaled beyond 2^119.
+    int shift = 22 + 127 - (exponent > 30 ? exponent : 30);
+    const Bits inv = {(uint32_t)(shift + 127) << 23};
+    if (largest.value * inv.value > 127 * 65793.0f) shift--;  // 127 in every digit
+    return {Bits{(uint32_t)(shift + 127) << 23}.value, Bits{(uint32_t)(127 - shift) << 23}.value};
 }
 
 // Where sums of a gemv with groups start, for one row of q.
@@ -210,7 +209,7 @@ void prepare_rows(const Linear& a, const void* source, int64_t begin, int64_t en
     for (int64_t r = 0; r < end - begin; r++) {
         const int64_t start = (begin + r) * cols;
         const RowRange range = planes == 1 ? row_range<T>(source, start, start + cols)
-                                           : digit_range<T>(source, start, start + cols, planes);
+                                           : digit_range<T>(source, start, start + cols);
         a.row_scale[begin + r] = range.scale;
         int32_t* row_sum = a.row_sum + (begin + r) * planes * groups;
         for (int64_t g = 0; g < planes * groups; g++) row_sum[g] = 0;

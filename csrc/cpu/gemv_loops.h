@@ -145,86 +145,89 @@ struct GroupOf {
     }
 };
 
-// With groups: the lanes of a part are exact integers, scaled as floats into the total. Split: the
-// scale may change inside a block, so that its halves are parts.
+// With groups, one plane of the matrix: the lanes of a part are exact integers, scaled as floats
+// into the total. Split: the scale may change inside a block, so that its halves are parts.
 template <int B, int M, class Dot, bool Split>
-DQW_INLINE void group_sums(const Linear& a, int64_t n, int64_t end, float (&sums)[M][W]) {
+DQW_INLINE void group_sums(const Linear& a, const Table<B>& table, int64_t n, int64_t end,
+                           float (&sums)[M][W]) {
     constexpr int R = kSideBySide<M>, kParts = Split ? 2 : 1;
-    constexpr int64_t kStep = kStepBlocks * kUnit, kChunk = 2048;  // columns
+    constexpr int64_t kStep = kStepBlocks * kUnit;
     const Packed& w = a.w;
-    const int offset = byte_offset(w);
-    const Table<B> low(w.low, offset), high(w.high, offset);
     const GroupOf group_of(w.group);
-    const int64_t padded = w.blocks * kUnit, steps = (w.blocks + kStepBlocks - 1) / kStepBlocks;
-    const int64_t last = w.cols > 0 ? (w.cols - 1) / w.group : 0;
-    for (int64_t r0 = 0; r0 < W && n + r0 < end; r0 += R) {
-        const RowPointers<R> rows(w, n + r0);
-        f32 acc[M][R];
-        unroll<R * M>([&](auto i) DQW_INLINED { acc[i.value / R][i.value % R] = zero(); });
-        for (int64_t c = 0; c < padded; c += kChunk) {
-            const int64_t g0 = group_of(c);
-            const int64_t g1 = group_of((c + kChunk < padded ? c + kChunk : padded) - 1);
-            float scales[R][kChunk / 32 + 2 * W];
+    const int64_t padded = w.blocks * kUnit, groups = (w.cols + w.group - 1) / w.group;
+    for (int m = 0; m < M; m++) store(sums[m], zero());
+    for (int64_t c = 0; c < padded; c += kScaleColumns) {
+        const int64_t stop = c + kScaleColumns < padded ? c + kScaleColumns : padded;
+        const int64_t g0 = group_of(c), own = group_of(stop - 1) + 1;
+        const int64_t g1 = own < groups ? own : groups;
+        float scales[W * kScaleColumns / 32 + W];
+        const int64_t stride = load_scales(w, n, g0, g1, groups, scales);
+        for (int64_t r0 = 0; r0 < W && n + r0 < end; r0 += R) {
+            const RowPointers<R> rows(w, n + r0);
+            const float* scale_of[R];
             for (int r = 0; r < R; r++) {
-                const int64_t row = n + r0 + r < w.rows ? n + r0 + r : w.rows - 1;
-                load_scales(w, row, g0, (g1 < last ? g1 : last) - g0 + 1, scales[r]);
+                scale_of[r] = scales + (n + r0 + r < w.rows ? r0 + r : w.rows - 1 - n) * stride;
             }
-            const int64_t stop = (c + kChunk) / kStep < steps ? (c + kChunk) / kStep : steps;
-            each_step(w.blocks, c / kStep, stop, [&](int64_t s, auto blocks) DQW_INLINED {
-                constexpr int chunks = 2 * blocks.value;
-                int64_t g[chunks];
-                for (int i = 0; i < chunks; i++) {
-                    const int64_t own = group_of(s * kStep + 32 * i);
-                    g[i] = (own < last ? own : last) - g0;
+            f32 acc[M][R];
+            unroll<R * M>([&](auto i) DQW_INLINED { acc[i.value / R][i.value % R] = zero(); });
+            const auto step = [&](int64_t s, auto blocks) DQW_INLINED {
+                int64_t g[2 * blocks.value];
+                for (int i = 0; i < 2 * blocks.value; i += Split ? 1 : 2) {
+                    g[i] = group_of(s * kStep + 32 * i);
+                    if (Split && g[i] >= g1) g[i] = g1 - 1;  // only fills the last block up
+                    g[i] -= g0;
                 }
                 const int8_t* q = a.q + s * kStep;
-                const char* start = (const char*)a.lane_start + s * kStep;
+                const int8_t* start = (const int8_t*)a.lane_start + s * kStep;
                 unroll<R>([&](auto r) DQW_INLINED {
-                    const auto c =
-                        step_codes<B, blocks.value>(rows.p[r.value] + s * kStepBlocks * 8 * B);
-                    for (int plane = 0; plane < (w.wide ? 2 : 1); plane++) {
-                        const auto v = plane ? high(c) : low(c);
-                        f32 scale[2];
+                    const auto v = table(
+                        step_codes<B, blocks.value>(rows.p[r.value] + s * kStepBlocks * 8 * B));
+                    f32 scale[2];
+                    unroll<kParts>([&](auto i) DQW_INLINED {
+                        scale[i.value] = part_scale<blocks.value>(scale_of[r.value], g, i.value);
+                    });
+                    unroll<M>([&](auto m) DQW_INLINED {
+                        const int64_t at = m.value * padded;
+                        i32 part[2] = {all_int(0), all_int(0)};
                         unroll<kParts>([&](auto i) DQW_INLINED {
-                            scale[i.value] = part_scale<blocks.value>(scales[r.value], g, i.value);
-                            if (plane) scale[i.value] = mul(scale[i.value], all(256.0f));
+                            if (Dot::has_offset) {
+                                part[i.value] = load_part<blocks.value>(start + at, i.value);
+                            }
                         });
-                        unroll<M>([&](auto m) DQW_INLINED {
-                            i32 part[2];
-                            unroll<kParts>([&](auto i) DQW_INLINED {
-                                part[i.value] =
-                                    offset ? load_part<blocks.value>(
-                                                 (const int8_t*)start + m.value * padded, i.value)
-                                           : all_int(0);
-                            });
-                            unroll<2>([&](auto h) DQW_INLINED {
-                                i32& own = part[Split ? h.value : 0];
-                                own = Dot::dot(
-                                    own, v.part[h.value],
-                                    load_part<blocks.value>(q + m.value * padded, h.value));
-                            });
-                            unroll<kParts>([&](auto i) DQW_INLINED {
-                                f32& sum = acc[m.value][r.value];
-                                sum = fma(to_float(Dot::widen(part[i.value])), scale[i.value], sum);
-                            });
+                        unroll<2>([&](auto h) DQW_INLINED {
+                            i32& own = part[Split ? h.value : 0];
+                            own = Dot::dot(own, v.part[h.value],
+                                           load_part<blocks.value>(q + at, h.value));
                         });
-                    }
+                        unroll<kParts>([&](auto i) DQW_INLINED {
+                            f32& sum = acc[m.value][r.value];
+                            sum = fma(to_float(Dot::widen(part[i.value])), scale[i.value], sum);
+                        });
+                    });
                 });
+            };
+            each_step(w.blocks, c / kStep, (stop + kStep - 1) / kStep, step);
+            unroll<M>([&](auto m) DQW_INLINED {
+                float sum[R];
+                store_sums(sum, acc[m.value]);
+                for (int r = 0; r < R; r++) sums[m.value][r0 + r] += sum[r];
             });
         }
-        unroll<M>([&](auto m) DQW_INLINED { store_sums(sums[m.value] + r0, acc[m.value]); });
     }
 }
 
-template <int B, int M, class Dot>
+template <int B, int M, class Dot, bool Split>
 void int8_group_rows(const Linear& a, int64_t begin, int64_t end) {
-    const int planes = planes_of(a);
-    float sums[M][W];
+    const int planes = planes_of(a), offset = byte_offset(a.w);
+    const Table<B> low(a.w.low, offset), high(a.w.high, offset);
+    float sums[M][W], upper[M][W];
     for (int64_t n = begin; n < end; n += W) {
-        if (a.w.group % 64) {
-            group_sums<B, M, Dot, true>(a, n, end, sums);
-        } else {
-            group_sums<B, M, Dot, false>(a, n, end, sums);
+        group_sums<B, M, Dot, Split>(a, low, n, end, sums);
+        if (a.w.wide) {
+            group_sums<B, M, Dot, Split>(a, high, n, end, upper);
+            for (int m = 0; m < M; m++) {
+                store(sums[m], fma(load(upper[m]), all(256.0f), load(sums[m])));
+            }
         }
         const Outputs o(a.w, a.bias, n, end - n);
         for (int m = 0; m * planes < M; m++) finish_groups(a, o, m, n, sums[m * planes], W);
@@ -242,8 +245,10 @@ void run_gemv_int8(const Linear& a, int64_t begin, int64_t end) {
     with_bits(a.w.bits, [&](auto bits) {
         with_rows<kGemvRows>(a.m * planes_of(a), [&](auto m) {
             with_dot(a.w, [&](auto dot) {
-                if (a.w.group) {
-                    int8_group_rows<bits.value, m.value, decltype(dot)>(a, begin, end);
+                if (a.w.group % 64) {
+                    int8_group_rows<bits.value, m.value, decltype(dot), true>(a, begin, end);
+                } else if (a.w.group) {
+                    int8_group_rows<bits.value, m.value, decltype(dot), false>(a, begin, end);
                 } else {
                     int8_rows<bits.value, m.value, decltype(dot)>(a, begin, end);
                 }

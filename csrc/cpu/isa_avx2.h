@@ -97,6 +97,7 @@ DQW_INLINE void store_words(int16_t* p, i32 x) { _mm_storeu_si128((__m128i*)p, n
 // they are widened; or weights stay signed and every product is widened at once.
 constexpr int64_t kDeepest = 1 << 30;
 struct Deep {
+    static constexpr bool has_offset = true;
     static constexpr bool direct = false;
     DQW_INLINE i32 dot(i32 part, i32 w, i32 q) {
         part = _mm256_add_epi16(part, _mm256_maddubs_epi16(w, q));
@@ -114,6 +115,7 @@ struct Deep {
     }
 };
 struct Signed {
+    static constexpr bool has_offset = false;
     static constexpr bool direct = true;
     // |w| <= 128 is unsigned, q (|q| <= 127) takes w's sign; a pair of products is at most
     // 2 * 128 * 127 = 32512, so maddubs is exact.

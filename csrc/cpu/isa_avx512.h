@@ -86,6 +86,7 @@ DQW_INLINE void store_words(int16_t* p, i32 x) {
 // Dot products of bytes, weights by activations, summed by 32-bit lanes. vpdpbusd takes the weights
 // unsigned: they carry an offset.
 struct Offset128 {
+    static constexpr bool has_offset = true;
     static constexpr bool direct = true;
     DQW_INLINE i32 dot(i32 part, i32 w, i32 q) { return _mm512_dpbusd_epi32(part, w, q); }
     DQW_INLINE i32 widen(i32 part) { return part; }

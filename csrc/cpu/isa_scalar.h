@@ -151,6 +151,7 @@ DQW_INLINE void store_words(int16_t* p, i32 x) {
 
 // Dot products of signed bytes, summed by 32-bit lanes.
 struct Signed {
+    static constexpr bool has_offset = false;
     static constexpr bool direct = true;
     DQW_INLINE i32 dot(i32 acc, i32 w, i32 q) {
         int8_t a[4 * W], b[4 * W];

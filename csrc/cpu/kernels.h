@@ -68,7 +68,7 @@ struct Packed {
 struct Linear {
     Packed w;
     int64_t m;          // rows of x
-    int planes;         // rows of q for one of x, 0 as 1; see LinearKernels::takes_planes
+    int planes;         // rows of q for one of x: 3, see LinearKernels::takes_planes, or 0 for 1
     const float* bias;  // (w.rows), or null
     void* y;            // (m, w.rows)
     Type type;          // of x and y
@@ -90,9 +90,9 @@ struct LinearKernels {
     void (*prepare_float)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
     void (*prepare_int8)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
     // Whether float activations may run as integers, faster than as floats: a row of x becomes
-    // `planes` rows of q, the digits to base 256 of x in units of row_scale, a power of two. Three
-    // hold 23 bits below the row's largest magnitude: as good as a float32 sum. Two hold 15: ample
-    // for float16 and bfloat16. prepare_int8 sees it by Linear::planes; the int8 kernels follow.
+    // three rows of q, the digits to base 256 of x in units of row_scale, a power of two. They hold
+    // 23 bits below the row's largest magnitude, as good as a float32 sum. prepare_int8 sees it by
+    // Linear::planes = 3, and the int8 kernels follow.
     bool (*takes_planes)(const Packed&);
     // y[:, begin:end]; m <= gemv_rows.
     void (*gemv_float)(const Linear&, int64_t begin, int64_t end);
