@@ -94,8 +94,8 @@ DQW_INLINE void finish_float(const Linear& a, const Outputs& o, int64_t m, int64
 // Integer sums of row `m`: y = float(sum) * (row_scale * scale) + bias. `high` only for wide
 // tables; the sums of x's planes are `stride` apart.
 DQW_INLINE void finish_int8(const Linear& a, const Outputs& o, int64_t m, int64_t n,
-                            const int32_t* low, const int32_t* high, int64_t stride) {
-    const int planes = planes_of(a), offset = byte_offset(a.w);
+                            const int32_t* low, const int32_t* high, int planes, int64_t stride) {
+    const int offset = byte_offset(a.w);
     const int32_t* row_sum = a.row_sum + m * planes;
     f32 total;
     if (high == nullptr) {
@@ -119,9 +119,9 @@ DQW_INLINE void finish_int8(const Linear& a, const Outputs& o, int64_t m, int64_
 
 // Sums over groups, scaled already: y = row_scale * sum + bias.
 DQW_INLINE void finish_groups(const Linear& a, const Outputs& o, int64_t m, int64_t n,
-                              const float* sums, int64_t stride) {
+                              const float* sums, int planes, int64_t stride) {
     f32 sum = load(sums);
-    for (int p = 1; p < planes_of(a); p++) sum = fma(sum, all(256.0f), load(sums + p * stride));
+    for (int p = 1; p < planes; p++) sum = fma(sum, all(256.0f), load(sums + p * stride));
     f32 y = mul(all(a.row_scale[m]), sum);
     if (a.bias) y = add(y, o.bias);
     write_y(a, m, n, y, a.w.rows - n);
@@ -182,7 +182,7 @@ void fill_lane_start(const Linear& a, int64_t row) {
     char* out = (char*)(a.lane_start) + row * padded;
     const auto fill = [&](int64_t i, auto blocks) {
         const i32 q0 = load_part<blocks.value>(q + i, 0), q1 = load_part<blocks.value>(q + i, 1);
-        with_dot(a.w, [&](auto dot) {
+        with_dot<4>(a.w, [&](auto dot) {
             if (split) {
                 store_part<blocks.value>(out + i, 0, dot.start(q0, all_int(0), offset));
                 store_part<blocks.value>(out + i, 1, dot.start(q1, all_int(0), offset));

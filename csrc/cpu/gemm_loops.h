@@ -255,7 +255,7 @@ void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* scr
     // Rows of q from here on; a block holds whole rows of x.
     each_block(a, m0 * planes, m1 * planes, [&](int64_t m, int64_t rows) {
         const int8_t* q = a.q + m * padded;
-        with_dot(w, [&](auto kind) {
+        with_dot<4>(w, [&](auto kind) {
             using Dot = decltype(kind);
             if (w.group) {
                 for (int i = 0; i < kGroupBlockRows * kTileRows; i++) group_sums[i] = 0;
@@ -276,10 +276,11 @@ void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* scr
             for (int t = 0; t < kTileVectors && n + t * W < w.rows; t++) {
                 const int64_t at = i * planes * kTileRows + t * W, row = m / planes + i;
                 if (w.group) {
-                    finish_groups(a, outputs[t], row, n + t * W, group_sums + at, kTileRows);
+                    finish_groups(a, outputs[t], row, n + t * W, group_sums + at, planes,
+                                  kTileRows);
                 } else {
                     finish_int8(a, outputs[t], row, n + t * W, sums + at,
-                                w.wide ? upper + at : nullptr, kTileRows);
+                                w.wide ? upper + at : nullptr, planes, kTileRows);
                 }
             }
         }

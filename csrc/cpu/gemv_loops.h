@@ -121,7 +121,7 @@ DQW_INLINE void int8_sums(const Linear& a, const Table<B>& table, int64_t n, int
 
 template <int B, int M, class Dot>
 void int8_rows(const Linear& a, int64_t begin, int64_t end) {
-    const int offset = byte_offset(a.w), planes = planes_of(a);
+    const int offset = byte_offset(a.w), planes = M % 3 ? 1 : planes_of(a);
     const Table<B> low(a.w.low, offset), high(a.w.high, offset);
     int32_t totals[M][W], upper[M][W];
     for (int64_t n = begin; n < end; n += W) {
@@ -129,7 +129,7 @@ void int8_rows(const Linear& a, int64_t begin, int64_t end) {
         if (a.w.wide) int8_sums<B, M, Dot>(a, high, n, end, upper);
         const Outputs o(a.w, a.bias, n, end - n);
         for (int m = 0; m * planes < M; m++) {
-            finish_int8(a, o, m, n, totals[m * planes], a.w.wide ? upper[m] : nullptr, W);
+            finish_int8(a, o, m, n, totals[m * planes], a.w.wide ? upper[m] : nullptr, planes, W);
         }
     }
 }
@@ -218,7 +218,7 @@ DQW_INLINE void group_sums(const Linear& a, const Table<B>& table, int64_t n, in
 
 template <int B, int M, class Dot, bool Split>
 void int8_group_rows(const Linear& a, int64_t begin, int64_t end) {
-    const int planes = planes_of(a), offset = byte_offset(a.w);
+    const int planes = M % 3 ? 1 : planes_of(a), offset = byte_offset(a.w);
     const Table<B> low(a.w.low, offset), high(a.w.high, offset);
     float sums[M][W], upper[M][W];
     for (int64_t n = begin; n < end; n += W) {
@@ -230,7 +230,7 @@ void int8_group_rows(const Linear& a, int64_t begin, int64_t end) {
             }
         }
         const Outputs o(a.w, a.bias, n, end - n);
-        for (int m = 0; m * planes < M; m++) finish_groups(a, o, m, n, sums[m * planes], W);
+        for (int m = 0; m * planes < M; m++) finish_groups(a, o, m, n, sums[m * planes], planes, W);
     }
 }
 
@@ -244,7 +244,7 @@ void run_gemv_float(const Linear& a, int64_t begin, int64_t end) {
 void run_gemv_int8(const Linear& a, int64_t begin, int64_t end) {
     with_bits(a.w.bits, [&](auto bits) {
         with_rows<kGemvRows>(a.m * planes_of(a), [&](auto m) {
-            with_dot(a.w, [&](auto dot) {
+            with_dot<bits.value>(a.w, [&](auto dot) {
                 if (a.w.group % 64) {
                     int8_group_rows<bits.value, m.value, decltype(dot), true>(a, begin, end);
                 } else if (a.w.group) {

@@ -127,13 +127,16 @@ struct Signed {
     DQW_INLINE i32 start(i32, i32, int) { return _mm256_setzero_si256(); }
 };
 // Two products a part, or 16 bits are no use.
-DQW_INLINE bool is_deep(const Packed& w) { return !w.wide && w.products16 >= 2; }
+DQW_INLINE bool is_deep(const Packed& w) { return w.bits < 7 && !w.wide && w.products16 >= 2; }
 DQW_INLINE int byte_offset(const Packed& w) { return is_deep(w) ? w.largest : 0; }
 DQW_INLINE int64_t dot_depth(const Packed& w) { return is_deep(w) ? w.products16 : kDeepest; }
 DQW_INLINE bool takes_planes(const Packed& w) { return is_deep(w); }
-template <class F>
+template <int B, class F>
 DQW_INLINE void with_dot(const Packed& w, const F& f) {
-    is_deep(w) ? f(Deep()) : f(Signed());
+    if constexpr (B < 7) {
+        if (is_deep(w)) return f(Deep());
+    }
+    f(Signed());
 }
 
 // ---- float32, float16, bfloat16 in memory ----

@@ -169,7 +169,7 @@ constexpr int64_t kDeepest = 1 << 30;
 DQW_INLINE int byte_offset(const Packed&) { return 0; }
 DQW_INLINE int64_t dot_depth(const Packed&) { return kDeepest; }
 DQW_INLINE bool takes_planes(const Packed&) { return false; }
-template <class F>
+template <int B, class F>
 DQW_INLINE void with_dot(const Packed&, const F& f) {
     f(Signed());
 }
