@@ -16,17 +16,24 @@ constexpr int kTileRows = kTileVectors * W;
 template <int B, class Level, class Put>
 DQW_INLINE void fill_tile(const Packed& w, int64_t n, const Level& level, const Put& put) {
     for (int t = 0; t < kTileVectors; t++) {
+        const uint8_t* row[W];
+        for (int r = 0; r < W; r++) {
+            const int64_t i = n + t * W + r;
+            row[r] = w.data + (i < w.rows ? i : w.rows - 1) * w.row_bytes;
+        }
         for (int64_t b = 0; b < w.blocks; b++) {
-            i32 rows[kParts][W];
-            for (int r = 0; r < W; r++) {
-                const int64_t row = n + t * W + r < w.rows ? n + t * W + r : w.rows - 1;
-                const Bytes v = level(codes<B>(w.data + row * w.row_bytes + b * 8 * B));
-                for (int p = 0; p < kParts; p++) rows[p][r] = v.part[p];
-            }
-            for (int p = 0; p < kParts; p++) {
-                transpose(rows[p]);
-                for (int i = 0; i < W; i++) put((b * kParts + p) * W + i, t, rows[p][i]);
-            }
+            i32 v[kParts][W];
+            unroll<W>([&](auto r) DQW_INLINED {
+                const Bytes decoded = level(codes<B>(row[r.value] + b * 8 * B));
+                unroll<kParts>([&](auto p)
+                                   DQW_INLINED { v[p.value][r.value] = decoded.part[p.value]; });
+            });
+            unroll<kParts>([&](auto p) DQW_INLINED {
+                transpose(v[p.value]);
+                unroll<W>([&](auto i) DQW_INLINED {
+                    put((b * kParts + p.value) * W + i.value, t, v[p.value][i.value]);
+                });
+            });
         }
     }
 }
@@ -34,7 +41,7 @@ DQW_INLINE void fill_tile(const Packed& w, int64_t n, const Level& level, const 
 template <int B>
 void fill_int8_tile(const Packed& w, const int8_t* levels, int64_t n, int32_t* tile) {
     const Table<B> table(levels, byte_offset(w));
-    fill_tile<B>(w, n, table, [&](int64_t unit, int t, i32 v) {
+    fill_tile<B>(w, n, table, [&](int64_t unit, int t, i32 v) DQW_INLINED {
         store_int(tile + unit * kTileRows + t * W, v);
     });
 }
@@ -60,7 +67,7 @@ void fill_float_tile(const Packed& w, int64_t n, const float* scales, float* til
         return load(scales + (g < last ? g : last) * kTileRows + t * W);
     };
     if (!w.wide) {
-        fill_tile<B>(w, n, low, [&](int64_t unit, int t, i32 v) {
+        fill_tile<B>(w, n, low, [&](int64_t unit, int t, i32 v) DQW_INLINED {
             f32 s = scale_of(unit * 4, t);
             unroll<4>([&](auto j) DQW_INLINED {
                 if (group % 4 != 0) s = scale_of(unit * 4 + j.value, t);
@@ -71,13 +78,13 @@ void fill_float_tile(const Packed& w, int64_t n, const float* scales, float* til
         return;
     }
     // Two planes: the upper one goes through the tile, exact, before the scale.
-    fill_tile<B>(w, n, high, [&](int64_t unit, int t, i32 v) {
+    fill_tile<B>(w, n, high, [&](int64_t unit, int t, i32 v) DQW_INLINED {
         unroll<4>([&](auto j) DQW_INLINED {
             store(tile + (unit * 4 + j.value) * kTileRows + t * W,
                   mul(high.template part<j.value>(v), all(256.0f)));
         });
     });
-    fill_tile<B>(w, n, low, [&](int64_t unit, int t, i32 v) {
+    fill_tile<B>(w, n, low, [&](int64_t unit, int t, i32 v) DQW_INLINED {
         unroll<4>([&](auto j) DQW_INLINED {
             float* at = tile + (unit * 4 + j.value) * kTileRows + t * W;
             const f32 level = add(load(at), low.template part<j.value>(v));

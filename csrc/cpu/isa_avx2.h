@@ -100,9 +100,9 @@ struct Deep {
     static constexpr bool has_offset = true;
     static constexpr bool direct = false;
     DQW_INLINE i32 dot(i32 part, i32 w, i32 q) {
-        part = _mm256_add_epi16(part, _mm256_maddubs_epi16(w, q));
-        // In this order: GCC 12 would make all products first, and spill the sums.
-        asm volatile("" : "+x"(part));
+        // Added in place and in this order: GCC 12 would make all products first and spill the
+        // sums.
+        asm volatile("vpaddw %1, %0, %0" : "+x"(part) : "x"(_mm256_maddubs_epi16(w, q)));
         return part;
     }
     DQW_INLINE i32 widen(i32 part) { return _mm256_madd_epi16(part, _mm256_set1_epi16(1)); }
@@ -355,6 +355,7 @@ DQW_INLINE f32 halves(float first, float second) {
 // v[i] lane j <-> v[j] lane i.
 DQW_INLINE void transpose(i32 (&v)[W]) {
     i32 t[W];
+#pragma GCC unroll 4
     for (int i = 0; i < W; i += 4) {
         const i32 a = _mm256_unpacklo_epi32(v[i], v[i + 1]);
         const i32 b = _mm256_unpackhi_epi32(v[i], v[i + 1]);
@@ -365,6 +366,7 @@ DQW_INLINE void transpose(i32 (&v)[W]) {
         t[i + 2] = _mm256_unpacklo_epi64(b, d);
         t[i + 3] = _mm256_unpackhi_epi64(b, d);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         v[i] = _mm256_permute2x128_si256(t[i], t[4 + i], 0x20);
         v[4 + i] = _mm256_permute2x128_si256(t[i], t[4 + i], 0x31);

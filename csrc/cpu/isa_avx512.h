@@ -407,6 +407,7 @@ DQW_INLINE f32 halves(float first, float second) {
 // v[i] lane j <-> v[j] lane i.
 DQW_INLINE void transpose(i32 (&v)[W]) {
     i32 t[W];
+#pragma GCC unroll 4
     for (int i = 0; i < W; i += 4) {
         const i32 a = _mm512_unpacklo_epi32(v[i], v[i + 1]);
         const i32 b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
@@ -417,6 +418,7 @@ DQW_INLINE void transpose(i32 (&v)[W]) {
         t[i + 2] = _mm512_unpacklo_epi64(b, d);
         t[i + 3] = _mm512_unpackhi_epi64(b, d);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {  // t[4 r + i] quarter q holds rows 4r..4r+3 of column 4q + i
         const i32 a = _mm512_shuffle_i32x4(t[i], t[4 + i], 0x88);
         const i32 b = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0x88);
