@@ -187,14 +187,23 @@ struct Uniform {
     explicit Uniform(const Grid&) {}
     f32 operator()(i32 k) const { return to_float(_mm256_srli_epi32(add_int(k, all_int(1)), 1)); }
 };
-struct Apot4 {  // levels 0 1 2 3 4 6 8 10: step 1 up to 4, step 2 above
-    explicit Apot4(const Grid&) {}
+// Up to 16 or 32 entries, as bytes. The three upper bytes of an index are 0 and fetch level 0.
+DQW_INLINE i32 sixteen(const uint8_t* bytes) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes));
+}
+struct Table16 {
+    i32 t;
+    explicit Table16(const Grid& g) : t(sixteen(g.bytes)) {}
+    f32 operator()(i32 k) const { return to_float(_mm256_shuffle_epi8(t, k)); }
+};
+struct Table32 {  // a shuffle gives 0 where bit 7 of the index is set: where the other half has it
+    i32 low, high;
+    explicit Table32(const Grid& g) : low(sixteen(g.bytes)), high(sixteen(g.bytes + 16)) {}
     f32 operator()(i32 k) const {
-        const i32 fine = _mm256_srli_epi32(add_int(k, all_int(1)), 1);
-        const i32 two = all_int(2);
-        const i32 coarse = _mm256_slli_epi32(_mm256_srli_epi32(add_int(k, two), 2), 1);
-        const i32 upper = _mm256_cmpgt_epi32(k, all_int(7));
-        return to_float(_mm256_blendv_epi8(fine, coarse, upper));
+        const i32 in_low = _mm256_add_epi8(k, _mm256_set1_epi8(0x70));
+        const i32 in_high = _mm256_sub_epi8(k, _mm256_set1_epi8(16));
+        return to_float(
+            _mm256_or_si256(_mm256_shuffle_epi8(low, in_low), _mm256_shuffle_epi8(high, in_high)));
     }
 };
 struct Gather {
@@ -204,8 +213,9 @@ struct Gather {
 };
 template <class F>
 DQW_INLINE void with_lookup(const Grid& g, const F& f) {
-    if (g.kind == Grid::uniform) return f(Uniform(g));
-    if (g.kind == Grid::apot4) return f(Apot4(g));
+    if (g.uniform) return f(Uniform(g));
+    if (g.size <= 16) return f(Table16(g));
+    if (g.size <= 32) return f(Table32(g));
     f(Gather(g));
 }
 

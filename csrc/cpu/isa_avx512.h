@@ -181,7 +181,7 @@ struct Gather {
 };
 template <class F>
 DQW_INLINE void with_lookup(const Grid& g, const F& f) {
-    if (g.kind == Grid::uniform) return f(Uniform(g));
+    if (g.uniform) return f(Uniform(g));
     if (g.size <= 32) return f(Table32(g));
     if (g.size <= 128) return f(Table128(g));
     if (g.size <= 256) return f(Table256(g));

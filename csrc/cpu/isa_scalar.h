@@ -241,7 +241,7 @@ struct Gather {
 };
 template <class F>
 DQW_INLINE void with_lookup(const Grid& g, const F& f) {
-    if (g.kind == Grid::uniform) return f(Uniform(g));
+    if (g.uniform) return f(Uniform(g));
     f(Gather(g));
 }
 

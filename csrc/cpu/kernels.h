@@ -17,8 +17,7 @@ enum class Type : int { f32, f16, bf16 };
 
 // The rounding table: the level of t = 2|x|/scale is levels[floor(min(t, last))].
 struct Grid {
-    enum Kind { uniform, apot4, table };
-    Kind kind;             // the first two need no table: their levels are arithmetic
+    bool uniform;          // needs no table: its levels are arithmetic
     int size;              // entries, 2 * level_max + 1
     const float* levels;   // `size` of them, zero-padded to at least 32
     const uint8_t* bytes;  // the same as 256 bytes if size <= 256 (then every level < 256), or null
