@@ -138,8 +138,9 @@ Tensor matmul_int8(Linear& a, const Tensor& x, const LinearKernels& k) {
     Tensor w = new_tensor({rows, cols}, ScalarType::Short);
     float* q_out = static_cast<float*>(q.mutable_data_ptr());
     int16_t* w_out = static_cast<int16_t*>(w.mutable_data_ptr());
-    k.prepare_int8(a, x.const_data_ptr(), 0, a.m, false);
     for (int64_t m = 0; m < a.m; m++) {
+        // A gemm's block of one row lies in the order of its columns; a gemv's need not.
+        k.prepare_int8(a, x.const_data_ptr(), m, m + 1, true);
         std::copy(a.q + m * padded, a.q + m * padded + cols, q_out + m * cols);
     }
     torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
