@@ -257,6 +257,9 @@ void run_gemv_int8(const Linear& a, int64_t begin, int64_t end) {
     });
 }
 
+// AVX2, 512 -> 2048, two threads: digits take 31 us of one row, floats 62; but 1.9 ms of 100 rows,
+// floats 1.6.
+constexpr int kPlanesLimit = 16;
 bool run_takes_planes(const Packed& w) { return takes_planes(w); }
 
 }  // namespace

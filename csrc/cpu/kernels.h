@@ -93,6 +93,7 @@ struct LinearKernels {
     // 23 bits below the row's largest magnitude, as good as a float32 sum. prepare_int8 sees it by
     // Linear::planes = 3, and the int8 kernels follow.
     bool (*takes_planes)(const Packed&);
+    int planes_limit;  // up to so many rows of x
     // y[:, begin:end]; m <= gemv_rows.
     void (*gemv_float)(const Linear&, int64_t begin, int64_t end);
     void (*gemv_int8)(const Linear&, int64_t begin, int64_t end);

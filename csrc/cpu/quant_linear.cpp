@@ -212,7 +212,10 @@ Tensor quant_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale_
 
     const bool odd_groups = a.w.group % 32 != 0, too_long = cols > kLongestInt8Row;
     // Float activations as digits of integers, where that is faster.
-    if (!int8_activations && !odd_groups && !too_long && k.takes_planes(a.w)) a.planes = 3;
+    if (!int8_activations && !odd_groups && !too_long && a.m <= k.planes_limit &&
+        k.takes_planes(a.w)) {
+        a.planes = 3;
+    }
     const bool int8 = int8_activations || a.planes > 1;
     // The float gemv has no second plane of levels; no gemv has scales that change inside 32
     // columns.

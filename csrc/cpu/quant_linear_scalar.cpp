@@ -19,6 +19,7 @@ const LinearKernels linear_scalar = {
     .prepare_float = run_prepare_float,
     .prepare_int8 = run_prepare_int8,
     .takes_planes = run_takes_planes,
+    .planes_limit = kPlanesLimit,
     .gemv_float = run_gemv_float,
     .gemv_int8 = run_gemv_int8,
     .dequantize = run_dequantize,
