@@ -42,10 +42,14 @@ def test_opcheck_the_others() -> None:
     x, bias = torch.randn(2, 3, 70, requires_grad=True), torch.randn(6, requires_grad=True)
     opcheck(ops.fake_quant_activation, (x,))
     opcheck(ops.dequantize, (weight, scale, levels, 6, 70, 3, 32))
-    opcheck(ops.quant_embedding, (torch.tensor([[0, 5]]), weight, scale, levels, 6, 70, 3, 32))
+    opcheck(
+        torch.ops.dqw.quant_embedding.default,
+        (torch.tensor([[0, 5]]), weight, scale, levels, 6, 70, 3, 32),
+    )
     for int8 in (False, True):
-        opcheck(ops.quant_linear, (x, weight, scale, levels, bias, 6, 3, 32, int8))
-        opcheck(ops.quant_linear, (x, weight, scale, levels, None, 6, 3, 32, int8))
+        for b in (bias, None):
+            args = (x, weight, scale, levels, b, 6, 3, 32, int8)
+            opcheck(torch.ops.dqw.quant_linear.default, args)
 
 
 @pytest.mark.parametrize("grid", grids.GRIDS)
