@@ -1,0 +1,12 @@
+// Whisper's layers on one instruction set.
+#include "isa_avx2.h"
+// The loops need the lanes above, and each other in this order.
+#include "fake_quant_loops.h"
+//
+#include "decode.h"
+//
+#include "whisper_loops.h"
+
+namespace dqw {
+const WhisperKernels whisper_avx2 = kWhisperKernels;
+}
