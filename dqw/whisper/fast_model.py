@@ -1,0 +1,182 @@
+"""``generate`` on the native networks: a subclass that a packed Whisper takes at load.
+
+transformers keeps what it is good at (language, prompts, windows of long audio, thresholds); the
+greedy loop and the encoder are ours. The loop asks the same logits processors and stopping criteria
+and so gives the same tokens; what it does not cover (sampling, attentions asked for, padded
+prompts, other devices and dtypes, training) runs as it would without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import WhisperForConditionalGeneration
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+from transformers.generation.utils import GenerateEncoderDecoderOutput
+
+from dqw.whisper.decoding import SuppressTokens
+from dqw.whisper.fast import FastPart, Session, fast_part
+
+
+def speed_up(model: Any) -> None:
+    """Let ``model`` generate on the native networks wherever they cover it; others stay as is."""
+    if type(model) is WhisperForConditionalGeneration:
+        model.__class__ = _FastWhisper
+
+
+class _FastWhisper(WhisperForConditionalGeneration):
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        part = None
+        if not synced_gpus and _is_plain_greedy(generation_config, model_kwargs, input_ids):
+            part = fast_part(self)
+        if part is None:
+            return super()._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        states = model_kwargs["encoder_outputs"][0]
+        with torch.inference_mode():
+            return _greedy(
+                part, states, input_ids, logits_processor, stopping_criteria, generation_config,
+                streamer,
+            )  # fmt: skip
+
+
+# What save_pretrained writes as the architecture, and people see.
+_FastWhisper.__name__ = WhisperForConditionalGeneration.__name__
+_FastWhisper.__qualname__ = WhisperForConditionalGeneration.__qualname__
+
+
+def _is_plain_greedy(config: Any, inputs: dict[str, Any], ids: Tensor) -> bool:
+    mask = inputs.get("decoder_attention_mask")
+    states = inputs.get("encoder_outputs")
+    cache = inputs.get("cache", inputs.get("past_key_values"))
+    return (
+        not (config.do_sample or config.output_attentions or config.output_hidden_states)
+        and config.use_cache is not False
+        and getattr(config, "prefill_chunk_size", None) is None
+        and states is not None
+        and states[0].device.type == ids.device.type == "cpu"
+        and states[0].shape[0] == ids.shape[0] > 0
+        and (mask is None or bool(mask.all()))
+        and inputs.get("decoder_inputs_embeds") is None
+        and inputs.get("decoder_position_ids") is None
+        and (cache is None or cache.get_seq_length() == 0)
+    )
+
+
+def _greedy(
+    part: FastPart, states: Tensor, prompt: Tensor, processors: Any, criteria: Any, config: Any,
+    streamer: Any,
+) -> Any:  # fmt: skip
+    """The greedy half of ``GenerationMixin._sample``. Sequences that ended leave the batch."""
+    processors = [_quick(processor) for processor in processors]
+    stop = _Stop(criteria)
+    count, length = prompt.shape
+    limit = stop.limit or part.positions + 1
+    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    ids = torch.full((count, max(limit, length + 1)), pad, dtype=torch.long)
+    ids[:, :length] = prompt
+    keeps_scores = config.return_dict_in_generate and config.output_scores
+    keeps_logits = config.return_dict_in_generate and config.output_logits
+    scores, raw = list[Tensor](), list[Tensor]()
+    session = Session(part, states, limit)
+    running = torch.arange(count)
+    new = prompt
+    while True:
+        logits = session.step(new)
+        if len(running) < count:
+            whole = logits.new_zeros(count, logits.shape[1])
+            whole[running] = logits
+            logits = whole
+        if keeps_logits:
+            raw.append(logits.clone())
+        seen = ids[:, :length]
+        for processor in processors:
+            logits = processor(seen, logits)
+        if keeps_scores:
+            scores.append(logits)
+        chosen = logits.argmax(-1)
+        if len(running) < count:
+            left = torch.full((count,), pad)
+            left[running] = chosen[running]
+            chosen = left
+        ids[:, length] = chosen
+        length += 1
+        if streamer is not None:
+            streamer.put(chosen)
+        ended = stop(ids[:, :length], scores)[running]
+        if bool(ended.all()):
+            break
+        if bool(ended.any()):
+            going = (~ended).nonzero().squeeze(1)
+            running = running[going]
+            session.keep(going)
+        new = ids[running, length - 1 : length]
+    if streamer is not None:
+        streamer.end()
+    sequences = ids[:, :length].clone()
+    if not config.return_dict_in_generate:
+        return sequences
+    return GenerateEncoderDecoderOutput(
+        sequences=sequences,
+        scores=tuple(scores) if keeps_scores else None,
+        logits=tuple(raw) if keeps_logits else None,
+    )
+
+
+class _Stop:
+    """Stopping criteria; those of every ``generate``, length and end tokens, without torch's help.
+
+    ``limit``: the length at which every sequence ends, or None.
+    """
+
+    def __init__(self, criteria: Any) -> None:
+        self.limit: int | None = criteria.max_length
+        self.ends = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
+        known = (EosTokenCriteria, MaxLengthCriteria)
+        self.rest = [c for c in criteria if type(c) not in known]
+
+    def __call__(self, ids: Tensor, scores: list[Tensor]) -> Tensor:
+        """(sequences,) bool: which have ended."""
+        if self.limit is not None and ids.shape[1] >= self.limit:
+            return torch.ones(len(ids), dtype=torch.bool)
+        last = ids[:, -1]
+        done = torch.zeros(len(ids), dtype=torch.bool)
+        for end in self.ends:
+            done |= torch.isin(last, end) if end.numel() > 1 else last == end
+        for criterion in self.rest:
+            done |= criterion(ids, tuple(scores) or None)
+        return done
+
+
+def _quick(processor: Any) -> Any:
+    """transformers' two processors that suppress tokens look for them in the whole vocabulary."""
+    if type(processor) is SuppressTokensLogitsProcessor:
+        return SuppressTokens(processor.suppress_tokens.tolist(), ())
+    if type(processor) is SuppressTokensAtBeginLogitsProcessor:
+        quick = SuppressTokens((), processor.begin_suppress_tokens.tolist())
+        quick.set_begin_index(processor.begin_index)
+        return quick
+    return processor
