@@ -200,7 +200,7 @@ class Session:
         if wanted is None:
             wanted = torch.arange(count, dtype=torch.int32)
         logits = torch.ops.dqw_cpu.decoder_step(
-            self.part.decoder.handle, ids.reshape(-1), positions.contiguous(), clips, sources,
+            self.part.decoder.handle, ids.flatten().contiguous(), positions.contiguous(), clips, sources,
             self.cache, self.cross, self.audio, self.type, wanted,
         )  # fmt: skip
         self.length += new

@@ -1,0 +1,242 @@
+"""The native decoder against the plain model: logits within rounding, tokens the same."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_whisper
+from kernel_helpers import instruction_set, needs_library
+from transformers import WhisperForConditionalGeneration
+from whisper_helpers import tiny
+
+import dqw
+from dqw.convert import set_activations
+from dqw.recipe import QuantConfig, Recipe
+from dqw.whisper.fast import CROSS_TYPES, Session, fast_part, uncovered
+from dqw.whisper.transcribe import transcribe
+
+pytestmark = needs_library
+TIERS = ("scalar", "avx2", "avx512")
+
+
+def packed(model, **quant):
+    """``model``, frozen with 4-bit APoT in groups of 64 unless ``quant`` says otherwise."""
+    return dqw.freeze(dqw.quantize(model, Recipe(quant=QuantConfig(**quant))))
+
+
+def plain(model):
+    """The same modules without the native networks."""
+    twin = copy.copy(model)
+    twin.__class__ = WhisperForConditionalGeneration
+    return twin
+
+
+@pytest.fixture(scope="module")
+def small():
+    return packed(make_tiny_whisper())
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory):
+    model, processor = tiny(tmp_path_factory.mktemp("tiny"))
+    return packed(model), processor
+
+
+def ids_and_states(clips=2, tokens=9, positions=37, width=64):
+    torch.manual_seed(0)
+    return torch.randint(3, 120, (clips, tokens)), torch.randn(clips, positions, width)
+
+
+def stepwise(session, ids, prompt=4):
+    """Logits of the last prompt token and of every token behind it."""
+    found = [session.step(ids[:, :prompt])]
+    found += [session.step(ids[:, i : i + 1]) for i in range(prompt, ids.shape[1])]
+    return torch.stack(found, dim=1)
+
+
+def reference(model, ids, states, prompt=4):
+    with torch.inference_mode():
+        logits = plain(model)(encoder_outputs=(states,), decoder_input_ids=ids).logits
+    return logits[:, prompt - 1 :]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("prompt", [1, 4, 9])
+def test_logits_are_those_of_the_plain_decoder(small, tier, prompt):
+    ids, states = ids_and_states()
+    with instruction_set(tier):
+        session = Session(fast_part(small), states, 16, cross_type="float32")
+        found = stepwise(session, ids, prompt)
+        wanted = reference(small, ids, states, prompt)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group", [0, 32, 64])
+def test_every_packing(bits, group):
+    grid = "uniform" if bits > 6 else "apot"
+    model = packed(
+        make_tiny_whisper(), bits=bits, grid=grid, group_size=group, embedding_bits=min(bits, 6)
+    )
+    ids, states = ids_and_states()
+    found = stepwise(Session(fast_part(model), states, 16, cross_type="float32"), ids)
+    wanted = reference(model, ids, states)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_int8_activations_differ_by_their_own_rounding(tier):
+    """Both round each token's activations; which way a tie falls is chance, so the distance to the
+    float model is compared, not the logits."""
+    model = packed(make_tiny_whisper())
+    ids, states = ids_and_states()
+    exact = reference(model, ids, states)
+    set_activations(model, "int8")
+    rounded = (reference(model, ids, states) - exact).abs().mean()
+    with instruction_set(tier):
+        session = Session(fast_part(model), states, 16, cross_type="float32")
+        found = (stepwise(session, ids) - exact).abs().mean()
+    assert 0 < found < 1.5 * rounded
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize(("cross", "limit"), [("bfloat16", 4e-3), ("int8", 8e-3)])
+def test_small_caches_cost_little(small, tier, cross, limit):
+    ids, states = ids_and_states()
+    with instruction_set(tier):
+        found = stepwise(Session(fast_part(small), states, 16, cross_type=cross), ids)
+    wanted = reference(small, ids, states)
+    error = (found - wanted).abs().max() / wanted.abs().max()
+    assert 1e-6 < error < limit
+
+
+@pytest.mark.parametrize("positions", [1, 15, 16, 33])
+@pytest.mark.parametrize("cross", CROSS_TYPES)
+def test_audio_of_any_length(small, positions, cross):
+    ids, states = ids_and_states(positions=positions)
+    found = stepwise(Session(fast_part(small), states, 16, cross_type=cross), ids)
+    wanted = reference(small, ids, states)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_threads_change_nothing(small, threads):
+    ids, states = ids_and_states(clips=3)
+    before = torch.get_num_threads()
+    one = stepwise(Session(fast_part(small), states, 16), ids)
+    torch.set_num_threads(threads)
+    try:
+        found = stepwise(Session(fast_part(small), states, 16), ids)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, one)
+
+
+def test_beams_go_on_from_another_and_sequences_leave(small):
+    ids, states = ids_and_states(clips=1)
+    other = ids.flip(1)
+    session = Session(fast_part(small), states, 16, per_clip=2, cross_type="float32")
+    session.step(torch.cat([ids[:, :4], other[:, :4]]))
+    session.reorder_cache(torch.tensor([1, 1]))  # both go on from the second
+    both = session.step(torch.cat([ids[:, 4:5], other[:, 4:5]]))
+    session.keep(torch.tensor([1]))
+    last = session.step(ids[:, 5:6])
+    ways = [
+        torch.cat([other[:, :4], ids[:, 4:5]], dim=1),
+        torch.cat([other[:, :4], other[:, 4:5]], dim=1),
+        torch.cat([other[:, :5], ids[:, 5:6]], dim=1),
+    ]
+    for found, way in zip((both[0], both[1], last[0]), ways, strict=True):
+        wanted = reference(small, way, states)[0, -1]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+# ---- generate and transcribe ----
+
+
+def features(processor, count):
+    random = np.random.default_rng(0)
+    audios = [0.1 * random.standard_normal(4_000 + 2_000 * i) for i in range(count)]
+    return processor.feature_extractor(audios, sampling_rate=16_000, return_tensors="pt")
+
+
+@pytest.mark.parametrize("timestamps", [False, True])
+def test_generate_gives_the_same_tokens(speaking, timestamps):
+    model, processor = speaking
+    batch = features(processor, 5)["input_features"]
+    options = {"language": "en", "return_timestamps": timestamps}
+    found = model.generate(batch, **options)
+    assert torch.equal(found, plain(model).generate(batch, **options))
+    assert len({tuple(row) for row in found.tolist()}) > 1
+
+
+def test_generate_gives_the_same_scores(speaking):
+    model, processor = speaking
+    batch = features(processor, 2)["input_features"]
+    options = {"return_dict_in_generate": True, "output_scores": True, "language": "en"}
+    found, wanted = model.generate(batch, **options), plain(model).generate(batch, **options)
+    assert torch.equal(found.sequences, wanted.sequences)
+    for mine, theirs in zip(found.scores, wanted.scores, strict=True):
+        finite = torch.isfinite(theirs)
+        assert torch.equal(torch.isfinite(mine), finite)
+        running = (mine != 0).any(1)
+        apart = (mine - theirs)[running][finite[running]]
+        assert apart.abs().max() < 0.05  # bfloat16 keys and values
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True}])
+def test_what_is_not_covered_runs_plainly(speaking, options):
+    model, processor = speaking
+    batch = features(processor, 2)["input_features"]
+    torch.manual_seed(1)
+    found = model.generate(batch, language="en", **options)
+    torch.manual_seed(1)
+    assert torch.equal(found, plain(model).generate(batch, language="en", **options))
+
+
+def test_transcribe_gives_the_same_text(speaking):
+    model, processor = speaking
+    random = np.random.default_rng(1)
+    audios = [(0.1 * random.standard_normal(n)).astype(np.float32) for n in (9_000, 30_000, 5_000)]
+    for timestamps in (False, True):
+        found = transcribe(model, processor, audios, "en", timestamps=timestamps)
+        assert found == transcribe(plain(model), processor, audios, "en", timestamps=timestamps)
+
+
+def test_a_folder_loads_with_the_fast_decoder(speaking, tmp_path):
+    model, processor = speaking
+    model.save_pretrained(tmp_path)
+    loaded = WhisperForConditionalGeneration.from_pretrained(tmp_path)
+    assert uncovered(loaded) == "" and type(loaded) is type(model)
+    assert loaded.config.architectures == ["WhisperForConditionalGeneration"]
+    batch = features(processor, 1)["input_features"]
+    assert torch.equal(loaded.generate(batch), model.generate(batch))
+
+
+def test_a_network_follows_its_model(small):
+    model = copy.deepcopy(small)
+    part = fast_part(model)
+    assert fast_part(model) is part and part is not fast_part(small)
+    set_activations(model, "int8")
+    assert fast_part(model) is not part
+    assert "training mode" in uncovered(model.train()) and fast_part(model) is None
+    assert "float32" in uncovered(model.eval().to(torch.bfloat16))
+    assert "vocabulary" in uncovered(packed(make_tiny_whisper(), embedding_bits=0))
+    skipped = packed(make_tiny_whisper(), skip=["*decoder.layers.1.fc1"])
+    assert "layers.1.fc1 is not packed" in uncovered(skipped)
+    assert "heads" in uncovered(packed(make_tiny_whisper(decoder_attention_heads=8)))
+
+
+def test_wrong_arguments_are_refused(small):
+    ids, states = ids_and_states()
+    session = Session(fast_part(small), states, 4)
+    with pytest.raises(RuntimeError, match="outside the vocabulary"):
+        session.step(torch.full((2, 1), 120))
+    session.step(ids[:, :4])
+    with pytest.raises(RuntimeError, match="outside the cache"):
+        session.step(ids[:, 4:5])
+    with pytest.raises(RuntimeError, match="states must be"):
+        Session(fast_part(small), torch.randn(1, 5, 32), 4)
+    with pytest.raises(RuntimeError, match="freed"):
+        torch.ops.dqw_cpu.decoder_cross(10**9, states, 0)
