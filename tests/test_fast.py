@@ -13,7 +13,7 @@ from whisper_helpers import tiny
 import dqw
 from dqw.convert import set_activations
 from dqw.recipe import QuantConfig, Recipe
-from dqw.whisper.fast import CROSS_TYPES, Session, fast_part, uncovered
+from dqw.whisper.fast import CROSS_TYPES, Session, fast_decoder, uncovered
 from dqw.whisper.transcribe import transcribe
 
 pytestmark = needs_library
@@ -66,7 +66,7 @@ def reference(model, ids, states, prompt=4):
 def test_logits_are_those_of_the_plain_decoder(small, tier, prompt):
     ids, states = ids_and_states()
     with instruction_set(tier):
-        session = Session(fast_part(small), states, 16, cross_type="float32")
+        session = Session(fast_decoder(small), states, 16, cross_type="float32")
         found = stepwise(session, ids, prompt)
         wanted = reference(small, ids, states, prompt)
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
@@ -80,7 +80,7 @@ def test_every_packing(bits, group):
         make_tiny_whisper(), bits=bits, grid=grid, group_size=group, embedding_bits=min(bits, 6)
     )
     ids, states = ids_and_states()
-    found = stepwise(Session(fast_part(model), states, 16, cross_type="float32"), ids)
+    found = stepwise(Session(fast_decoder(model), states, 16, cross_type="float32"), ids)
     wanted = reference(model, ids, states)
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
 
@@ -95,7 +95,7 @@ def test_int8_activations_differ_by_their_own_rounding(tier):
     set_activations(model, "int8")
     rounded = (reference(model, ids, states) - exact).abs().mean()
     with instruction_set(tier):
-        session = Session(fast_part(model), states, 16, cross_type="float32")
+        session = Session(fast_decoder(model), states, 16, cross_type="float32")
         found = (stepwise(session, ids) - exact).abs().mean()
     assert 0 < found < 1.5 * rounded
 
@@ -105,7 +105,7 @@ def test_int8_activations_differ_by_their_own_rounding(tier):
 def test_small_caches_cost_little(small, tier, cross, limit):
     ids, states = ids_and_states()
     with instruction_set(tier):
-        found = stepwise(Session(fast_part(small), states, 16, cross_type=cross), ids)
+        found = stepwise(Session(fast_decoder(small), states, 16, cross_type=cross), ids)
     wanted = reference(small, ids, states)
     error = (found - wanted).abs().max() / wanted.abs().max()
     assert 1e-6 < error < limit
@@ -115,7 +115,7 @@ def test_small_caches_cost_little(small, tier, cross, limit):
 @pytest.mark.parametrize("cross", CROSS_TYPES)
 def test_audio_of_any_length(small, positions, cross):
     ids, states = ids_and_states(positions=positions)
-    found = stepwise(Session(fast_part(small), states, 16, cross_type=cross), ids)
+    found = stepwise(Session(fast_decoder(small), states, 16, cross_type=cross), ids)
     wanted = reference(small, ids, states)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
 
@@ -124,10 +124,10 @@ def test_audio_of_any_length(small, positions, cross):
 def test_threads_change_nothing(small, threads):
     ids, states = ids_and_states(clips=3)
     before = torch.get_num_threads()
-    one = stepwise(Session(fast_part(small), states, 16), ids)
+    one = stepwise(Session(fast_decoder(small), states, 16), ids)
     torch.set_num_threads(threads)
     try:
-        found = stepwise(Session(fast_part(small), states, 16), ids)
+        found = stepwise(Session(fast_decoder(small), states, 16), ids)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found, one)
@@ -136,7 +136,7 @@ def test_threads_change_nothing(small, threads):
 def test_beams_go_on_from_another_and_sequences_leave(small):
     ids, states = ids_and_states(clips=1)
     other = ids.flip(1)
-    session = Session(fast_part(small), states, 16, per_clip=2, cross_type="float32")
+    session = Session(fast_decoder(small), states, 16, per_clip=2, cross_type="float32")
     session.step(torch.cat([ids[:, :4], other[:, :4]]))
     session.reorder_cache(torch.tensor([1, 1]))  # both go on from the second
     both = session.step(torch.cat([ids[:, 4:5], other[:, 4:5]]))
@@ -216,11 +216,11 @@ def test_a_folder_loads_with_the_fast_decoder(speaking, tmp_path):
 
 def test_a_network_follows_its_model(small):
     model = copy.deepcopy(small)
-    part = fast_part(model)
-    assert fast_part(model) is part and part is not fast_part(small)
+    part = fast_decoder(model)
+    assert fast_decoder(model) is part and part is not fast_decoder(small)
     set_activations(model, "int8")
-    assert fast_part(model) is not part
-    assert "training mode" in uncovered(model.train()) and fast_part(model) is None
+    assert fast_decoder(model) is not part
+    assert "training mode" in uncovered(model.train()) and fast_decoder(model) is None
     assert "float32" in uncovered(model.eval().to(torch.bfloat16))
     assert "vocabulary" in uncovered(packed(make_tiny_whisper(), embedding_bits=0))
     skipped = packed(make_tiny_whisper(), skip=["*decoder.layers.1.fc1"])
@@ -230,13 +230,13 @@ def test_a_network_follows_its_model(small):
 
 def test_wrong_arguments_are_refused(small):
     ids, states = ids_and_states()
-    session = Session(fast_part(small), states, 4)
+    session = Session(fast_decoder(small), states, 4)
     with pytest.raises(RuntimeError, match="outside the vocabulary"):
         session.step(torch.full((2, 1), 120))
     session.step(ids[:, :4])
     with pytest.raises(RuntimeError, match="outside the cache"):
         session.step(ids[:, 4:5])
     with pytest.raises(RuntimeError, match="states must be"):
-        Session(fast_part(small), torch.randn(1, 5, 32), 4)
+        Session(fast_decoder(small), torch.randn(1, 5, 32), 4)
     with pytest.raises(RuntimeError, match="freed"):
         torch.ops.dqw_cpu.decoder_cross(10**9, states, 0)

@@ -13,7 +13,6 @@
 namespace dqw {
 namespace {
 
-constexpr float kEpsilon = 1e-5f;
 constexpr int kNorms = 6, kWeights = 10;
 constexpr int64_t kFewRows = 4;  // so many every thread normalizes for itself, without a barrier
 
@@ -47,18 +46,6 @@ void check_decoder(const Network& net) {
         DQW_CHECK(net.sizes[i] == net.width, "norm ", i, " of the decoder has an unfitting size");
     }
 }
-
-// Cuts one block of memory into aligned pieces; with no block it only counts.
-struct Pieces {
-    char* base;
-    size_t used = 0;
-    template <class T>
-    T* take(int64_t count) {
-        T* p = reinterpret_cast<T*>(base + used);
-        used += round_up(std::max<int64_t>(count, 1) * sizeof(T), 64);
-        return p;
-    }
-};
 
 struct Step {
     const Network& net;
@@ -328,8 +315,8 @@ Tensor decoder_cross(int64_t handle, const Tensor& states_, int64_t type) {
     };
     float *keys, *values;
     char *area, *owns;
-    const size_t bytes = place({nullptr}, keys, values, area, owns);
-    place({static_cast<char*>(scratch<2>(bytes))}, keys, values, area, owns);
+    const size_t bytes = place(Pieces{nullptr}, keys, values, area, owns);
+    place(Pieces{static_cast<char*>(scratch<2>(bytes))}, keys, values, area, owns);
     run_team(slots, [&](Member& me) {
         const Area mine{area, owns + me.index() * own, own};
         for (int64_t clip = 0; clip < clips; clip++) {

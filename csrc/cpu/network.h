@@ -48,9 +48,23 @@ template <class F>
 void product(Member& me, const Weight& weight, const LinearKernels& k, const Area& area,
              const float* x, int64_t m, float* y, const F& finish);
 
+constexpr float kEpsilon = 1e-5f;  // of every norm
+
 // ---- implementation ----
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Cuts one block of memory into aligned pieces; with no block it only counts.
+struct Pieces {
+    char* base;
+    size_t used = 0;
+    template <class T>
+    T* take(int64_t count) {
+        T* p = reinterpret_cast<T*>(base + used);
+        used += round_up(std::max<int64_t>(count, 1) * sizeof(T), 64);
+        return p;
+    }
+};
 
 inline int64_t group_count(const Packed& w) {
     return w.group ? (w.cols + w.group - 1) / w.group : 1;

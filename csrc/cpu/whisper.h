@@ -45,6 +45,16 @@ struct SelfAttention {
     float* out;
 };
 
+// One head of the encoder: every position attends to every other. `keys` and `values` are packed
+// from k and v (positions, stride); padded is a multiple of 32.
+struct EncoderHead {
+    const float *q, *k, *v;  // this head's columns, q scaled
+    int64_t stride, positions, padded, head_dim;
+    float* keys;    // (padded * head_dim)
+    float* values;  // (padded * head_dim)
+};
+constexpr int64_t kAttentionRows = 24;  // queries that share their way through keys and values
+
 struct WhisperKernels {
     void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n,
                        float* y);
@@ -53,6 +63,10 @@ struct WhisperKernels {
     void (*self_attention)(const SelfAttention&);
     void (*pack_cross)(const CrossHead&, const float* keys, const float* values, int64_t stride);
     void (*cross_attention)(const CrossAttention&);
+    void (*pack_head)(const EncoderHead&);
+    // Rows [begin, end), at most kAttentionRows, of out (positions, stride). scratch:
+    // kAttentionRows * padded floats.
+    void (*attend_head)(const EncoderHead&, int64_t begin, int64_t end, float* scratch, float* out);
     // The first largest of x[begin:end]; NaN is never one. Returns `begin` for an empty range.
     int64_t (*argmax)(const float* x, int64_t begin, int64_t end);
 };

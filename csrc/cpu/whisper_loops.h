@@ -69,9 +69,11 @@ void run_add(float* x, const float* y, int64_t n) {
     for (; i < n; i++) x[i] += y[i];
 }
 
+DQW_INLINE int64_t round_up_to_16(int64_t n) { return (n + 15) / 16 * 16; }
+
 // scores[0:n] to e^(score - largest), zeros up to a multiple of 16; returns their sum.
 DQW_INLINE float softmax(float* scores, int64_t n) {
-    const int64_t end = (n + 15) / 16 * 16;
+    const int64_t end = round_up_to_16(n);
     for (int64_t i = n; i < end; i++) scores[i] = -__FLT_MAX__;
     f32 top = all(-__FLT_MAX__);
     for (int64_t i = 0; i < end; i += W) top = max(top, load(scores + i));
@@ -313,6 +315,98 @@ void run_cross_attention(const CrossAttention& a) {
     cross_attention_float<Type::f32>(a);
 }
 
+// ---- the encoder's attention ----
+
+constexpr int kQueryRows = W == 16 ? 12 : 6;  // register block: so many queries, two registers
+
+// c (M, N W) = or += a (M, depth) b (depth, N W): rows of a and c have strides, b is dense.
+template <int M, int N>
+DQW_INLINE void multiply(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
+                         int64_t c_stride, bool more) {
+    f32 acc[M][N];
+    unroll<M * N>([&](auto i) {
+        constexpr int m = i.value / N, n = i.value % N;
+        acc[m][n] = more ? load(c + m * c_stride + n * W) : zero();
+    });
+    for (int64_t d = 0; d < depth; d++) {
+        f32 right[N];
+        unroll<N>([&](auto n) { right[n.value] = load(b + d * N * W + n.value * W); });
+        unroll<M>([&](auto m) {
+            const f32 left = all(a[m.value * a_stride + d]);
+            unroll<N>([&](auto n) {
+                acc[m.value][n.value] = fma(left, right[n.value], acc[m.value][n.value]);
+            });
+        });
+    }
+    unroll<M * N>([&](auto i) {
+        constexpr int m = i.value / N, n = i.value % N;
+        store(c + m * c_stride + n * W, acc[m][n]);
+    });
+}
+
+template <int N>
+void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c,
+                   int64_t c_stride, bool more, int64_t rows) {
+    int64_t r = 0;
+    for (; r + kQueryRows <= rows; r += kQueryRows) {
+        multiply<kQueryRows, N>(a + r * a_stride, a_stride, b, depth, c + r * c_stride, c_stride,
+                                more);
+    }
+    for (; r < rows; r++) {
+        multiply<1, N>(a + r * a_stride, a_stride, b, depth, c + r * c_stride, c_stride, more);
+    }
+}
+
+// Keys in strips of 2 W positions: (head_dim, 2 W); values in strips of columns: (padded, width).
+DQW_INLINE int64_t value_strip(int64_t head_dim) { return head_dim % (2 * W) == 0 ? 2 * W : W; }
+
+void run_pack_head(const EncoderHead& h) {
+    for (int64_t t = 0; t < h.padded; t++) {
+        float* key = h.keys + t / (2 * W) * 2 * W * h.head_dim + t % (2 * W);
+        const float* from = h.k + t * h.stride;
+        for (int64_t i = 0; i < h.head_dim; i++) {
+            key[i * 2 * W] = t < h.positions ? from[i] : 0.0f;
+        }
+    }
+    const int64_t strip = value_strip(h.head_dim);
+    for (int64_t i = 0; i < h.head_dim; i += W) {
+        float* to = h.values + i / strip * strip * h.padded + i % strip;
+        for (int64_t t = 0; t < h.padded; t++) {
+            store(to + t * strip, t < h.positions ? load(h.v + t * h.stride + i) : zero());
+        }
+    }
+}
+
+void run_attend_head(const EncoderHead& h, int64_t begin, int64_t end, float* scores, float* out) {
+    const int64_t rows = end - begin;
+    for (int64_t t = 0; t < h.padded; t += 2 * W) {
+        multiply_rows<2>(h.q + begin * h.stride, h.stride, h.keys + t * h.head_dim, h.head_dim,
+                         scores + t, h.padded, false, rows);
+    }
+    float factor[kAttentionRows];
+    for (int64_t r = 0; r < rows; r++) {
+        float* row = scores + r * h.padded;
+        factor[r] = 1.0f / softmax(row, h.positions);
+        for (int64_t t = round_up_to_16(h.positions); t < h.padded; t++) row[t] = 0.0f;
+    }
+    const int64_t strip = value_strip(h.head_dim), chunk = 128;
+    float* to = out + begin * h.stride;
+    for (int64_t i = 0; i < h.head_dim; i += strip) {
+        const float* values = h.values + i * h.padded;
+        for (int64_t t = 0; t < h.padded; t += chunk) {
+            const int64_t depth = h.padded - t < chunk ? h.padded - t : chunk;
+            const auto part = strip == W ? multiply_rows<1> : multiply_rows<2>;
+            part(scores + t, h.padded, values + t * strip, depth, to + i, h.stride, t > 0, rows);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t i = 0; i < h.head_dim; i += W) {
+            float* at = to + r * h.stride + i;
+            store(at, mul(load(at), all(factor[r])));
+        }
+    }
+}
+
 int64_t run_argmax(const float* x, int64_t begin, int64_t end) {
     f32 top = all(-__FLT_MAX__);
     int64_t i = begin;
@@ -332,6 +426,8 @@ constexpr WhisperKernels kWhisperKernels = {
     .self_attention = run_self_attention,
     .pack_cross = run_pack_cross,
     .cross_attention = run_cross_attention,
+    .pack_head = run_pack_head,
+    .attend_head = run_attend_head,
     .argmax = run_argmax,
 };
 

@@ -1,8 +1,8 @@
-"""A packed Whisper on the CPU as two native networks: its encoder, and its decoder a step at a time.
+"""A packed Whisper on the CPU as two native networks: encoder, and decoder a step at a time.
 
-``fast_part(model)`` gives the networks of a model that they cover, made once and again when its
-layers change; ``uncovered(model)`` says in words why a model is not covered. Weights are not
-copied: the networks read the model's own tensors.
+``fast_decoder(model)`` and ``fast_encoder(model.model.encoder)`` give the networks of what they
+cover, made once and again when layers change; ``uncovered`` and ``encoder_uncovered`` say in words
+why something is not. Weights are not copied: the networks read the model's own tensors.
 
 ``Session`` decodes: rows of tokens in, logits out, with keys and values in a cache of its own. It
 also stands in for transformers' cache, so ``generate`` drives it as any other (``fast_model``).
@@ -11,15 +11,16 @@ also stands in for transformers' cache, so ``generate`` drives it as any other (
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dqw import ops
-from dqw.embedding import QuantEmbedding, TiedProjection
-from dqw.linear import QuantLinear, QuantModule
+import dqw.ops  # noqa: F401  loads the library
+from dqw.conv import QuantConv1d
+from dqw.embedding import TiedProjection
+from dqw.linear import QuantModule
 
 CROSS_TYPES = ("int8", "bfloat16", "float32")
 """How the decoder's keys and values of the audio are kept: at one, two or four bytes a number.
@@ -32,34 +33,48 @@ _SELF = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def uncovered(model: Any) -> str:
-    """Why the native networks do not serve ``model``, or "" if they do."""
+    """Why the native decoder does not serve ``model``, or "" if it does."""
+    if not hasattr(model, "proj_out") or not hasattr(model, "generation_config"):
+        return "it is no Whisper that generates"
+    if not isinstance(model.proj_out, TiedProjection):
+        return "its vocabulary is not packed"
+    decoder = model.model.decoder
+    named = [*_linears(decoder), ("embed_tokens", decoder.embed_tokens)]
+    return _reason(decoder, named, model.config.decoder_attention_heads)
+
+
+def encoder_uncovered(encoder: Any) -> str:
+    """Why the native encoder does not serve ``encoder``, or "" if it does."""
+    convolutions = [(name, getattr(encoder, name)) for name in ("conv1", "conv2")]
+    for name, conv in convolutions:
+        shape = tuple(getattr(conv, part, None) for part in ("kernel_size", "stride", "padding"))
+        if shape != ((3,), (1 if name == "conv1" else 2,), (1,)):
+            return f"{name} is not Whisper's"
+    named = [*_linears(encoder), *convolutions]
+    return _reason(encoder, named, encoder.config.encoder_attention_heads)
+
+
+def _reason(part: nn.Module, named: list[tuple[str, Any]], heads: int) -> str:
+    config: Any = part.config
     if not hasattr(torch.ops.dqw_cpu, "decoder_step"):
         return "the C++ library is not loaded"
-    config = model.config
-    if config.model_type != "whisper" or not hasattr(model, "proj_out"):
-        return "it is no Whisper that generates"
-    if model.training:
+    if part.training:
         return "it is in training mode"
     if config.activation_function != "gelu" or config.scale_embedding:
         return "its activation function or scaled embedding is not Whisper's"
-    for heads in (config.encoder_attention_heads, config.decoder_attention_heads):
-        if config.d_model % heads or config.d_model // heads % 16 or config.d_model // heads > 256:
-            return "its heads are not 16, 32, … 256 wide"
-    decoder = model.model.decoder
-    if not isinstance(model.proj_out, TiedProjection):
-        return "its vocabulary is not packed"
-    for name, module in (*_linears(decoder), ("embed_tokens", decoder.embed_tokens)):
+    if config.d_model % heads or config.d_model // heads % 16 or config.d_model // heads > 256:
+        return "its heads are not 16, 32, … 256 wide"
+    for name, module in named:
         reason = _unfit(module)
         if reason:
-            return f"the decoder's {name} {reason}"
-    rest = [p for p in decoder.parameters() if p.is_floating_point()]
-    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in rest):
+            return f"its {name} {reason}"
+    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in part.parameters()):
         return "its float tensors are not float32 on the CPU"
     return ""
 
 
 def _unfit(module: nn.Module) -> str:
-    if not isinstance(module, QuantLinear | QuantEmbedding) or not module.frozen:
+    if not isinstance(module, QuantModule) or not module.frozen:
         return "is not packed"
     if module.group_size % 32 or module.cols > 65536:
         return "has groups or rows that the kernels do not take"
@@ -70,10 +85,10 @@ def _unfit(module: nn.Module) -> str:
     return ""
 
 
-def _linears(part: nn.Module) -> list[tuple[str, Any]]:
+def _linears(part: Any) -> list[tuple[str, Any]]:
     """The matrices of a decoder or encoder in the order of its network."""
     found: list[tuple[str, Any]] = []
-    for i, layer in enumerate(part.layers):  # type: ignore[arg-type, var-annotated]
+    for i, layer in enumerate(part.layers):
         names = [f"self_attn.{name}" for name in _SELF]
         if hasattr(layer, "encoder_attn"):
             names += [f"encoder_attn.{name}" for name in _SELF]
@@ -86,21 +101,21 @@ def _linears(part: nn.Module) -> list[tuple[str, Any]]:
 class Network:
     """A native network; freed with this object."""
 
-    def __init__(
-        self, floats: Sequence[Tensor], packed: Sequence[QuantModule], heads: int, layers: int,
-        width: int,
-    ) -> None:  # fmt: skip
+    def __init__(self, part: Any, packed: Sequence[QuantModule], heads: int) -> None:
+        """part: the decoder or encoder, whose matrices (and what else is packed) are ``packed``."""
+        floats = [t for layer in part.layers for t in _norms(layer)]
+        floats += [part.layer_norm.weight, part.layer_norm.bias, part.embed_positions.weight]
         tensors, layout = list[Tensor](), list[int]()
         for module in packed:
-            bias = module.bias if isinstance(module, QuantLinear) else None
+            bias = getattr(module, "bias", None)
+            int8 = module.spec.activations == "int8" and not isinstance(module, QuantConv1d)
             tensors += [module.weight, module.scale, module.levels]
             tensors.append(torch.empty(0) if bias is None else bias.detach())
-            layout += [module.rows, module.cols, module.spec.bits, module.group_size]
-            layout.append(int(module.spec.activations == "int8"))
-        plain = [t.detach() for t in floats]
+            layout += [module.rows, module.cols, module.spec.bits, module.group_size, int(int8)]
         self.handle: int = torch.ops.dqw_cpu.network_new(
-            plain, tensors, layout, heads, layers, width
-        )
+            [t.detach() for t in floats], tensors, layout, heads, len(part.layers),
+            part.config.d_model,
+        )  # fmt: skip
         weakref.finalize(self, torch.ops.dqw_cpu.network_free, self.handle)
 
 
@@ -111,51 +126,60 @@ def _norms(layer: Any) -> list[Tensor]:
     return [t for norm in (*norms, layer.final_layer_norm) for t in (norm.weight, norm.bias)]
 
 
-class FastPart:
-    """The native networks of one model."""
+class FastEncoder:
+    """The native encoder: features (clips, mels, frames) → states (clips, frames / 2, width)."""
+
+    def __init__(self, encoder: Any) -> None:
+        packed = [module for _, module in _linears(encoder)] + [encoder.conv1, encoder.conv2]
+        self.network = Network(encoder, packed, encoder.config.encoder_attention_heads)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return torch.ops.dqw_cpu.encoder(self.network.handle, features)
+
+
+class FastDecoder:
+    """The native decoder; ``Session`` runs it. cross_type: of ``CROSS_TYPES``, the default."""
 
     def __init__(self, model: Any) -> None:
         config, decoder = model.config, model.model.decoder
-        self.vocabulary: int = config.vocab_size
         self.layers: int = config.decoder_layers
         self.width: int = config.d_model
         self.positions: int = config.max_target_positions
         modules = [module for _, module in _linears(decoder)]
         int8 = all(module.spec.activations == "int8" for module in modules)
         self.cross_type = "int8" if int8 else "bfloat16"
-        floats = [t for layer in decoder.layers for t in _norms(layer)]
-        floats += [decoder.layer_norm.weight, decoder.layer_norm.bias]
-        floats.append(decoder.embed_positions.weight)
-        self.decoder = Network(
-            floats, [*modules, decoder.embed_tokens], config.decoder_attention_heads, self.layers,
-            self.width,
-        )  # fmt: skip
+        packed = [*modules, decoder.embed_tokens]
+        self.network = Network(decoder, packed, config.decoder_attention_heads)
 
 
-_parts: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, FastPart]] = weakref.WeakKeyDictionary()
+_made: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Any]] = weakref.WeakKeyDictionary()
 
 
-def fast_part(model: Any) -> FastPart | None:
-    """The native networks of ``model``; None where it is not covered."""
-    key = _identity(model)
-    known = _parts.get(model)
-    if known is not None and known[0] == key:
-        return known[1]
-    if uncovered(model):
-        return None
-    part = FastPart(model)
-    _parts[model] = key, part
-    return part
+def fast_decoder(model: Any) -> FastDecoder | None:
+    """The native decoder of ``model``; None where it is not covered."""
+    return _remembered(model, uncovered, FastDecoder)
 
 
-def _identity(model: nn.Module) -> tuple:
+def fast_encoder(encoder: Any) -> FastEncoder | None:
+    """The native form of a model's encoder; None where it is not covered."""
+    return _remembered(encoder, encoder_uncovered, FastEncoder)
+
+
+def _remembered(module: Any, reason: Callable[[Any], str], make: Callable[[Any], Any]) -> Any:
+    key = _identity(module)
+    known = _made.get(module)
+    if known is None or known[0] != key:
+        known = _made[module] = key, None if reason(module) else make(module)
+    return known[1]
+
+
+def _identity(module: nn.Module) -> tuple:
     """Changes when a layer, its memory or its activations do."""
-    found: list[Any] = [model.training]
-    for module in model.modules():
-        if isinstance(module, QuantModule):
-            found += [module.weight.data_ptr(), module.spec.activations]
-        else:
-            found += [p.data_ptr() for p in module.parameters(recurse=False)]
+    found: list[Any] = [module.training]
+    for part in module.modules():
+        if isinstance(part, QuantModule):
+            found += [part.weight.data_ptr(), part.spec.activations]
+        found += [p.data_ptr() for p in part.parameters(recurse=False)]
     return tuple(found)
 
 
@@ -169,16 +193,16 @@ class Session:
     is_sliding = (False,)
 
     def __init__(
-        self, part: FastPart, states: Tensor, longest: int, per_clip: int = 1,
+        self, decoder: FastDecoder, states: Tensor, longest: int, per_clip: int = 1,
         cross_type: str | None = None,
     ) -> None:  # fmt: skip
-        self.part = part
         self.audio = states.shape[1]
-        self.type = CROSS_TYPES.index(cross_type or part.cross_type)
-        self.cross = torch.ops.dqw_cpu.decoder_cross(part.decoder.handle, states.float(), self.type)
+        self.type = CROSS_TYPES.index(cross_type or decoder.cross_type)
+        self.network = decoder.network
+        self.cross = torch.ops.dqw_cpu.decoder_cross(self.network.handle, states, self.type)
         count = states.shape[0] * per_clip
-        self.longest = min(longest, part.positions)
-        self.cache = torch.empty(part.layers, 2, count, self.longest, part.width)
+        self.longest = min(longest, decoder.positions)
+        self.cache = torch.empty(decoder.layers, 2, count, self.longest, decoder.width)
         rows = torch.arange(count, dtype=torch.int32)
         self.slots = rows  # of the cache, one for each sequence
         self.clips = rows // per_clip
@@ -200,7 +224,7 @@ class Session:
         if wanted is None:
             wanted = torch.arange(count, dtype=torch.int32)
         logits = torch.ops.dqw_cpu.decoder_step(
-            self.part.decoder.handle, ids.flatten().contiguous(), positions.contiguous(), clips, sources,
+            self.network.handle, ids.flatten().contiguous(), positions.contiguous(), clips, sources,
             self.cache, self.cross, self.audio, self.type, wanted,
         )  # fmt: skip
         self.length += new

@@ -20,15 +20,18 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 from transformers.generation.utils import GenerateEncoderDecoderOutput
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from dqw.whisper.decoding import SuppressTokens
-from dqw.whisper.fast import FastPart, Session, fast_part
+from dqw.whisper.fast import FastDecoder, Session, fast_decoder, fast_encoder
 
 
 def speed_up(model: Any) -> None:
     """Let ``model`` generate on the native networks wherever they cover it; others stay as is."""
     if type(model) is WhisperForConditionalGeneration:
         model.__class__ = _FastWhisper
+        model.model.encoder.__class__ = _FastEncoder
 
 
 class _FastWhisper(WhisperForConditionalGeneration):
@@ -42,10 +45,10 @@ class _FastWhisper(WhisperForConditionalGeneration):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        part = None
+        decoder = None
         if not synced_gpus and _is_plain_greedy(generation_config, model_kwargs, input_ids):
-            part = fast_part(self)
-        if part is None:
+            decoder = fast_decoder(self)
+        if decoder is None:
             return super()._sample(
                 input_ids,
                 logits_processor,
@@ -58,14 +61,36 @@ class _FastWhisper(WhisperForConditionalGeneration):
         states = model_kwargs["encoder_outputs"][0]
         with torch.inference_mode():
             return _greedy(
-                part, states, input_ids, logits_processor, stopping_criteria, generation_config,
+                decoder, states, input_ids, logits_processor, stopping_criteria, generation_config,
                 streamer,
             )  # fmt: skip
 
 
+class _FastEncoder(WhisperEncoder):
+    def forward(
+        self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        native = None
+        asks = any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))
+        config = self.config
+        asks = asks or config.output_attentions or config.output_hidden_states
+        frames = 2 * config.max_source_positions
+        if not asks and not torch.is_grad_enabled() and input_features.shape[-1] == frames:
+            native = fast_encoder(self) if input_features.device.type == "cpu" else None
+        if native is None:
+            return super().forward(input_features, attention_mask, **kwargs)
+        states = native(input_features)
+        if kwargs.get("return_dict", True) is False:
+            return (states,)
+        return BaseModelOutput(last_hidden_state=states)
+
+
 # What save_pretrained writes as the architecture, and people see.
-_FastWhisper.__name__ = WhisperForConditionalGeneration.__name__
-_FastWhisper.__qualname__ = WhisperForConditionalGeneration.__qualname__
+for _mine, _theirs in (
+    (_FastWhisper, WhisperForConditionalGeneration),
+    (_FastEncoder, WhisperEncoder),
+):
+    _mine.__name__, _mine.__qualname__ = _theirs.__name__, _theirs.__qualname__
 
 
 def _is_plain_greedy(config: Any, inputs: dict[str, Any], ids: Tensor) -> bool:
@@ -87,21 +112,21 @@ def _is_plain_greedy(config: Any, inputs: dict[str, Any], ids: Tensor) -> bool:
 
 
 def _greedy(
-    part: FastPart, states: Tensor, prompt: Tensor, processors: Any, criteria: Any, config: Any,
-    streamer: Any,
+    decoder: FastDecoder, states: Tensor, prompt: Tensor, processors: Any, criteria: Any,
+    config: Any, streamer: Any,
 ) -> Any:  # fmt: skip
     """The greedy half of ``GenerationMixin._sample``. Sequences that ended leave the batch."""
     processors = [_quick(processor) for processor in processors]
     stop = _Stop(criteria)
     count, length = prompt.shape
-    limit = stop.limit or part.positions + 1
+    limit = stop.limit or decoder.positions + 1
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     ids = torch.full((count, max(limit, length + 1)), pad, dtype=torch.long)
     ids[:, :length] = prompt
     keeps_scores = config.return_dict_in_generate and config.output_scores
     keeps_logits = config.return_dict_in_generate and config.output_logits
     scores, raw = list[Tensor](), list[Tensor]()
-    session = Session(part, states, limit)
+    session = Session(decoder, states, limit)
     running = torch.arange(count)
     new = prompt
     while True:
