@@ -2,8 +2,8 @@
 
 Clips of 11 s and of 30 s cut from one recording, engines taking turns, medians. From the two clips
 each engine's cost of a further token follows (their tokens differ, their encoder does not), and
-what it does once a clip. Peak memory is that of loading and the first, longest clip. Peers that are not installed, or lack their model, are named with the
-reason.
+what it does once a clip. Peak memory is that of loading and the first, longest clip. Peers that are
+not installed, or lack their model, are named with the reason.
 """
 
 import json

@@ -150,6 +150,20 @@ class FastDecoder:
         self.cross_type = "int8" if int8 else "bfloat16"
         packed = [*modules, decoder.embed_tokens]
         self.network = Network(decoder, packed, config.decoder_attention_heads)
+        self._last: tuple[weakref.ref, int, Tensor] | None = None
+
+    def cross(self, states: Tensor, cross_type: int) -> Tensor:
+        """The keys and values of the encoder's ``states``. The last ones are remembered for as
+        long as the states live: detecting the language and decoding ask for the same."""
+        last = self._last
+        if last is None or last[0]() is not states or last[1] != cross_type:
+            made = torch.ops.dqw_cpu.decoder_cross(self.network.handle, states, cross_type)
+            last = self._last = weakref.ref(states, self._forget), cross_type, made
+        return last[2]
+
+    def _forget(self, dead: weakref.ref) -> None:
+        if self._last is not None and self._last[0] is dead:
+            self._last = None
 
 
 _made: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Any]] = weakref.WeakKeyDictionary()
@@ -189,7 +203,9 @@ class Session:
     states: the encoder's (clips, positions, width) float32. longest: tokens a sequence may have.
     """
 
+    # what generate asks a cache
     is_compileable = False
+    is_linear = (False,)
     is_sliding = (False,)
 
     def __init__(
@@ -199,7 +215,7 @@ class Session:
         self.audio = states.shape[1]
         self.type = CROSS_TYPES.index(cross_type or decoder.cross_type)
         self.network = decoder.network
-        self.cross = torch.ops.dqw_cpu.decoder_cross(self.network.handle, states, self.type)
+        self.cross = decoder.cross(states, self.type)
         count = states.shape[0] * per_clip
         self.longest = min(longest, decoder.positions)
         self.cache = torch.empty(decoder.layers, 2, count, self.longest, decoder.width)

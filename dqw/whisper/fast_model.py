@@ -20,7 +20,7 @@ from transformers.generation import (
     SuppressTokensLogitsProcessor,
 )
 from transformers.generation.utils import GenerateEncoderDecoderOutput
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from dqw.whisper.decoding import SuppressTokens
@@ -46,10 +46,12 @@ class _FastWhisper(WhisperForConditionalGeneration):
         **model_kwargs: Any,
     ) -> Any:
         decoder = None
-        if not synced_gpus and _is_plain_greedy(generation_config, model_kwargs, input_ids):
+        greedy = not generation_config.do_sample and not synced_gpus
+        if greedy and _is_covered(generation_config, model_kwargs, input_ids):
             decoder = fast_decoder(self)
         if decoder is None:
-            return super()._sample(
+            plain: Any = super()
+            return plain._sample(
                 input_ids,
                 logits_processor,
                 stopping_criteria,
@@ -65,15 +67,67 @@ class _FastWhisper(WhisperForConditionalGeneration):
                 streamer,
             )  # fmt: skip
 
+    def _beam_search(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """transformers' beam search, with our decoder in the place of its cache."""
+        decoder = None
+        beams = generation_config.num_beams
+        if not synced_gpus and _is_covered(generation_config, model_kwargs, input_ids):
+            decoder = fast_decoder(self)
+        if decoder is not None:
+            states = model_kwargs["encoder_outputs"][0][::beams].contiguous()
+            longest = generation_config.max_length
+            name = "cache" if "cache" in model_kwargs else "past_key_values"
+            model_kwargs[name] = Session(decoder, states, longest, beams)
+        plain: Any = super()
+        return plain._beam_search(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus=synced_gpus,
+            **model_kwargs,
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A step of the beam search, and the single token that detects the language, are ours."""
+        session = kwargs.get("cache", kwargs.get("past_key_values"))
+        if session is None and not args and not torch.is_grad_enabled():
+            session = self._detecting(kwargs)
+        if isinstance(session, Session):
+            return Seq2SeqLMOutput(logits=session.step(kwargs["decoder_input_ids"])[:, None])
+        return super().__call__(*args, **kwargs)
+
+    def _detecting(self, given: dict[str, Any]) -> Session | None:
+        """Decoding of what ``detect_language`` asks for, if ``given`` is that."""
+        ids = given.get("decoder_input_ids")
+        rest = given.keys() - {"decoder_input_ids", "use_cache"}
+        if ids is None or ids.shape[1] != 1 or given.get("use_cache") is not False:
+            return None
+        if rest not in ({"encoder_outputs"}, {"input_features"}) or ids.device.type != "cpu":
+            return None
+        decoder = fast_decoder(self)
+        if decoder is None:
+            return None
+        encoded = given.get("encoder_outputs") or self.model.encoder(given["input_features"])
+        return Session(decoder, encoded[0], 1)
+
 
 class _FastEncoder(WhisperEncoder):
     def forward(
         self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
         native = None
-        asks = any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))
         config = self.config
-        asks = asks or config.output_attentions or config.output_hidden_states
+        asks = config.output_attentions or config.output_hidden_states
+        asks = asks or kwargs.get("output_attentions") or kwargs.get("output_hidden_states")
         frames = 2 * config.max_source_positions
         if not asks and not torch.is_grad_enabled() and input_features.shape[-1] == frames:
             native = fast_encoder(self) if input_features.device.type == "cpu" else None
@@ -93,12 +147,12 @@ for _mine, _theirs in (
     _mine.__name__, _mine.__qualname__ = _theirs.__name__, _theirs.__qualname__
 
 
-def _is_plain_greedy(config: Any, inputs: dict[str, Any], ids: Tensor) -> bool:
+def _is_covered(config: Any, inputs: dict[str, Any], ids: Tensor) -> bool:
     mask = inputs.get("decoder_attention_mask")
     states = inputs.get("encoder_outputs")
     cache = inputs.get("cache", inputs.get("past_key_values"))
-    return (
-        not (config.do_sample or config.output_attentions or config.output_hidden_states)
+    return bool(
+        not (config.output_attentions or config.output_hidden_states)
         and config.use_cache is not False
         and getattr(config, "prefill_chunk_size", None) is None
         and states is not None
@@ -165,9 +219,9 @@ def _greedy(
     if not config.return_dict_in_generate:
         return sequences
     return GenerateEncoderDecoderOutput(
-        sequences=sequences,
-        scores=tuple(scores) if keeps_scores else None,
-        logits=tuple(raw) if keeps_logits else None,
+        sequences=sequences,  # type: ignore[arg-type]
+        scores=tuple(scores) if keeps_scores else None,  # type: ignore[arg-type]
+        logits=tuple(raw) if keeps_logits else None,  # type: ignore[arg-type]
     )
 
 
