@@ -1,4 +1,4 @@
-"""The native decoder against the plain model: logits within rounding, tokens the same."""
+"""The native encoder and decoder against the plain model: logits within rounding, same tokens."""
 
 import copy
 
@@ -8,12 +8,20 @@ import torch
 from conftest import make_tiny_whisper
 from kernel_helpers import instruction_set, needs_library
 from transformers import WhisperForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper_helpers import tiny
 
 import dqw
 from dqw.convert import set_activations
 from dqw.recipe import QuantConfig, Recipe
-from dqw.whisper.fast import CROSS_TYPES, Session, fast_decoder, uncovered
+from dqw.whisper.fast import (
+    CROSS_TYPES,
+    Session,
+    coverage,
+    fast_decoder,
+    fast_encoder,
+    uncovered,
+)
 from dqw.whisper.transcribe import transcribe
 
 pytestmark = needs_library
@@ -185,14 +193,109 @@ def test_generate_gives_the_same_scores(speaking):
         assert apart.abs().max() < 0.05  # bfloat16 keys and values
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 3}, {"do_sample": True}])
-def test_what_is_not_covered_runs_plainly(speaking, options):
+def test_sampling_runs_plainly(speaking, monkeypatch):
     model, processor = speaking
     batch = features(processor, 2)["input_features"]
+    monkeypatch.setattr(Session, "step", lambda *_: pytest.fail("ran natively"))
     torch.manual_seed(1)
-    found = model.generate(batch, language="en", **options)
+    options = {"language": "en", "do_sample": True, "temperature": 0.8}
+    found = model.generate(batch, **options)
     torch.manual_seed(1)
-    assert torch.equal(found, plain(model).generate(batch, language="en", **options))
+    assert torch.equal(found, plain(model).generate(batch, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "return_timestamps": True},
+        {"num_beams": 2, "num_return_sequences": 2},
+    ],
+)
+def test_beams_find_the_same(speaking, options, monkeypatch):
+    model, processor = speaking
+    batch = features(processor, 3)["input_features"]
+    wanted = plain(model).generate(batch, language="en", **options)
+    decoder = plain(model).model.decoder
+    monkeypatch.setattr(decoder, "forward", lambda *_, **__: pytest.fail("ran plainly"))
+    assert torch.equal(model.generate(batch, language="en", **options), wanted)
+
+
+def test_the_language_is_detected_once_for_both(speaking, monkeypatch):
+    model, processor = speaking
+    batch = features(processor, 3)["input_features"]
+    wanted = plain(model).detect_language(batch)
+    monkeypatch.setattr(model.model.decoder, "forward", lambda *_, **__: pytest.fail("ran plainly"))
+    assert torch.equal(model.detect_language(batch), wanted)
+    with torch.inference_mode():
+        states = model.model.encoder(batch).last_hidden_state
+    decoder = fast_decoder(model)
+    assert decoder.cross(states, 0) is decoder.cross(states, 0)
+    assert decoder.cross(states, 0) is not decoder.cross(states.clone(), 0)
+    del states
+    assert decoder._last is None
+
+
+# ---- the encoder ----
+
+
+def encoded(model, batch):
+    with torch.inference_mode():
+        return model.model.encoder(batch).last_hidden_state
+
+
+def plainly_encoded(model, batch):
+    with torch.inference_mode():
+        return WhisperEncoder.forward(model.model.encoder, batch).last_hidden_state
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize(("positions", "heads"), [(50, 2), (33, 4), (1, 1)])
+def test_states_are_those_of_the_plain_encoder(tier, positions, heads):
+    model = packed(make_tiny_whisper(max_source_positions=positions, encoder_attention_heads=heads))
+    batch = torch.randn(2, 80, 2 * positions)
+    with instruction_set(tier):
+        found, wanted = encoded(model, batch), plainly_encoded(model, batch)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("width", [48, 96])
+def test_a_width_that_no_block_divides(width):
+    model = packed(
+        make_tiny_whisper(
+            d_model=width, encoder_attention_heads=1, decoder_attention_heads=1,
+            encoder_ffn_dim=100, decoder_ffn_dim=100, max_source_positions=20,
+        )
+    )  # fmt: skip
+    batch = torch.randn(1, 80, 40)
+    found, wanted = encoded(model, batch), plainly_encoded(model, batch)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+    ids, states = ids_and_states(width=width)
+    found = stepwise(Session(fast_decoder(model), states, 16, cross_type="float32"), ids)
+    wanted = reference(model, ids, states)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+def test_the_encoder_that_is_asked_for_more_runs_plainly(small):
+    batch = torch.randn(1, 80, 3000)
+    encoder = small.model.encoder
+    assert encoder(batch).last_hidden_state.requires_grad  # as in training what stays float
+    with torch.inference_mode():
+        assert len(encoder(batch, output_hidden_states=True).hidden_states) == 3
+        with pytest.raises(ValueError, match="3000"):
+            encoder(batch[:, :, :200])
+    assert fast_encoder(encoder) is not None
+    with pytest.raises(RuntimeError, match="mel bins"):
+        fast_encoder(encoder)(torch.randn(1, 8, 3000))
+
+
+def test_info_says_who_serves_a_folder(small):
+    config = small.config.to_dict()
+    assert coverage(config) == {"encoder": "native", "decoder": "native"}
+    del config["quantization_config"]["plan"]["model.encoder.conv1"]
+    assert coverage(config)["encoder"] == "plain: its conv1 is not packed"
+    del config["quantization_config"]
+    assert "not packed" in coverage(config)["decoder"]
 
 
 def test_transcribe_gives_the_same_text(speaking):
@@ -208,6 +311,7 @@ def test_a_folder_loads_with_the_fast_decoder(speaking, tmp_path):
     model, processor = speaking
     model.save_pretrained(tmp_path)
     loaded = WhisperForConditionalGeneration.from_pretrained(tmp_path)
+    assert not isinstance(plain(loaded), type(loaded))
     assert uncovered(loaded) == "" and type(loaded) is type(model)
     assert loaded.config.architectures == ["WhisperForConditionalGeneration"]
     batch = features(processor, 1)["input_features"]

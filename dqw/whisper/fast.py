@@ -20,7 +20,9 @@ from torch import Tensor, nn
 import dqw.ops  # noqa: F401  loads the library
 from dqw.conv import QuantConv1d
 from dqw.embedding import TiedProjection
+from dqw.grids import level_max
 from dqw.linear import QuantModule
+from dqw.recipe import QuantSpec
 
 CROSS_TYPES = ("int8", "bfloat16", "float32")
 """How the decoder's keys and values of the audio are kept: at one, two or four bytes a number.
@@ -29,6 +31,7 @@ int8 (a scale for each position and head) reads half of what bfloat16 does; both
 token, and at whisper-base's width they weigh as much as its 4-bit weights.
 """
 
+_DEVICES = ("cpu", "meta")  # meta: a folder that is looked at, not loaded
 _SELF = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
@@ -54,6 +57,25 @@ def encoder_uncovered(encoder: Any) -> str:
     return _reason(encoder, named, encoder.config.encoder_attention_heads)
 
 
+def coverage(config: dict[str, Any]) -> dict[str, str]:
+    """Who serves a folder with this config.json on a CPU: {"encoder": …, "decoder": …}."""
+    stored = config.get("quantization_config") or {}
+    if not stored.get("plan"):
+        return dict.fromkeys(("encoder", "decoder"), "plain: the folder is not packed")
+
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    from dqw.convert import swap_empty
+
+    plan = {name: QuantSpec.from_dict(spec) for name, spec in stored["plan"].items()}
+    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")}
+    with torch.device("meta"):
+        model: Any = WhisperForConditionalGeneration(WhisperConfig(**plain)).eval()
+        swap_empty(model, plan)
+    reasons = {"encoder": encoder_uncovered(model.model.encoder), "decoder": uncovered(model)}
+    return {name: f"plain: {why}" if why else "native" for name, why in reasons.items()}
+
+
 def _reason(part: nn.Module, named: list[tuple[str, Any]], heads: int) -> str:
     config: Any = part.config
     if not hasattr(torch.ops.dqw_cpu, "decoder_step"):
@@ -68,7 +90,8 @@ def _reason(part: nn.Module, named: list[tuple[str, Any]], heads: int) -> str:
         reason = _unfit(module)
         if reason:
             return f"its {name} {reason}"
-    if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in part.parameters()):
+    rest = part.parameters()
+    if any(p.dtype != torch.float32 or p.device.type not in _DEVICES for p in rest):
         return "its float tensors are not float32 on the CPU"
     return ""
 
@@ -78,9 +101,9 @@ def _unfit(module: nn.Module) -> str:
         return "is not packed"
     if module.group_size % 32 or module.cols > 65536:
         return "has groups or rows that the kernels do not take"
-    if module.spec.activations != "int8" and int(module.levels.abs().max()) > 128:
+    if module.spec.activations != "int8" and level_max(module.spec.grid, module.spec.bits) > 128:
         return "has levels beyond 8 bits"
-    if module.weight.device.type != "cpu":
+    if module.weight.device.type not in _DEVICES:
         return "is not on the CPU"
     return ""
 

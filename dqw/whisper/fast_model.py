@@ -139,12 +139,14 @@ class _FastEncoder(WhisperEncoder):
         return BaseModelOutput(last_hidden_state=states)
 
 
-# What save_pretrained writes as the architecture, and people see.
+# transformers finds classes by these names: as the architecture that save_pretrained writes, and to
+# know what a forward pass can record.
 for _mine, _theirs in (
     (_FastWhisper, WhisperForConditionalGeneration),
     (_FastEncoder, WhisperEncoder),
 ):
-    _mine.__name__, _mine.__qualname__ = _theirs.__name__, _theirs.__qualname__
+    for _name in ("__name__", "__qualname__", "__module__"):
+        setattr(_mine, _name, getattr(_theirs, _name))
 
 
 def _is_covered(config: Any, inputs: dict[str, Any], ids: Tensor) -> bool:
