@@ -378,10 +378,16 @@ void run_pack_head(const EncoderHead& h) {
 }
 
 void run_attend_head(const EncoderHead& h, int64_t begin, int64_t end, float* scores, float* out) {
-    const int64_t rows = end - begin;
+    const int64_t rows = end - begin, width = h.head_dim;
+    // Queries and results side by side: at the model's width, a power of two, a block's rows would
+    // fall on two or three of the cache's sets and throw each other out.
+    alignas(64) float q[kAttentionRows * 256], sums[kAttentionRows * 256];
+    for (int64_t r = 0; r < rows; r++) {
+        const float* from = h.q + (begin + r) * h.stride;
+        for (int64_t i = 0; i < width; i += W) store(q + r * width + i, load(from + i));
+    }
     for (int64_t t = 0; t < h.padded; t += 2 * W) {
-        multiply_rows<2>(h.q + begin * h.stride, h.stride, h.keys + t * h.head_dim, h.head_dim,
-                         scores + t, h.padded, false, rows);
+        multiply_rows<2>(q, width, h.keys + t * width, width, scores + t, h.padded, false, rows);
     }
     float factor[kAttentionRows];
     for (int64_t r = 0; r < rows; r++) {
@@ -389,20 +395,19 @@ void run_attend_head(const EncoderHead& h, int64_t begin, int64_t end, float* sc
         factor[r] = 1.0f / softmax(row, h.positions);
         for (int64_t t = round_up_to_16(h.positions); t < h.padded; t++) row[t] = 0.0f;
     }
-    const int64_t strip = value_strip(h.head_dim), chunk = 128;
-    float* to = out + begin * h.stride;
-    for (int64_t i = 0; i < h.head_dim; i += strip) {
+    const int64_t strip = value_strip(width), chunk = 128;
+    for (int64_t i = 0; i < width; i += strip) {
         const float* values = h.values + i * h.padded;
         for (int64_t t = 0; t < h.padded; t += chunk) {
             const int64_t depth = h.padded - t < chunk ? h.padded - t : chunk;
             const auto part = strip == W ? multiply_rows<1> : multiply_rows<2>;
-            part(scores + t, h.padded, values + t * strip, depth, to + i, h.stride, t > 0, rows);
+            part(scores + t, h.padded, values + t * strip, depth, sums + i, width, t > 0, rows);
         }
     }
     for (int64_t r = 0; r < rows; r++) {
-        for (int64_t i = 0; i < h.head_dim; i += W) {
-            float* at = to + r * h.stride + i;
-            store(at, mul(load(at), all(factor[r])));
+        float* to = out + (begin + r) * h.stride;
+        for (int64_t i = 0; i < width; i += W) {
+            store(to + i, mul(load(sums + r * width + i), all(factor[r])));
         }
     }
 }

@@ -203,6 +203,8 @@ def fast_encoder(encoder: Any) -> FastEncoder | None:
 
 
 def _remembered(module: Any, reason: Callable[[Any], str], make: Callable[[Any], Any]) -> Any:
+    if torch.compiler.is_compiling():
+        return None  # the plain modules are what can be traced
     key = _identity(module)
     known = _made.get(module)
     if known is None or known[0] != key:

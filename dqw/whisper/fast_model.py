@@ -14,8 +14,6 @@ import torch
 from torch import Tensor
 from transformers import WhisperForConditionalGeneration
 from transformers.generation import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
 )
@@ -25,6 +23,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from dqw.whisper.decoding import SuppressTokens
 from dqw.whisper.fast import FastDecoder, Session, fast_decoder, fast_encoder
+from dqw.whisper.fast_greedy import Stop, greedy
 
 
 def speed_up(model: Any) -> None:
@@ -32,6 +31,11 @@ def speed_up(model: Any) -> None:
     if type(model) is WhisperForConditionalGeneration:
         model.__class__ = _FastWhisper
         model.model.encoder.__class__ = _FastEncoder
+
+
+def native_decoder(model: Any) -> FastDecoder | None:
+    """The native decoder of a model that ``speed_up`` had; None where it does not cover it."""
+    return fast_decoder(model) if isinstance(model, _FastWhisper) else None
 
 
 class _FastWhisper(WhisperForConditionalGeneration):
@@ -46,8 +50,8 @@ class _FastWhisper(WhisperForConditionalGeneration):
         **model_kwargs: Any,
     ) -> Any:
         decoder = None
-        greedy = not generation_config.do_sample and not synced_gpus
-        if greedy and _is_covered(generation_config, model_kwargs, input_ids):
+        argmax = not generation_config.do_sample and not synced_gpus
+        if argmax and _is_covered(generation_config, model_kwargs, input_ids):
             decoder = fast_decoder(self)
         if decoder is None:
             plain: Any = super()
@@ -60,12 +64,25 @@ class _FastWhisper(WhisperForConditionalGeneration):
                 streamer=streamer,
                 **model_kwargs,
             )
-        states = model_kwargs["encoder_outputs"][0]
+        pad = generation_config._pad_token_tensor
+        asks = generation_config.return_dict_in_generate
         with torch.inference_mode():
-            return _greedy(
-                decoder, states, input_ids, logits_processor, stopping_criteria, generation_config,
-                streamer,
-            )  # fmt: skip
+            found = greedy(
+                decoder,
+                model_kwargs["encoder_outputs"][0],
+                input_ids,
+                [_quick(processor) for processor in logits_processor],
+                Stop.of(stopping_criteria),
+                pad=0 if pad is None else int(pad),
+                scores=asks and generation_config.output_scores,
+                logits=asks and generation_config.output_logits,
+                streamer=streamer,
+            )
+        if not asks:
+            return found.ids
+        kept: dict[str, Any] = {"scores": tuple(found.scores) or None}
+        kept |= {"sequences": found.ids, "logits": tuple(found.logits) or None}
+        return GenerateEncoderDecoderOutput(**kept)
 
     def _beam_search(
         self,
@@ -165,91 +182,6 @@ def _is_covered(config: Any, inputs: dict[str, Any], ids: Tensor) -> bool:
         and inputs.get("decoder_position_ids") is None
         and (cache is None or cache.get_seq_length() == 0)
     )
-
-
-def _greedy(
-    decoder: FastDecoder, states: Tensor, prompt: Tensor, processors: Any, criteria: Any,
-    config: Any, streamer: Any,
-) -> Any:  # fmt: skip
-    """The greedy half of ``GenerationMixin._sample``. Sequences that ended leave the batch."""
-    processors = [_quick(processor) for processor in processors]
-    stop = _Stop(criteria)
-    count, length = prompt.shape
-    limit = stop.limit or decoder.positions + 1
-    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
-    ids = torch.full((count, max(limit, length + 1)), pad, dtype=torch.long)
-    ids[:, :length] = prompt
-    keeps_scores = config.return_dict_in_generate and config.output_scores
-    keeps_logits = config.return_dict_in_generate and config.output_logits
-    scores, raw = list[Tensor](), list[Tensor]()
-    session = Session(decoder, states, limit)
-    running = torch.arange(count)
-    new = prompt
-    while True:
-        logits = session.step(new)
-        if len(running) < count:
-            whole = logits.new_zeros(count, logits.shape[1])
-            whole[running] = logits
-            logits = whole
-        if keeps_logits:
-            raw.append(logits.clone())
-        seen = ids[:, :length]
-        for processor in processors:
-            logits = processor(seen, logits)
-        if keeps_scores:
-            scores.append(logits)
-        chosen = logits.argmax(-1)
-        if len(running) < count:
-            left = torch.full((count,), pad)
-            left[running] = chosen[running]
-            chosen = left
-        ids[:, length] = chosen
-        length += 1
-        if streamer is not None:
-            streamer.put(chosen)
-        ended = stop(ids[:, :length], scores)[running]
-        if bool(ended.all()):
-            break
-        if bool(ended.any()):
-            going = (~ended).nonzero().squeeze(1)
-            running = running[going]
-            session.keep(going)
-        new = ids[running, length - 1 : length]
-    if streamer is not None:
-        streamer.end()
-    sequences = ids[:, :length].clone()
-    if not config.return_dict_in_generate:
-        return sequences
-    return GenerateEncoderDecoderOutput(
-        sequences=sequences,  # type: ignore[arg-type]
-        scores=tuple(scores) if keeps_scores else None,  # type: ignore[arg-type]
-        logits=tuple(raw) if keeps_logits else None,  # type: ignore[arg-type]
-    )
-
-
-class _Stop:
-    """Stopping criteria; those of every ``generate``, length and end tokens, without torch's help.
-
-    ``limit``: the length at which every sequence ends, or None.
-    """
-
-    def __init__(self, criteria: Any) -> None:
-        self.limit: int | None = criteria.max_length
-        self.ends = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
-        known = (EosTokenCriteria, MaxLengthCriteria)
-        self.rest = [c for c in criteria if type(c) not in known]
-
-    def __call__(self, ids: Tensor, scores: list[Tensor]) -> Tensor:
-        """(sequences,) bool: which have ended."""
-        if self.limit is not None and ids.shape[1] >= self.limit:
-            return torch.ones(len(ids), dtype=torch.bool)
-        last = ids[:, -1]
-        done = torch.zeros(len(ids), dtype=torch.bool)
-        for end in self.ends:
-            done |= torch.isin(last, end) if end.numel() > 1 else last == end
-        for criterion in self.rest:
-            done |= criterion(ids, tuple(scores) or None)
-        return done
 
 
 def _quick(processor: Any) -> Any:
