@@ -104,7 +104,7 @@ def run(asked: Asked, report: Callable[[str], None]) -> tuple[list[Engine], dict
                 engine = start(name, kind, path, asked.threads, base, skipped)
                 if engine is not None:
                     engines.append(engine)
-            for turn in range(1 + (3 if asked.quick else 5)):
+            for turn in range(1 + (2 if asked.quick else 5)):
                 for length, clip in sorted(clips.items(), reverse=True):
                     for engine in engines:
                         report(f"turn {turn}: {engine.name} {engine.kind}, {length} s")

@@ -26,6 +26,7 @@ from dqw.whisper.fast_model import native_decoder
 from dqw.whisper.transcribe import transcribe
 
 pytestmark = needs_library
+CHECKS = ("test_schema", "test_faketensor")
 TIERS = ("scalar", "avx2", "avx512")
 
 
@@ -331,6 +332,26 @@ def test_a_network_follows_its_model(small):
     skipped = packed(make_tiny_whisper(), skip=["*decoder.layers.1.fc1"])
     assert "layers.1.fc1 is not packed" in uncovered(skipped)
     assert "heads" in uncovered(packed(make_tiny_whisper(decoder_attention_heads=8)))
+
+
+def test_operators_keep_their_schemas(small):
+    ids, states = ids_and_states()
+    decoder, encoder = fast_decoder(small).network.handle, fast_encoder(small.model.encoder)
+    operators = torch.ops.dqw_cpu
+    torch.library.opcheck(
+        operators.encoder, (encoder.network.handle, torch.randn(1, 80, 20)), test_utils=CHECKS
+    )
+    for cross_type in range(3):
+        torch.library.opcheck(
+            operators.decoder_cross, (decoder, states, cross_type), test_utils=CHECKS
+        )
+        session = Session(fast_decoder(small), states, 8, cross_type=CROSS_TYPES[cross_type])
+        integers = [torch.tensor(x, dtype=torch.int32) for x in ([0, 0], [0, 1], [0, 1])]
+        arguments = (
+            decoder, ids[:, 0].contiguous(), integers[0], integers[1], session.sources,
+            session.cache.zero_(), session.cross, session.audio, cross_type, integers[2],
+        )  # fmt: skip
+        torch.library.opcheck(operators.decoder_step, arguments, test_utils=CHECKS)
 
 
 def test_wrong_arguments_are_refused(small):

@@ -135,11 +135,44 @@ class Network:
             tensors += [module.weight, module.scale, module.levels]
             tensors.append(torch.empty(0) if bias is None else bias.detach())
             layout += [module.rows, module.cols, module.spec.bits, module.group_size, int(int8)]
+        self.heads, self.layers, self.width = heads, len(part.layers), int(part.config.d_model)
+        self.last_rows = packed[-1].rows
         self.handle: int = torch.ops.dqw_cpu.network_new(
-            [t.detach() for t in floats], tensors, layout, heads, len(part.layers),
-            part.config.d_model,
-        )  # fmt: skip
+            [t.detach() for t in floats], tensors, layout, heads, self.layers, self.width
+        )
+        _networks[self.handle] = self
         weakref.finalize(self, torch.ops.dqw_cpu.network_free, self.handle)
+
+
+_networks: weakref.WeakValueDictionary[int, Network] = weakref.WeakValueDictionary()
+
+
+def _register_shapes() -> None:
+    """What the operators return, without data (torch.compile and opcheck ask)."""
+
+    def encoder(network: int, features: Tensor) -> Tensor:
+        clips, _, frames = features.shape
+        return features.new_empty(clips, frames // 2, _networks[network].width)
+
+    def decoder_cross(network: int, states: Tensor, type: int) -> Tensor:
+        net, padded = _networks[network], -(-states.shape[1] // 16) * 16
+        width = net.width // net.heads
+        size = 2 * padded * (width + 4 if type == 0 else width * 2 * type)
+        shape = (states.shape[0], net.layers, net.heads, size)
+        return states.new_empty(shape, dtype=torch.uint8)
+
+    def decoder_step(
+        network: int, ids: Tensor, positions: Tensor, clips: Tensor, sources: Tensor,
+        cache: Tensor, cross: Tensor, audio: int, type: int, wanted: Tensor,
+    ) -> Tensor:  # fmt: skip
+        return cache.new_empty(wanted.numel(), _networks[network].last_rows)
+
+    for function in (encoder, decoder_cross, decoder_step):
+        torch.library.register_fake(f"dqw_cpu::{function.__name__}", function)
+
+
+if hasattr(torch.ops.dqw_cpu, "decoder_step"):
+    _register_shapes()
 
 
 def _norms(layer: Any) -> list[Tensor]:
