@@ -113,7 +113,8 @@ struct Weights {
     });
 }
 
-[[maybe_unused]] void run_levels(const Packed& w, int64_t row, int16_t* out) {  // padded to whole blocks
+[[maybe_unused]] void run_levels(const Packed& w, int64_t row,
+                                 int16_t* out) {  // padded to whole blocks
     with_bits(w.bits, [&](auto bits) {
         const Levels<bits.value> levels(w);
         i32 v[kVectors];

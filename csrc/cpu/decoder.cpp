@@ -6,7 +6,8 @@
 //
 //   floats of the network   for each layer the weights and biases of its three norms, then the last
 //                           norm's, then the positions (positions, width)
-//   weights                 for each layer q k v out · cross q k v out · fc1 fc2, then the embedding
+//   weights                 for each layer q k v out · cross q k v out · fc1 fc2, then the
+//   embedding
 
 #include "network.h"
 
@@ -38,8 +39,8 @@ void check_decoder(const Network& net) {
         const Packed& w = net.weights[i].w;
         const bool last = i + 1 == net.weights.size(), fc1 = i % kWeights == 8 && !last;
         const bool fc2 = i % kWeights == 9 && !last;
-        DQW_CHECK((fc2 || w.cols == net.width) && (fc1 || last || w.rows == net.width),
-                  "matrix ", i, " of the decoder has an unfitting shape");
+        DQW_CHECK((fc2 || w.cols == net.width) && (fc1 || last || w.rows == net.width), "matrix ",
+                  i, " of the decoder has an unfitting shape");
         DQW_CHECK(!fc2 || w.cols == net.weights[i - 1].w.rows, "fc2 does not fit fc1");
     }
     for (int64_t i = 0; i < kNorms * net.layers + 2; i++) {
@@ -51,14 +52,14 @@ struct Step {
     const Network& net;
     const LinearKernels& linear;
     const WhisperKernels& kernels;
-    int64_t rows, wanted;       // tokens, and those whose logits are wanted
-    const int64_t* ids;         // (rows)
-    const int32_t* positions;   // (rows)
-    const int32_t* clips;       // (rows): whose audio
-    const int32_t* sources;     // (rows, longest): the cache's row of each token up to this one
+    int64_t rows, wanted;        // tokens, and those whose logits are wanted
+    const int64_t* ids;          // (rows)
+    const int32_t* positions;    // (rows)
+    const int32_t* clips;        // (rows): whose audio
+    const int32_t* sources;      // (rows, longest): the cache's row of each token up to this one
     const int32_t* wanted_rows;  // (wanted)
     int64_t longest, slots;
-    float* cache;  // (layers, 2, slots, longest, width)
+    float* cache;    // (layers, 2, slots, longest, width)
     uint8_t* cross;  // (clips, layers, heads, head bytes)
     CrossHead head;  // without data
     float* logits;   // (wanted, vocabulary)
@@ -105,8 +106,8 @@ struct Step {
         const Area area{product_area, own, own_product_bytes};
         float* few = reinterpret_cast<float*>(own + own_product_bytes);
         float* scores = few + round_up(kFewRows * d, 16);
-        int8_t* bytes = reinterpret_cast<int8_t*>(scores + std::max(head.padded,
-                                                                    round_up(longest, 16)));
+        int8_t* bytes =
+            reinterpret_cast<int8_t*>(scores + std::max(head.padded, round_up(longest, 16)));
         const Weight& embedding = net.weights.back();
         const float* table = net.floats.back();
 
@@ -161,8 +162,8 @@ struct Step {
             me.barrier();
             attend(me, [&](int64_t r, int64_t at) {
                 CrossHead here = head;
-                const int64_t index = (clips[r] * net.layers + layer) * net.heads +
-                                      at / net.head_dim();
+                const int64_t index =
+                    (clips[r] * net.layers + layer) * net.heads + at / net.head_dim();
                 here.data = cross + index * cross_head_bytes(head.type, head.padded, head.head_dim);
                 kernels.cross_attention(
                     {here, q + r * d + at, scores, bytes, context + r * d + at});
@@ -250,8 +251,8 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& positions, 
     for (int64_t r = 0; r < rows; r++) {
         DQW_CHECK(s.ids[r] >= 0 && s.ids[r] < vocabulary, "id ", s.ids[r], " of row ", r,
                   " lies outside the vocabulary");
-        DQW_CHECK(s.positions[r] >= 0 && s.positions[r] < std::min(s.longest, table),
-                  "position ", s.positions[r], " of row ", r, " lies outside the cache");
+        DQW_CHECK(s.positions[r] >= 0 && s.positions[r] < std::min(s.longest, table), "position ",
+                  s.positions[r], " of row ", r, " lies outside the cache");
         DQW_CHECK(s.clips[r] >= 0 && s.clips[r] < clip_count, "clip ", s.clips[r], " is not there");
         for (int64_t t = 0; t <= s.positions[r]; t++) {
             const int32_t slot = s.sources[r * s.longest + t];

@@ -23,8 +23,8 @@ void check_encoder(const Network& net, int64_t mels, int64_t positions) {
     for (size_t i = 0; i < last; i++) {
         const Packed& w = net.weights[i].w;
         const bool fc1 = i % kWeights == 4, fc2 = i % kWeights == 5;
-        DQW_CHECK((fc2 || w.cols == net.width) && (fc1 || w.rows == net.width),
-                  "matrix ", i, " of the encoder has an unfitting shape");
+        DQW_CHECK((fc2 || w.cols == net.width) && (fc1 || w.rows == net.width), "matrix ", i,
+                  " of the encoder has an unfitting shape");
         DQW_CHECK(!fc2 || w.cols == net.weights[i - 1].w.rows, "fc2 does not fit fc1");
     }
     const Packed &conv1 = net.weights[last].w, &conv2 = net.weights[last + 1].w;
@@ -41,8 +41,8 @@ struct Encoder {
     const LinearKernels& linear;
     const WhisperKernels& kernels;
     int64_t clips, mels, frames, positions;  // frames of the features, positions behind conv2
-    const float* features;  // (clips, mels, frames)
-    float* out;             // (clips, positions, width)
+    const float* features;                   // (clips, mels, frames)
+    float* out;                              // (clips, positions, width)
 
     // scratch, shared
     float *normed, *q, *k, *v, *hidden, *keys, *values, *columns, *first;

@@ -125,9 +125,8 @@ void product(Member& me, const Weight& weight, const LinearKernels& k, const Are
                 (int8 ? k.gemv_int8 : k.gemv_float)(a, begin * 16, std::min(end * 16, rows));
             });
         }
-        me.share((rows + 15) / 16, [&](int64_t begin, int64_t end) {
-            finish(begin * 16, std::min(end * 16, rows));
-        });
+        me.share((rows + 15) / 16,
+                 [&](int64_t begin, int64_t end) { finish(begin * 16, std::min(end * 16, rows)); });
         return;
     }
     Linear a = linear_of(weight, m, area.shared, y);

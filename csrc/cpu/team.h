@@ -16,7 +16,7 @@ namespace dqw {
 // A thread of the team. It stands for slots [begin, end) of `slots`: torch may give fewer threads
 // than were asked for, down to one.
 class Member {
-   public:
+  public:
     Member(std::atomic<int64_t>& arrived, int64_t begin, int64_t end, int64_t slots)
         : arrived_(arrived), begin_(begin), end_(end), slots_(slots) {}
 
@@ -44,7 +44,7 @@ class Member {
         }
     }
 
-   private:
+  private:
     std::atomic<int64_t>& arrived_;
     int64_t begin_, end_, slots_, phase_ = 0;
 };

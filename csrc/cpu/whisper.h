@@ -58,7 +58,7 @@ constexpr int64_t kAttentionRows = 24;  // queries that share their way through 
 struct WhisperKernels {
     void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n,
                        float* y);
-    void (*gelu)(float* x, int64_t n);             // in place, exact (erf), n any
+    void (*gelu)(float* x, int64_t n);                 // in place, exact (erf), n any
     void (*add)(float* x, const float* y, int64_t n);  // x += y
     void (*self_attention)(const SelfAttention&);
     void (*pack_cross)(const CrossHead&, const float* keys, const float* values, int64_t stride);

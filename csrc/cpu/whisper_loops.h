@@ -203,9 +203,7 @@ DQW_INLINE i32 unit(const int8_t* q) {
     __builtin_memcpy(&four, q, 4);
     return all_int(four);
 }
-DQW_INLINE f32 join(i32 high, i32 low) {
-    return fma(to_float(high), all(128.0f), to_float(low));
-}
+DQW_INLINE f32 join(i32 high, i32 low) { return fma(to_float(high), all(128.0f), to_float(low)); }
 
 // out[i0 … i0 + N W] of the sum over positions of probability times value.
 template <int N>
