@@ -61,10 +61,10 @@ struct Levels {
     explicit Levels(const Packed& w) : low(w.low, 0), high(w.high, 0), wide(w.wide) {}
     void operator()(const uint8_t* p, i32 (&out)[kVectors]) const {
         const Bytes c = codes<B>(p), l = low(c);
-        unroll<kVectors>([&](auto j) { out[j.value] = widen<j.value>(l); });
+        unroll<kVectors>([&](auto j) DQW_INLINED { out[j.value] = widen<j.value>(l); });
         if (!wide) return;
         const Bytes h = high(c);
-        unroll<kVectors>([&](auto j) {
+        unroll<kVectors>([&](auto j) DQW_INLINED {
             const i32 x = widen<j.value>(h);
             out[j.value] = add_int(out[j.value], shift_left_8(x));
         });

@@ -39,7 +39,9 @@ Packed packed_weight(const Tensor& weight, const Tensor& scale, const Tensor& le
         w.high[code] = static_cast<int8_t>((level[code] - low) / 256);
         // -128 is one plane too, but a kernel may rely on the magnitude: 127 at most.
         w.wide |= w.high[code] != 0 || low == -128;
+        w.largest = std::max<int>(w.largest, std::abs(level[code]));
     }
+    w.products16 = 32767 / (2 * 128 * 2 * std::max(w.largest, 1));
     return w;
 }
 

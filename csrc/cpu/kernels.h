@@ -61,11 +61,14 @@ struct Packed {
     alignas(64) int8_t low[256];
     alignas(64) int8_t high[256];
     bool wide;
+    int largest;     // magnitude of a level
+    int products16;  // so many pairs of products of bytes, unsigned by `largest`, fit 16 bits
 };
 
 struct Linear {
     Packed w;
     int64_t m;          // rows of x
+    int planes;         // rows of q for one of x, 0 as 1; see LinearKernels::takes_planes
     const float* bias;  // (w.rows), or null
     void* y;            // (m, w.rows)
     Type type;          // of x and y
@@ -74,18 +77,23 @@ struct Linear {
     float* x;             // gemv: (m, padded cols) · gemm: packed by blocks of rows
     int8_t* q;            // the same layouts
     float* row_scale;     // (m)
-    int32_t* row_sum;     // (m, groups or 1): sum of q
-    int32_t* lane_start;  // gemv with groups: (m, padded cols / 4): -offset * (sum of 4 q)
-    int64_t block_rows;   // gemm: rows of x in a register block
+    int32_t* row_sum;     // (m * planes, groups or 1): sum of q
+    int32_t* lane_start;  // gemv with groups: (m * planes, padded cols / 4): what sums start from
+    int64_t block_rows;   // gemm: rows of q in a register block
 };
 
 struct LinearKernels {
-    int gemv_rows;  // gemv takes at most this many rows of x at a time
+    int gemv_rows;  // gemv takes at most this many rows of x (of q, if there are planes) at a time
     // Up to so many rows of x the gemv, in turns, is faster than the alternative.
     int int8_gemv_limit, float_gemv_limit;
     // Convert or quantize rows of x (`source`, cols wide, contiguous) into Linear::x or ::q.
     void (*prepare_float)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
     void (*prepare_int8)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
+    // Whether float activations may run as integers, faster than as floats: a row of x becomes
+    // `planes` rows of q, the digits to base 256 of x in units of row_scale, a power of two. Three
+    // hold 23 bits below the row's largest magnitude: as good as a float32 sum. Two hold 15: ample
+    // for float16 and bfloat16. prepare_int8 sees it by Linear::planes; the int8 kernels follow.
+    bool (*takes_planes)(const Packed&);
     // y[:, begin:end]; m <= gemv_rows.
     void (*gemv_float)(const Linear&, int64_t begin, int64_t end);
     void (*gemv_int8)(const Linear&, int64_t begin, int64_t end);

@@ -70,81 +70,98 @@ inline int64_t group_count(const Packed& w) {
     return w.group ? (w.cols + w.group - 1) / w.group : 1;
 }
 
-inline bool takes_gemm(const Weight& w, int64_t m, const LinearKernels& k) {
-    return k.gemm_int8 && m > (w.int8 ? k.int8_gemv_limit : k.float_gemv_limit);
+// Rows of bytes that stand for a row of x: 1 with int8 activations, 3 where float ones run as the
+// digits of integers (LinearKernels::takes_planes), 0 where they stay floats.
+inline int byte_rows(const Weight& w, const LinearKernels& k) {
+    return w.int8 ? 1 : k.takes_planes(w.w) ? 3 : 0;
 }
 
-inline size_t activation_bytes(const Weight& w, int64_t m) {
-    const int64_t padded = w.w.blocks * 64;
-    if (!w.int8) return round_up((m * padded + 64) * 4, 64);
-    return 2 * round_up(m * padded, 64) + round_up(m * (group_count(w.w) + 1) * 4, 64) + 64;
+inline bool takes_gemm(const Weight& w, int64_t m, const LinearKernels& k) {
+    const int bytes = byte_rows(w, k);
+    return k.gemm_int8 && (bytes ? m * bytes > k.int8_gemv_limit : m > k.float_gemv_limit);
+}
+
+// Rows of x that a gemv takes at a time.
+inline int64_t gemv_step(const Weight& w, const LinearKernels& k) {
+    return k.gemv_rows / std::max(byte_rows(w, k), 1);
+}
+
+inline size_t activation_bytes(const Weight& w, int64_t m, const LinearKernels& k) {
+    const int64_t padded = w.w.blocks * 64, rows = m * byte_rows(w, k);
+    if (rows == 0) return round_up((m * padded + 64) * 4, 64);
+    return 2 * round_up(rows * padded, 64) + round_up((rows * group_count(w.w) + m) * 4, 64) + 64;
 }
 
 inline size_t product_own_bytes(const Weight& w, int64_t m, const LinearKernels& k) {
-    if (!takes_gemm(w, m, k)) return activation_bytes(w, std::min<int64_t>(m, k.gemv_rows));
-    return w.w.blocks * 64 * k.tile_rows * (w.int8 ? (w.w.wide ? 2 : 1) : 4) +
+    if (!takes_gemm(w, m, k)) return activation_bytes(w, std::min(m, gemv_step(w, k)), k);
+    return w.w.blocks * 64 * k.tile_rows * (byte_rows(w, k) ? (w.w.wide ? 2 : 1) : 4) +
            group_count(w.w) * k.tile_rows * sizeof(float) + 64;
 }
 
 inline size_t product_shared_bytes(const Weight& w, int64_t m, const LinearKernels& k) {
-    return takes_gemm(w, m, k) ? activation_bytes(w, m) : 0;
+    return takes_gemm(w, m, k) ? activation_bytes(w, m, k) : 0;
 }
 
-inline Linear linear_of(const Weight& w, int64_t m, char* p, float* y) {
+inline Linear linear_of(const Weight& w, int64_t m, char* p, float* y, const LinearKernels& k) {
     Linear a{};
     a.w = w.w;
     a.m = m;
     a.bias = w.bias;
     a.y = y;
     a.type = Type::f32;
-    if (!w.int8) {
+    a.planes = byte_rows(w, k);
+    if (a.planes == 0) {
         a.x = reinterpret_cast<float*>(p);
         return a;
     }
-    const int64_t q = round_up(m * w.w.blocks * 64, 64);
+    const int64_t rows = m * a.planes, q = round_up(rows * w.w.blocks * 64, 64);
     a.q = reinterpret_cast<int8_t*>(p);
     a.lane_start = reinterpret_cast<int32_t*>(p + q);
     a.row_sum = reinterpret_cast<int32_t*>(p + 2 * q);
-    a.row_scale = reinterpret_cast<float*>(a.row_sum + m * group_count(w.w));
+    a.row_scale = reinterpret_cast<float*>(a.row_sum + rows * group_count(w.w));
     return a;
 }
 
 template <class F>
 void product(Member& me, const Weight& weight, const LinearKernels& k, const Area& area,
              const float* x, int64_t m, float* y, const F& finish) {
-    const bool int8 = weight.int8;
+    const int bytes = byte_rows(weight, k);
     const int64_t rows = weight.w.rows;
-    const auto prepare = int8 ? k.prepare_int8 : k.prepare_float;
+    const auto prepare = bytes ? k.prepare_int8 : k.prepare_float;
     if (!takes_gemm(weight, m, k)) {
         // Every thread prepares all of the few rows for itself: cheaper than a barrier.
-        for (int64_t done = 0; done < m; done += k.gemv_rows) {
-            const int64_t some = std::min<int64_t>(m - done, k.gemv_rows);
-            const Linear a = linear_of(weight, some, area.own, y + done * rows);
+        const int64_t step = gemv_step(weight, k);
+        for (int64_t done = 0; done < m; done += step) {
+            const int64_t some = std::min(m - done, step);
+            const Linear a = linear_of(weight, some, area.own, y + done * rows, k);
             prepare(a, x + done * weight.w.cols, 0, some, false);
             me.share((rows + 15) / 16, [&](int64_t begin, int64_t end) {
-                (int8 ? k.gemv_int8 : k.gemv_float)(a, begin * 16, std::min(end * 16, rows));
+                (bytes ? k.gemv_int8 : k.gemv_float)(a, begin * 16, std::min(end * 16, rows));
             });
         }
-        me.share((rows + 15) / 16,
-                 [&](int64_t begin, int64_t end) { finish(begin * 16, std::min(end * 16, rows)); });
+        me.share((rows + 15) / 16, [&](int64_t begin, int64_t end) {
+            finish(begin * 16, std::min(end * 16, rows));
+        });
         return;
     }
-    Linear a = linear_of(weight, m, area.shared, y);
-    const int64_t most = !int8            ? k.float_block_rows
+    Linear a = linear_of(weight, m, area.shared, y, k);
+    const int64_t most = !bytes           ? k.float_block_rows
                          : weight.w.group ? k.group_block_rows
                                           : k.int8_block_rows;
-    const int64_t blocks = (m + most - 1) / most;
-    a.block_rows = (m + blocks - 1) / blocks;
-    me.share((m + a.block_rows - 1) / a.block_rows, [&](int64_t begin, int64_t end) {
+    const int64_t planes = std::max(bytes, 1);
+    const int64_t blocks = (m + most / planes - 1) / (most / planes);
+    const int64_t block = (m + blocks - 1) / blocks;
+    a.block_rows = block * planes;
+    me.share((m + block - 1) / block, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; b++) {
-            prepare(a, x, b * a.block_rows, std::min((b + 1) * a.block_rows, m), true);
+            prepare(a, x, b * block, std::min((b + 1) * block, m), true);
         }
     });
     me.barrier();
     me.share((rows + k.tile_rows - 1) / k.tile_rows, [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; tile++) {
             const int64_t n = tile * k.tile_rows;
-            (int8 ? k.gemm_int8 : k.gemm_float)(a, n, 0, m, area.own);
+            (bytes ? k.gemm_int8 : k.gemm_float)(a, n, 0, m, area.own);
             finish(n, std::min(n + k.tile_rows, rows));
         }
     });

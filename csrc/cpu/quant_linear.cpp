@@ -36,7 +36,8 @@ void place_activations(Linear& a, bool int8) {
         a.x = static_cast<float*>(scratch<0>((a.m * padded + 64) * sizeof(float)));
         return;
     }
-    const size_t q = (a.m * padded + 63) / 64 * 64, lanes = q, sums = a.m * groups * 4;
+    const int64_t rows = a.m * std::max(a.planes, 1);
+    const size_t q = (rows * padded + 63) / 64 * 64, lanes = q, sums = rows * groups * 4;
     char* p = static_cast<char*>(scratch<0>(q + lanes + sums + a.m * 4 + 64));
     a.q = reinterpret_cast<int8_t*>(p);
     a.lane_start = reinterpret_cast<int32_t*>(p + q);
@@ -48,7 +49,8 @@ void gemv(Linear& a, const void* x, bool int8, const LinearKernels& k) {
     place_activations(a, int8);
     (int8 ? k.prepare_int8 : k.prepare_float)(a, x, 0, a.m, false);
     const int64_t unit = 16, units = ceil_div(a.w.rows, unit);
-    const int64_t grain = grain_of(int8, a.m * a.w.blocks * 64 * unit);
+    const int64_t rows = a.m * std::max(a.planes, 1);
+    const int64_t grain = grain_of(int8, rows * a.w.blocks * 64 * unit);
     torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
         (int8 ? k.gemv_int8 : k.gemv_float)(a, begin * unit, std::min(end * unit, a.w.rows));
     });
@@ -58,15 +60,16 @@ void gemm(Linear& a, const void* x, bool int8, const LinearKernels& k) {
     const int64_t most = !int8       ? k.float_block_rows
                          : a.w.group ? k.group_block_rows
                                      : k.int8_block_rows;
-    const int64_t blocks = ceil_div(a.m, most);
-    a.block_rows = ceil_div(a.m, blocks);  // 16 rows are 8 + 8, not 12 + 4
+    const int64_t planes = std::max(a.planes, 1);
+    const int64_t blocks = ceil_div(a.m, most / planes);
+    const int64_t block = ceil_div(a.m, blocks);  // 16 rows are 8 + 8, not 12 + 4
+    a.block_rows = block * planes;
     place_activations(a, int8);
     torch::stable::parallel_for(
-        0, ceil_div(a.m, a.block_rows),
-        std::max<int64_t>(1, 16384 / (a.block_rows * a.w.blocks * 64 + 1)),
+        0, ceil_div(a.m, block), std::max<int64_t>(1, 16384 / (a.block_rows * a.w.blocks * 64 + 1)),
         [&](int64_t begin, int64_t end) {
             for (int64_t b = begin; b < end; b++) {
-                const int64_t m0 = b * a.block_rows, m1 = std::min(m0 + a.block_rows, a.m);
+                const int64_t m0 = b * block, m1 = std::min(m0 + block, a.m);
                 (int8 ? k.prepare_int8 : k.prepare_float)(a, x, m0, m1, true);
             }
         });
@@ -74,14 +77,14 @@ void gemm(Linear& a, const void* x, bool int8, const LinearKernels& k) {
     // (each part decodes its tile again).
     const int64_t tiles = ceil_div(a.w.rows, k.tile_rows);
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t row_blocks = ceil_div(a.m, a.block_rows);
+    const int64_t row_blocks = ceil_div(a.m, block);
     const int64_t parts =
         std::clamp<int64_t>(ceil_div(2 * threads, tiles), 1, ceil_div(row_blocks, 4));
-    const int64_t part_rows = ceil_div(row_blocks, parts) * a.block_rows;
+    const int64_t part_rows = ceil_div(row_blocks, parts) * block;
     const int64_t groups = a.w.group ? ceil_div(a.w.cols, a.w.group) : 1;
     const size_t tile_bytes = a.w.blocks * 64 * k.tile_rows * (int8 ? (a.w.wide ? 2 : 1) : 4) +
                               groups * k.tile_rows * sizeof(float) + 64;
-    const int64_t grain = grain_of(int8, part_rows * k.tile_rows * a.w.blocks * 64);
+    const int64_t grain = grain_of(int8, part_rows * planes * k.tile_rows * a.w.blocks * 64);
     torch::stable::parallel_for(0, tiles * parts, grain, [&](int64_t begin, int64_t end) {
         void* tile = scratch<1>(tile_bytes);
         for (int64_t task = begin; task < end; task++) {
@@ -206,27 +209,33 @@ Tensor quant_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale_
     const void* source = x.const_data_ptr();
     a.y = y.mutable_data_ptr();
 
-    const bool odd_groups = a.w.group % 32 != 0;
-    const bool too_long = int8_activations && cols > kLongestInt8Row;
+    const bool odd_groups = a.w.group % 32 != 0, too_long = cols > kLongestInt8Row;
+    // Float activations as digits of integers, where that is faster; float16 and bfloat16 need two.
+    if (!int8_activations && !odd_groups && !too_long && k.takes_planes(a.w)) {
+        a.planes = a.type == Type::f32 ? 3 : 2;
+    }
+    const bool int8 = int8_activations || a.planes > 1;
     // The float gemv has no second plane of levels; no gemv has scales that change inside 32
     // columns.
-    const bool gemv_can = int8_activations ? !(odd_groups || too_long) : !(odd_groups || a.w.wide);
-    const bool gemm_can = k.gemm_int8 && !(int8_activations && (odd_groups || too_long));
-    const int limit = int8_activations ? k.int8_gemv_limit : k.float_gemv_limit;
-    if ((a.m > limit || !gemv_can) && gemm_can) {
-        gemm(a, source, int8_activations, k);
+    const bool gemv_can = int8 ? !(odd_groups || too_long) : !(odd_groups || a.w.wide);
+    const bool gemm_can = k.gemm_int8 && !(int8 && (odd_groups || too_long));
+    const int64_t limit = int8 ? k.int8_gemv_limit : k.float_gemv_limit;
+    const bool few = a.m * std::max(a.planes, 1) <= limit;
+    if (!(few && gemv_can) && gemm_can) {
+        gemm(a, source, int8, k);
         return y;
     }
-    if (a.m > limit || !gemv_can) {
+    if (!(few && gemv_can)) {
         const Tensor flat = torch::stable::view(x, {a.m, cols});
         const Tensor result = (int8_activations ? matmul_int8 : matmul_float)(a, flat, k);
         return torch::stable::view(cast(result, x.scalar_type()), sizes);
     }
+    const int64_t rows_of_x = k.gemv_rows / std::max(a.planes, 1);
     const size_t row_bytes = cols * x.element_size(), out_bytes = rows * x.element_size();
     for (int64_t left = a.m, m = 0; left > 0; left -= a.m, m += a.m) {
-        a.m = std::min<int64_t>(left, k.gemv_rows);
+        a.m = std::min<int64_t>(left, rows_of_x);
         a.y = static_cast<char*>(y.mutable_data_ptr()) + m * out_bytes;
-        gemv(a, static_cast<const char*>(source) + m * row_bytes, int8_activations, k);
+        gemv(a, static_cast<const char*>(source) + m * row_bytes, int8, k);
     }
     return y;
 }
