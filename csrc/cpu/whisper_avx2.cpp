@@ -4,7 +4,14 @@
 #include "fake_quant_loops.h"
 //
 #include "decode.h"
-//
+
+namespace dqw {
+namespace {
+using CrossDot = Signed;  // of the int8 cross-attention cache, whose bytes carry this offset
+constexpr int kByteOffset = 0;
+}  // namespace
+}  // namespace dqw
+
 #include "whisper_loops.h"
 
 namespace dqw {

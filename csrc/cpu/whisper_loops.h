@@ -1,4 +1,5 @@
-// Layer norm, GELU, softmax and the decoder's attention over the lanes of isa_*.h.
+// Layer norm, GELU, softmax and attention over the lanes of isa_*.h. The file that includes this
+// names CrossDot and kByteOffset.
 #pragma once
 
 #include "whisper.h"
@@ -113,6 +114,9 @@ void run_self_attention(const SelfAttention& a) {
 }
 
 // ---- cross-attention ----
+
+// acc + the four products of bytes in each lane; w with the tier's offset, q signed.
+DQW_INLINE i32 dot(i32 acc, i32 w, i32 q) { return CrossDot::dot(acc, w, q); }
 
 // A row of n floats to bytes with a scale; unsigned with the tier's offset. Returns the scale.
 DQW_INLINE float quantize_row(const float* x, int64_t n, int8_t* q) {
