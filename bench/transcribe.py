@@ -157,7 +157,7 @@ def candidates(
             continue
         module = MODULES.get(name)
         if module and find_spec(module) is None:
-            skipped[name] = f"the package {module} is not installed"
+            skipped[name] = f"{module} is not installed (pip install -e '.[bench-transcribe]')"
         elif name == "dqw-plain":
             found += [(name, kind, packed) for kind in ("int8", "float")]
         elif name == "transformers":
