@@ -13,6 +13,7 @@ import torch
 import typer
 from rich.console import Console
 
+from bench import transcribe
 from dqw.errors import UserError
 
 err = Console(stderr=True, highlight=False)
@@ -23,7 +24,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     op: Annotated[
-        str, typer.Option(help="quant_linear, fake_quant, embedding, train_step or all.")
+        str,
+        typer.Option(help="quant_linear, fake_quant, embedding, train_step, all, or transcribe."),
     ] = "all",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     shapes: Annotated[
@@ -59,6 +61,18 @@ def main(
         typer.Option(help="A git revision: its kernels, built anew, are one more peer."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under a minute: few shapes.")] = False,
+    audio: Annotated[
+        Path | None, typer.Option(help="transcribe: a recording of 30 s or more; else samples.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="transcribe: a packed folder; else base in 4 bits.")
+    ] = None,
+    float_model: Annotated[
+        Path | None, typer.Option(help="transcribe: the peers' CTranslate2 folder; else base.")
+    ] = None,
+    openvino_model: Annotated[
+        Path | None, typer.Option(help="transcribe: a folder that optimum-cli exported.")
+    ] = None,
 ) -> None:
     """Time dqw's kernels against PyTorch's and other packages'.
 
@@ -73,6 +87,18 @@ def main(
     from bench.base import Base
     from bench.peers import names
 
+    if op == "transcribe":
+        asked = transcribe.Asked(
+            float_model=float_model,
+            model=model,
+            audio=audio,
+            openvino=openvino_model,
+            threads=options.check_threads(threads),
+            quick=quick,
+            peers=options.parse_peers(peers, transcribe.PEERS),
+            folder=Path(__file__).parent / "results" / "transcribe",
+        )
+        return whole_clips(asked, json_file)
     checked = options.Options(
         ops=options.parse_ops(op),
         device=options.check_device(device),
@@ -113,6 +139,20 @@ def main(
         files.write_csv(csv_file, found)
     if plot:
         plotting.draw(plot, found, facts["ceilings"])
+
+
+def whole_clips(asked: transcribe.Asked, json_file: Path | None) -> None:
+    from bench import options, table
+
+    options.check_writable(json_file, "--json")
+    console = Console(width=None if sys.stdout.isatty() else table.WIDTH, highlight=False)
+    facts = table.machine(options.Options(threads=asked.threads))
+    table.print_header(console, facts)
+    with err.status("") as status:
+        engines, skipped = transcribe.run(asked, status.update)
+    transcribe.print_table(console, engines, skipped)
+    if json_file:
+        transcribe.save(json_file, facts, engines, skipped)
 
 
 def run() -> None:

@@ -16,7 +16,7 @@ from bench import ceilings
 from bench.options import Options
 from bench.rows import Row
 
-PACKAGES = ("torchao", "onnxruntime", "openvino")
+PACKAGES = ("torchao", "onnxruntime", "openvino", "faster-whisper", "pywhispercpp")
 WIDTH = 100
 
 

@@ -95,7 +95,7 @@ struct Weights {
     }
 };
 
-void run_dequantize(const Packed& w, int64_t row, float* out) {
+[[maybe_unused]] void run_dequantize(const Packed& w, int64_t row, float* out) {
     with_bits(w.bits, [&](auto bits) {
         const Weights<bits.value> weights(w);
         f32 v[kVectors];
@@ -113,7 +113,8 @@ void run_dequantize(const Packed& w, int64_t row, float* out) {
     });
 }
 
-void run_levels(const Packed& w, int64_t row, int16_t* out) {  // padded to whole blocks
+[[maybe_unused]] void run_levels(const Packed& w, int64_t row,
+                                 int16_t* out) {  // padded to whole blocks
     with_bits(w.bits, [&](auto bits) {
         const Levels<bits.value> levels(w);
         i32 v[kVectors];

@@ -65,6 +65,14 @@ DQW_INLINE void store_int(void* p, i32 x) { _mm256_storeu_si256((__m256i*)p, x);
 DQW_INLINE i32 add_int(i32 a, i32 b) { return _mm256_add_epi32(a, b); }
 DQW_INLINE i32 sub_int(i32 a, i32 b) { return _mm256_sub_epi32(a, b); }
 DQW_INLINE i32 shift_left_8(i32 x) { return _mm256_slli_epi32(x, 8); }
+DQW_INLINE i32 shift_left_23(i32 x) { return _mm256_slli_epi32(x, 23); }
+DQW_INLINE f32 as_floats(i32 x) { return _mm256_castsi256_ps(x); }
+DQW_INLINE f32 divide(f32 a, f32 b) { return _mm256_div_ps(a, b); }
+DQW_INLINE float largest(f32 x) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
 DQW_INLINE i32 shift_right_8(i32 x) { return _mm256_srai_epi32(x, 8); }
 DQW_INLINE i32 low_byte(i32 x) {
     return _mm256_srai_epi32(_mm256_slli_epi32(x, 24), 24);

@@ -66,6 +66,10 @@ DQW_INLINE void store_int(void* p, i32 x) { _mm512_storeu_si512(p, x); }
 DQW_INLINE i32 add_int(i32 a, i32 b) { return _mm512_add_epi32(a, b); }
 DQW_INLINE i32 sub_int(i32 a, i32 b) { return _mm512_sub_epi32(a, b); }
 DQW_INLINE i32 shift_left_8(i32 x) { return _mm512_slli_epi32(x, 8); }
+DQW_INLINE i32 shift_left_23(i32 x) { return _mm512_slli_epi32(x, 23); }
+DQW_INLINE f32 as_floats(i32 x) { return _mm512_castsi512_ps(x); }
+DQW_INLINE f32 divide(f32 a, f32 b) { return _mm512_div_ps(a, b); }
+DQW_INLINE float largest(f32 x) { return _mm512_reduce_max_ps(x); }
 DQW_INLINE i32 shift_right_8(i32 x) { return _mm512_srai_epi32(x, 8); }
 DQW_INLINE i32 low_byte(i32 x) {
     return _mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24);

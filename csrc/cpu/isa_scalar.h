@@ -114,6 +114,20 @@ DQW_INLINE i32 sub_int(i32 a, i32 b) {
 DQW_INLINE i32 shift_left_8(i32 x) {
     return each<i32>([&](int i) { return x.v[i] * 256; });
 }
+DQW_INLINE i32 shift_left_23(i32 x) {
+    return each<i32>([&](int i) { return (int32_t)((uint32_t)x.v[i] << 23); });
+}
+DQW_INLINE f32 as_floats(i32 x) {
+    return each<f32>([&](int i) { return from_bits((uint32_t)x.v[i]); });
+}
+DQW_INLINE f32 divide(f32 a, f32 b) {
+    return each<f32>([&](int i) { return a.v[i] / b.v[i]; });
+}
+DQW_INLINE float largest(f32 x) {
+    float s = x.v[0];
+    for (int i = 1; i < W; i++) s = x.v[i] > s ? x.v[i] : s;
+    return s;
+}
 DQW_INLINE i32 max_int(i32 a, i32 b) {
     return each<i32>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
