@@ -44,9 +44,9 @@ _CONSTRAINTS = tl.constexpr(",".join(["=r"] * 4 + ["r"] * 17))
 @triton.jit
 def load_codes(block, j, half: tl.constexpr, mask, BITS: tl.constexpr):
     """Codes, int32, of columns 32 × half + j of the blocks of 64 that start at pointer ``block``."""
+    code = tl.zeros(mask.shape, tl.int32)
     if BITS == 8:
-        return tl.load(block + 32 * half + j, mask=mask, other=0).to(tl.int32)
-    code = tl.zeros(block.shape, tl.int32)
+        code = tl.load(block + 32 * half + j, mask=mask, other=0).to(tl.int32)
     if BITS & 4:
         code = tl.load(block + j, mask=mask, other=0).to(tl.int32) >> 4 * half & 15
     if BITS & 2:

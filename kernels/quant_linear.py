@@ -57,8 +57,9 @@ def _planes(level, DTYPE: tl.constexpr, INT8: tl.constexpr):
     if INT8:
         low = (level + 128 & 255) - 128
         return low.to(tl.int8), (level - low >> 8).to(tl.int8)
-    high = level.to(tl.float32).to(DTYPE)
-    return (level.to(tl.float32) - high.to(tl.float32)).to(DTYPE), high
+    else:
+        high = level.to(tl.float32).to(DTYPE)
+        return (level.to(tl.float32) - high.to(tl.float32)).to(DTYPE), high
 
 
 @triton.jit
@@ -84,11 +85,12 @@ def _multiply(level, x, low, high, INT8: tl.constexpr, PLANES: tl.constexpr):
 
 @triton.jit
 def _sum(low, high, INT8: tl.constexpr, PLANES: tl.constexpr):
-    if PLANES == 2:
-        if INT8:
-            return low.to(tl.int64) + high.to(tl.int64) * 256
+    if PLANES == 1:
+        return low
+    elif INT8:
+        return low.to(tl.int64) + high.to(tl.int64) * 256
+    else:
         return low + high
-    return low
 
 
 @triton.jit(do_not_specialize=["m"])
