@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dqw import reference
+from dqw.packing import packed_bytes
 
 _SCHEMAS = {
     "fake_quant": "(Tensor x, Tensor scale, Tensor bucket, int group_size) -> Tensor",
@@ -175,23 +176,124 @@ def _load_cpu_kernels() -> None:
 _load_cpu_kernels()
 
 
-def _register_triton() -> None:
-    """CUDA tensors go to Triton; the kernels are imported when the first one comes."""
+# ---- CUDA: each kernel is imported when the first tensor comes for it ----
 
-    def forward(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
-        from dqw_kernels import fake_quant as kernel
+# Rows of x up to which the float layers' kernels serve; above, the weight is dequantized to x's
+# dtype and cuBLAS multiplies. Not measured yet: the CUDA C++ kernel stops where an m16n8k16
+# tensor-core product is full, and Triton where published 4-bit kernels begin to lose to float16
+# (64 to 128 rows on an A100).
+_CUDA_ROWS = {"CUDA C++": 8, "Triton": 64}
+_said: set[str] = set()
 
-        return kernel.fake_quant(x, scale, bucket, group_size)
 
-    def backward(
-        grad: Tensor, x: Tensor, scale: Tensor, bucket: Tensor, group_size: int
-    ) -> tuple[Tensor, Tensor]:
-        from dqw_kernels import fake_quant as kernel
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(text, stacklevel=3)
 
-        return kernel.fake_quant_backward(grad, x, scale, bucket, group_size)
 
-    _library.impl("fake_quant", forward, "CUDA")
-    _library.impl("fake_quant_backward", backward, "CUDA")
+def _check_packed(
+    weight: Tensor, scale: Tensor, levels: Tensor, rows: int, cols: int, bits: int, group_size: int
+) -> None:
+    """A kernel must not read beyond a tensor; the reference would raise by itself."""
+    groups = -(-cols // group_size) if group_size else 1
+    shapes = [(rows, groups)] if group_size else [(rows, 1), (1, 1)]
+    if weight.numel() != packed_bytes(rows, cols, bits) or not weight.is_contiguous():
+        raise ValueError(
+            f"packed weight has {weight.numel()} bytes, "
+            f"but ({rows}, {cols}) at {bits} bits takes {packed_bytes(rows, cols, bits)}"
+        )
+    if tuple(scale.shape) not in shapes:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}, but {shapes[0]} is needed")
+    if levels.dtype != torch.int16 or levels.numel() != 2**bits:
+        raise ValueError(f"levels must be int16 of {2**bits} entries")
+
+
+def _cuda_fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
+    from dqw_kernels import fake_quant as kernel
+
+    return kernel.fake_quant(x, scale, bucket, group_size)
+
+
+def _cuda_fake_quant_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, bucket: Tensor, group_size: int
+) -> tuple[Tensor, Tensor]:
+    from dqw_kernels import fake_quant as kernel
+
+    return kernel.fake_quant_backward(grad, x, scale, bucket, group_size)
+
+
+def _cuda_dequantize(
+    weight: Tensor, scale: Tensor, levels: Tensor, rows: int, cols: int, bits: int, group_size: int
+) -> Tensor:
+    from dqw_kernels import dequantize as kernel
+
+    _check_packed(weight, scale, levels, rows, cols, bits, group_size)
+    return kernel.dequantize(weight, scale, levels, rows, cols, bits, group_size)
+
+
+def _cuda_quant_embedding(
+    ids: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    rows: int,
+    cols: int,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    from dqw_kernels import dequantize as kernel
+
+    _check_packed(weight, scale, levels, rows, cols, bits, group_size)
+    y = kernel.gather(ids, weight, scale, levels, rows, cols, bits, group_size)
+    return y.view(*ids.shape, cols)
+
+
+def _cuda_quant_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    bits: int,
+    group_size: int,
+    int8_activations: bool,
+) -> Tensor:
+    from dqw_kernels import dequantize
+    from dqw_kernels import quant_linear as kernel
+
+    cols = x.shape[-1]
+    flat = x.reshape(x.shape[:-1].numel(), cols)
+    _check_packed(weight, scale, levels, rows, cols, bits, group_size)
+    if bias is not None and bias.numel() != rows:
+        raise ValueError(f"bias must have {rows} entries, got {bias.numel()}")
+    fits = kernel.supports(cols, group_size, int8_activations)
+    if int8_activations and not fits:
+        _say_once(
+            f"int8 activations with {cols} columns in groups of {group_size} run on dqw's slow "
+            "PyTorch reference on a GPU: use groups of a multiple of 32."
+        )
+        return reference.quant_linear(
+            x, weight, scale, levels, bias, rows, bits, group_size, int8_activations
+        )
+    if int8_activations or (fits and flat.shape[0] <= _CUDA_ROWS["Triton"]):
+        y = kernel.quant_linear(
+            flat, weight, scale, levels, bias, rows, bits, group_size, int8_activations
+        )
+    else:
+        w = dequantize.dequantize(weight, scale, levels, rows, cols, bits, group_size, x.dtype)
+        y = torch.nn.functional.linear(flat, w, None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], rows)
+
+
+_TRITON = {
+    "fake_quant": _cuda_fake_quant,
+    "fake_quant_backward": _cuda_fake_quant_backward,
+    "dequantize": _cuda_dequantize,
+    "quant_linear": _cuda_quant_linear,
+    "quant_embedding": _cuda_quant_embedding,
+}
 
 
 def _triton_reason() -> str:
@@ -208,7 +310,20 @@ def _triton_reason() -> str:
 
 _cuda_reason = _triton_reason()
 if not _cuda_reason:
-    _register_triton()
+    for _name, _function in _TRITON.items():
+        _library.impl(_name, _function, "CUDA")
+
+
+def _cuda_kernel(name: str) -> str:
+    """Which kernel serves an operator's CUDA tensors, and why."""
+    if _cuda_reason:
+        return f"PyTorch reference ({_cuda_reason})"
+    if name not in _TRITON:
+        return "PyTorch reference (outside the layers that run: no kernel needed)"
+    if name != "quant_linear":
+        return "Triton"
+    rows = _CUDA_ROWS["Triton"]
+    return f"Triton up to {rows} rows and for int8 activations, above Triton + cuBLAS"
 
 
 def backend_info() -> dict[str, dict[str, str]]:
@@ -218,11 +333,7 @@ def backend_info() -> dict[str, dict[str, str]]:
         cpu = "C++"
         if hasattr(torch.ops.dqw_cpu, "instruction_set"):
             cpu += f", {torch.ops.dqw_cpu.instruction_set()}"
-    cuda = f"PyTorch reference ({_cuda_reason or 'no GPU kernel yet'})"
-    on_triton = () if _cuda_reason else ("fake_quant", "fake_quant_backward")
-    return {
-        name: {"cpu": cpu, "cuda": "Triton" if name in on_triton else cuda} for name in _SCHEMAS
-    }
+    return {name: {"cpu": cpu, "cuda": _cuda_kernel(name)} for name in _SCHEMAS}
 
 
 fake_quant = torch.ops.dqw.fake_quant.default

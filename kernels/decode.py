@@ -43,7 +43,7 @@ _CONSTRAINTS = tl.constexpr(",".join(["=r"] * 4 + ["r"] * 17))
 
 @triton.jit
 def load_codes(block, j, half: tl.constexpr, mask, BITS: tl.constexpr):
-    """Codes, int32, of columns 32 × half + j of the blocks of 64 that start at pointer ``block``."""
+    """Codes, int32, of columns 32 × half + j of the blocks that start at pointers ``block``."""
     code = tl.zeros(mask.shape, tl.int32)
     if BITS == 8:
         code = tl.load(block + 32 * half + j, mask=mask, other=0).to(tl.int32)
@@ -65,8 +65,9 @@ def magnitude_bytes(levels, DTYPE: tl.constexpr):
     bits = tl.load(levels + i).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32)
     high, low = bits >> 8 & 255, bits & 255
     shift = i % 4 * 8
-    return (tl.sum(tl.where(i < 4, high << shift, 0)), tl.sum(tl.where(i < 4, 0, high << shift)),
-            tl.sum(tl.where(i < 4, low << shift, 0)), tl.sum(tl.where(i < 4, 0, low << shift)))  # fmt: skip
+    high, low = high << shift, low << shift
+    return (tl.sum(tl.where(i < 4, high, 0)), tl.sum(tl.where(i < 4, 0, high)),
+            tl.sum(tl.where(i < 4, low, 0)), tl.sum(tl.where(i < 4, 0, low)))  # fmt: skip
 
 
 @triton.jit

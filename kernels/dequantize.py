@@ -11,9 +11,8 @@ size. Codes are read once, the matrix is written once. A program has one block o
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from dqw_kernels.decode import load_codes
+from torch import Tensor
 
 
 @triton.jit
@@ -42,8 +41,10 @@ def _dequantize(ids_ptr, weight_ptr, scale_ptr, levels_ptr, y_ptr, count, rows, 
         tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(i < count)[:, None] & (k < cols))
 
 
-def _launch(ids: Tensor | None, weight: Tensor, scale: Tensor, levels: Tensor, count: int,
-            rows: int, cols: int, bits: int, group_size: int, dtype: torch.dtype) -> Tensor:  # fmt: skip
+def _launch(
+    ids: Tensor | None, weight: Tensor, scale: Tensor, levels: Tensor, count: int, rows: int,
+    cols: int, bits: int, group_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     y = torch.empty((count, cols), dtype=dtype, device=weight.device)
     if y.numel():
         scale = scale.contiguous()

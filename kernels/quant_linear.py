@@ -22,9 +22,8 @@ host synchronization, no gaps in which shapes serve.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from dqw_kernels.decode import load_codes, magnitude_bytes, prmt_halves
+from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
 # The interpreter has no bfloat16 products; float32 holds them exactly.
@@ -174,7 +173,7 @@ def _add_parts(parts_ptr, scale_ptr, bias_ptr, row_scale_ptr, y_ptr, m, rows, sc
 
 @triton.jit
 def _quantize_rows(x_ptr, q_ptr, scale_ptr, cols, BLOCK: tl.constexpr):
-    """A row to int8: the arithmetic of ``dqw.reference._quantize_rows``, operation for operation."""
+    """A row to int8: the operations of ``dqw.reference._quantize_rows``, one by one."""
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.float32)
     bad = tl.zeros((BLOCK,), tl.int32)
@@ -219,12 +218,15 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def tiling(m: int, rows: int, cols: int, group_size: int, processors: int) -> dict[str, int]:
+def tiling(
+    m: int, rows: int, cols: int, group_size: int, planes: int, processors: int
+) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, BLOCKS and SPLIT. From counts, not yet from a measurement.
 
-    Splitting goes on until every processor has two programs or a program has two steps left.
+    Splitting goes on until every processor has two programs or a program has two steps left. Two
+    planes have two sums, which at 128 × 128 would spill.
     """
-    block_m = min(128, max(16, triton.next_power_of_2(m)))
+    block_m = min(128 // planes, max(16, triton.next_power_of_2(m)))
     block_n = 128 if block_m == 128 else 64
     blocks = 1 if group_size or block_m == 128 else 2
     tiles = triton.cdiv(rows, block_n) * triton.cdiv(m, block_m)
@@ -274,7 +276,7 @@ def quant_linear(
     kind = constants(bits, x.dtype, group_size, int8_activations, bias is not None)
     if int8_activations:
         x, row_scale = quantize_rows(x)
-    tile = tiling(m, rows, cols, group_size, processors(x.device))
+    tile = tiling(m, rows, cols, group_size, kind["PLANES"], processors(x.device))
     split, block_m, block_n = tile["SPLIT"], tile["BLOCK_M"], tile["BLOCK_N"]
     blocks = triton.cdiv(cols, 64)
     steps = triton.cdiv(blocks, tile["BLOCKS"] * split)
