@@ -237,6 +237,14 @@ def tiling(
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCKS": blocks, "SPLIT": split}
 
 
+def launch(tile: dict[str, int], int8: bool) -> dict[str, int | bool]:
+    """Warps and pipeline stages. A product and a sum stay two operations in the integer path, so
+    that it agrees with the reference bit for bit."""
+    large = tile["BLOCK_M"] == 128
+    return {"num_warps": 8 if large else 4, "num_stages": 3 if large else 4,
+            "enable_fp_fusion": not int8}  # fmt: skip
+
+
 def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _UNKNOWN_PROCESSORS
@@ -287,12 +295,9 @@ def quant_linear(
         kept = torch.int64 if int8_activations and not group_size else torch.float32
         out = torch.empty((split, m, rows), dtype=kept, device=x.device)
     grid = (triton.cdiv(rows, block_n), triton.cdiv(m, block_m), split)
-    tuned = {"num_warps": 8 if block_m == 128 else 4, "num_stages": 3 if block_m == 128 else 4}
-    # A product and a sum stay two operations in the integer path: it agrees bit for bit.
-    tuned["enable_fp_fusion"] = not int8_activations
     with torch.cuda.device_of(x):
         _linear[grid](x, weight, scale, levels, bias_or_any, row_scale, out, m, rows, cols, blocks,
-                      stride, steps, **kind, **tile, **tuned)  # fmt: skip
+                      stride, steps, **kind, **tile, **launch(tile, int8_activations))  # fmt: skip
         if split > 1:
             names = ("GROUP", "INT8", "HAS_BIAS")
             _add_parts[(triton.cdiv(rows, 256), m)](
