@@ -15,17 +15,20 @@ from dqw import grids, ops, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ON_CPU = {
+    "fake_quant": ops._cuda_fake_quant,
+    "fake_quant_backward": ops._cuda_fake_quant_backward,
     "quant_linear": ops._cuda_quant_linear,
     "dequantize": ops._cuda_dequantize,
     "quant_embedding": ops._cuda_quant_embedding,
 }
 
 
-def call(name: str, device: str, *args: object) -> Tensor:
+def call(name: str, device: str, *args: object):  # type: ignore[no-untyped-def]
     """The operator on ``device``; in the interpreter the function that CUDA tensors would reach."""
     moved = [a.to(device) if isinstance(a, Tensor) else a for a in args]
     function = ON_CPU[name] if device == "cpu" else getattr(torch.ops.dqw, name)
-    return function(*moved).cpu()
+    found = function(*moved)
+    return found.cpu() if isinstance(found, Tensor) else tuple(t.cpu() for t in found)
 
 
 def close(got: Tensor, want: Tensor, device: str) -> None:
@@ -140,7 +143,38 @@ def tables(device: str) -> None:
     assert call("quant_embedding", device, ids[:0], *args).shape == (0, 2, 130)
 
 
-CASES = {f.__name__: f for f in (identity, error, int8, edges, tables)}
+def fake_quant(device: str) -> None:
+    """Forward bit for bit, NaN, infinity and signs too; dx exactly; dscale the same every time."""
+    kinds = [("apot", 4, torch.float32), ("apot", 3, torch.float16), ("pot", 5, torch.float32),
+             ("uniform", 8, torch.bfloat16)]  # fmt: skip
+    for grid, bits, dtype in kinds:
+        bucket, top = grids.bucket(grid, bits), grids.level_max(grid, bits)
+        for rows, cols, granularity in (
+            (3, 7, "channel"), (3, 9, "tensor"), (2, 65, "32"), (1, 130, "64"),
+            (2, 1030, "channel"), (1, 9001, "tensor"),
+        ):  # fmt: skip
+            scale, group = random_scale(rows, cols, granularity, 1 / top)
+            x, grad = torch.randn(rows, cols).to(dtype), torch.randn(rows, cols).to(dtype)
+            x[0, :4] = torch.tensor([0.0, float("inf"), -float("inf"), -0.0])
+            nan = x.clone()
+            nan[0, 5] = float("nan")
+            for value in (x, nan, x.T.contiguous().T):
+                args = (value, scale, bucket, group)
+                got, want = call("fake_quant", device, *args), reference.fake_quant(*args)
+                known = ~value.isnan()
+                close(got[known], want[known], device)
+                assert got[~known].isnan().all()
+                assert torch.equal(got[known].signbit(), want[known].signbit())
+                dx, ds = call("fake_quant_backward", device, grad, *args)
+                want_dx, want_ds = reference.fake_quant_backward(grad, *args)
+                assert torch.equal(dx, want_dx)
+                slack = 1e-4 * top * cols**0.5
+                torch.testing.assert_close(ds, want_ds, rtol=1e-4, atol=slack, equal_nan=True)
+                again = call("fake_quant_backward", device, grad, *args)[1]
+                assert torch.equal(again.nan_to_num(), ds.nan_to_num())
+
+
+CASES = {f.__name__: f for f in (fake_quant, identity, error, int8, edges, tables)}
 
 if __name__ == "__main__":
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The Triton kernels for packed weights: in the interpreter, compiled for GPUs, and their decoder.
+"""Every Triton kernel in the interpreter; those for packed weights compiled, and their decoder.
 
 The cases themselves are in cuda_cases.py; tests/test_cuda.py runs the same ones on a GPU.
 """
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("case", ["identity", "error", "int8", "edges", "tables"])
+@pytest.mark.parametrize("case", ["fake_quant", "identity", "error", "int8", "edges", "tables"])
 def test_in_the_interpreter(case: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", HERE / "cuda_cases.py", case, "cpu"],
