@@ -17,6 +17,10 @@
 
 namespace dqw {
 
+// Four bytes of the eight of b:a by the four nibbles of `selector`, whose bit 3 must be 0 here.
+// PTX's own prmt.b32: CUDA's intrinsic masks its selector once more.
+__device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector);
+
 // The 8 magnitudes of a grid of up to 4 bits as 16-bit floats: their high and low bytes.
 struct Pool {
     uint32_t high[2], low[2];
@@ -34,17 +38,18 @@ __device__ inline Pool pool_of(const uint16_t* magnitude, int count) {
 // out[0], out[1]: codes j … j+3 as two pairs; out[2], out[3]: codes j+32 … j+35.
 __device__ inline void decode_nibbles(uint32_t w, const Pool& p, uint32_t out[4]) {
     const uint32_t left = w << 4;  // brings the signs of even nibbles to a byte's top bit
-    const uint32_t index = w & 0x77777777u, rest = index >> 16;
-    uint32_t a = __byte_perm(p.high[0], p.high[1], index);
-    uint32_t b = __byte_perm(p.high[0], p.high[1], rest);
-    const uint32_t c = __byte_perm(p.low[0], p.low[1], index);
-    const uint32_t d = __byte_perm(p.low[0], p.low[1], rest);
-    a |= __byte_perm(left, w, 0x5140) & 0x80808080u;
-    b |= __byte_perm(left, w, 0x7362) & 0x80808080u;
-    out[0] = __byte_perm(c, a, 0x6240);
-    out[1] = __byte_perm(d, b, 0x6240);
-    out[2] = __byte_perm(c, a, 0x7351);
-    out[3] = __byte_perm(d, b, 0x7351);
+    const uint32_t index = w & 0x77777777u;
+    const uint32_t rest = index >> 16;
+    uint32_t a = prmt(p.high[0], p.high[1], index);
+    uint32_t b = prmt(p.high[0], p.high[1], rest);
+    const uint32_t c = prmt(p.low[0], p.low[1], index);
+    const uint32_t d = prmt(p.low[0], p.low[1], rest);
+    a |= prmt(left, w, 0x5140) & 0x80808080u;
+    b |= prmt(left, w, 0x7362) & 0x80808080u;
+    out[0] = prmt(c, a, 0x6240);
+    out[1] = prmt(d, b, 0x6240);
+    out[2] = prmt(c, a, 0x7351);
+    out[3] = prmt(d, b, 0x7351);
 }
 
 // Bit i of v, i < 4, to bit 8 i.

@@ -23,6 +23,12 @@ __device__ inline uint16_t bits_of(__half v) { return __half_as_ushort(v); }
 __device__ inline uint16_t bits_of(__nv_bfloat16 v) { return __bfloat16_as_ushort(v); }
 __device__ inline float half_to_float(uint16_t v) { return __half2float(__ushort_as_half(v)); }
 
+__device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
+    uint32_t out;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
+    return out;
+}
+
 // Weights are read once: they should not push x out of L1.
 template <typename V>
 __device__ inline V load_once(const V* p) {
@@ -32,15 +38,16 @@ __device__ inline V load_once(const V* p) {
 template <typename T>
 __device__ inline void multiply(float sum[2], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1);
 
-#define DQW_MULTIPLY(T, type)                                                                    \
-    template <>                                                                                  \
-    __device__ inline void multiply<T>(float sum[2], uint32_t a0, uint32_t a2, uint32_t b0,      \
-                                       uint32_t b1) {                                            \
-        float unused[2] = {0, 0};                                                                \
-        asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                       \
-            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                    \
-            : "+f"(sum[0]), "+f"(sum[1]), "+f"(unused[0]), "+f"(unused[1])                       \
-            : "r"(a0), "r"(0), "r"(a2), "r"(0), "r"(b0), "r"(b1));                               \
+#define DQW_MULTIPLY(T, type)                                                               \
+    template <>                                                                             \
+    __device__ inline void multiply<T>(float sum[2], uint32_t a0, uint32_t a2, uint32_t b0, \
+                                       uint32_t b1) {                                       \
+        float unused[2] = {0, 0};                                                           \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                          \
+            ".f32 "                                                                         \
+            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"               \
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(unused[0]), "+f"(unused[1])                  \
+            : "r"(a0), "r"(0), "r"(a2), "r"(0), "r"(b0), "r"(b1));                          \
     }
 DQW_MULTIPLY(__half, "f16")
 DQW_MULTIPLY(__nv_bfloat16, "bf16")

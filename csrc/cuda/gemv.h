@@ -27,17 +27,17 @@ constexpr int kMatrices = 3;  // that share x and one launch: query, key and val
 
 struct Matrix {
     const uint8_t* weight;
-    const void* scale;    // (rows, groups), (rows, 1) or (1, 1), float16 if grouped, else float32
-    const void* bias;     // (rows) in x's dtype, or null
-    void* y;              // (m, rows)
+    const void* scale;  // (rows, groups), (rows, 1) or (1, 1), float16 if grouped, else float32
+    const void* bias;   // (rows) in x's dtype, or null
+    void* y;            // (m, rows)
     int rows;
-    int scale_stride;     // from row to row; 0 per tensor
+    int scale_stride;  // from row to row; 0 per tensor
 };
 
 struct Gemv {
     Matrix matrix[kMatrices];
-    const int16_t* levels;  // shared by the matrices
-    const void* x;          // (m, cols), contiguous
+    const int16_t* levels;          // shared by the matrices
+    const void* x;                  // (m, cols), contiguous
     int matrices, m, cols, blocks;  // blocks of 64 codes a row
     bool aligned;  // x's rows start at multiples of 8 bytes: four columns are one load
     bool gelu;
@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(32 * WARPS) gemv(const Gemv a) {
             multiply<T>(GROUP == 32 ? part[1] : f, v[2], v[3], second.x, second.y);
         }
         if (GROUP) {
-            const uint16_t* scale = reinterpret_cast<const uint16_t*>(w.scale) +
-                                    (int64_t)safe * w.scale_stride;
+            const uint16_t* scale =
+                reinterpret_cast<const uint16_t*>(w.scale) + (int64_t)safe * w.scale_stride;
             const float s = half_to_float(scale[block * 64 / (GROUP ? GROUP : 1)]);
             total[0] += part[0][0] * s;
             total[1] += part[0][1] * s;

@@ -1,7 +1,6 @@
 // csrc/cuda's kernel on CPU threads, for tests/test_cuda_host.py.
-#include "shim.h"
-
 #include "launch.h"
+#include "shim.h"
 
 extern "C" int dqw_gemv(const dqw::Gemv* a, int bits, int group, int bfloat16) {
     const auto run = [&](auto kernel) {

@@ -5,6 +5,8 @@
 // for bit, and vector loads check their alignment as a GPU would.
 #pragma once
 
+#include <stdint.h>
+
 #include <barrier>
 #include <cmath>
 #include <cstdio>
@@ -13,8 +15,6 @@
 #include <memory>
 #include <thread>
 #include <vector>
-
-#include <stdint.h>
 
 #define __device__
 #define __global__
@@ -35,7 +35,16 @@ inline std::unique_ptr<std::barrier<>> block_barrier;
 inline std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 
-inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
+struct __half {
+    _Float16 v;
+};
+struct __nv_bfloat16 {
+    uint16_t v;
+};
+
+namespace dqw {
+
+inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
     const uint64_t pool = (uint64_t)b << 32 | a;
     uint32_t out = 0;
     for (int i = 0; i < 4; i++) {
@@ -46,15 +55,6 @@ inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
     }
     return out;
 }
-
-struct __half {
-    _Float16 v;
-};
-struct __nv_bfloat16 {
-    uint16_t v;
-};
-
-namespace dqw {
 
 inline float to_float(__half h) { return (float)h.v; }
 inline float to_float(__nv_bfloat16 b) {
