@@ -36,6 +36,12 @@ _SCHEMAS = {
         "(Tensor x, Tensor weight, Tensor scale, Tensor levels, Tensor? bias, int rows, int bits, "
         "int group_size, bool int8_activations) -> Tensor"
     ),
+    # Up to three layers that share x, such as query, key and value: one launch where a kernel has
+    # it. With gelu the exact one is applied. No gradients.
+    "quant_linears": (
+        "(Tensor x, Tensor[] weights, Tensor[] scales, Tensor levels, Tensor?[] biases, "
+        "int[] rows, int bits, int group_size, bool gelu) -> Tensor[]"
+    ),
     "quant_embedding": (
         "(Tensor ids, Tensor weight, Tensor scale, Tensor levels, int rows, int cols, int bits, "
         "int group_size) -> Tensor"
@@ -45,7 +51,29 @@ _SCHEMAS = {
 _library = torch.library.Library("dqw", "DEF")
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    if _name != "quant_linears":
+        _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+
+def _each_linear(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    levels: Tensor,
+    biases: list[Tensor | None],
+    rows: list[int],
+    bits: int,
+    group_size: int,
+    gelu: bool,
+) -> list[Tensor]:
+    ys = [
+        torch.ops.dqw.quant_linear(x, w, s, levels, b, n, bits, group_size, False)
+        for w, s, b, n in zip(weights, scales, biases, rows, strict=True)
+    ]
+    return [torch.nn.functional.gelu(y) for y in ys] if gelu else ys
+
+
+_library.impl("quant_linears", _each_linear, "CompositeExplicitAutograd")
 
 
 # ---- meta functions: shapes and dtypes without data ----
@@ -83,6 +111,20 @@ def _meta_quant_linear(
     int8_activations: bool,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], rows))
+
+
+def _meta_quant_linears(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    levels: Tensor,
+    biases: list[Tensor | None],
+    rows: list[int],
+    bits: int,
+    group_size: int,
+    gelu: bool,
+) -> list[Tensor]:
+    return [x.new_empty((*x.shape[:-1], n)) for n in rows]
 
 
 def _meta_quant_embedding(
@@ -249,6 +291,44 @@ def _cuda_quant_embedding(
     return y.view(*ids.shape, cols)
 
 
+def _gemv_serves(
+    x: Tensor, weights: list[Tensor], scales: list[Tensor], bits: int, group_size: int
+) -> bool:
+    """Whether the CUDA C++ kernel takes these layers: what csrc/cuda/quant_linear.cu demands."""
+    return (
+        not _gemv_reason
+        and x.shape[:-1].numel() <= _CUDA_ROWS["CUDA C++"]
+        and (x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and bits <= 6))
+        and group_size in (0, 32, 64, 128)
+        and all(w.data_ptr() % 16 == 0 for w in weights)
+        and all(s.dtype == (torch.float16 if group_size else torch.float32) for s in scales)
+    )
+
+
+def _cuda_quant_linears(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    levels: Tensor,
+    biases: list[Tensor | None],
+    rows: list[int],
+    bits: int,
+    group_size: int,
+    gelu: bool,
+) -> list[Tensor]:
+    cols = x.shape[-1]
+    if len(rows) > 3 or not _gemv_serves(x, weights, scales, bits, group_size):
+        return _each_linear(x, weights, scales, levels, biases, rows, bits, group_size, gelu)
+    for w, s, n in zip(weights, scales, rows, strict=True):
+        _check_packed(w, s, levels, n, cols, bits, group_size)
+    flat = x.reshape(x.shape[:-1].numel(), cols).contiguous()
+    given = [x.new_empty(0) if b is None else b.to(x.dtype).contiguous() for b in biases]
+    ys = torch.ops.dqw_cuda.gemv(
+        flat, weights, [s.contiguous() for s in scales], levels, given, rows, bits, group_size, gelu
+    )
+    return [y.view(*x.shape[:-1], n) for y, n in zip(ys, rows, strict=True)]
+
+
 def _cuda_quant_linear(
     x: Tensor,
     weight: Tensor,
@@ -268,6 +348,11 @@ def _cuda_quant_linear(
     _check_packed(weight, scale, levels, rows, cols, bits, group_size)
     if bias is not None and bias.numel() != rows:
         raise ValueError(f"bias must have {rows} entries, got {bias.numel()}")
+    if not int8_activations and _gemv_serves(x, [weight], [scale], bits, group_size):
+        one = _cuda_quant_linears(
+            x, [weight], [scale], levels, [bias], [rows], bits, group_size, False
+        )
+        return one[0]
     fits = kernel.supports(cols, group_size, int8_activations)
     if int8_activations and not fits:
         _say_once(
@@ -292,6 +377,7 @@ _TRITON = {
     "fake_quant_backward": _cuda_fake_quant_backward,
     "dequantize": _cuda_dequantize,
     "quant_linear": _cuda_quant_linear,
+    "quant_linears": _cuda_quant_linears,
     "quant_embedding": _cuda_quant_embedding,
 }
 
@@ -308,7 +394,22 @@ def _triton_reason() -> str:
     return ""
 
 
+def _load_gemv() -> str:
+    """Load the CUDA C++ library; → why it does not serve, empty if it does."""
+    file = Path(__file__).parent / "_C_cuda.so"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not file.exists():
+        return "the CUDA C++ library was not built: install dqw where nvcc is"
+    try:
+        torch.ops.load_library(str(file))
+    except OSError as error:
+        return f"{file.name} does not load ({error}): reinstall dqw to rebuild it"
+    return ""
+
+
 _cuda_reason = _triton_reason()
+_gemv_reason = _cuda_reason or _load_gemv()
 if not _cuda_reason:
     for _name, _function in _TRITON.items():
         _library.impl(_name, _function, "CUDA")
@@ -320,10 +421,11 @@ def _cuda_kernel(name: str) -> str:
         return f"PyTorch reference ({_cuda_reason})"
     if name not in _TRITON:
         return "PyTorch reference (outside the layers that run: no kernel needed)"
-    if name != "quant_linear":
+    if name not in ("quant_linear", "quant_linears"):
         return "Triton"
-    rows = _CUDA_ROWS["Triton"]
-    return f"Triton up to {rows} rows and for int8 activations, above Triton + cuBLAS"
+    few, some = _CUDA_ROWS["CUDA C++"], _CUDA_ROWS["Triton"]
+    first = f"no CUDA C++ ({_gemv_reason})" if _gemv_reason else f"CUDA C++ up to {few} rows"
+    return f"{first}; Triton up to {some} rows and for int8 activations; above Triton + cuBLAS"
 
 
 def backend_info() -> dict[str, dict[str, str]]:
@@ -341,4 +443,5 @@ fake_quant_activation = torch.ops.dqw.fake_quant_activation.default
 quantize = torch.ops.dqw.quantize.default
 dequantize = torch.ops.dqw.dequantize.default
 quant_linear = torch.ops.dqw.quant_linear.default
+quant_linears = torch.ops.dqw.quant_linears.default
 quant_embedding = torch.ops.dqw.quant_embedding.default
