@@ -167,7 +167,8 @@ def compile_cuda(target: Path, demanded: bool, force: bool) -> str:
     if not CUDA_FILES or (torch.version.cuda is None and not demanded):
         return "this torch is built without CUDA"
     beside = str(Path(CUDA_HOME) / "bin" / "nvcc") if CUDA_HOME else "nvcc"
-    nvcc = shutil.which(os.environ.get("NVCC", "nvcc")) or shutil.which(beside)
+    named = os.environ.get("NVCC")
+    nvcc = shutil.which(named) if named else shutil.which("nvcc") or shutil.which(beside)
     if nvcc is None:
         if demanded:
             raise OSError("nvcc is not found: install the CUDA toolkit, or set NVCC to its nvcc")

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from kernel_helpers import random_scale, random_weight
 from torch import Tensor
 from torch.nn import functional as F
 
-from dqw import grids, reference
+from dqw import grids, ops, reference
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "cuda"
@@ -49,7 +50,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("g++ is not installed")
     file = tmp_path_factory.mktemp("cuda_host") / "gemv.so"
     command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f"-I{SOURCE}"]
-    subprocess.run([*command, f"-I{HOST}", HOST / "gemv.cpp", "-o", file], check=True)
+    subprocess.run(
+        [*command, "-DDQW_CUDA_ON_HOST", f"-I{HOST}", HOST / "gemv.cpp", "-o", file], check=True
+    )
     found = ctypes.CDLL(str(file))
     assert found.dqw_gemv_size() == ctypes.sizeof(Gemv)
     return found
@@ -169,6 +172,41 @@ def test_nan_stays_in_its_row(library) -> None:
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
 
 
+def test_few_rows_reach_this_kernel(library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dqw.ops sends layers of up to 8 rows here, alone or three at a time, no others."""
+    calls = []
+
+    def kernel(x, weights, scales, levels, biases, rows, bits, group, gelu):  # type: ignore[no-untyped-def]
+        calls.append(len(weights))
+        bias = [b if b.numel() else None for b in biases]
+        parts = list(zip(weights, scales, bias, rows, strict=True))
+        return gemv(library, x, parts, levels, bits, group, gelu)
+
+    monkeypatch.setattr(torch.ops, "dqw_cuda", SimpleNamespace(gemv=kernel), raising=False)
+    monkeypatch.setattr(ops, "_gemv_reason", "")
+    levels, cols, rows = grids.levels("apot", 4), 130, [24, 9, 16]
+    packed = [aligned(random_weight(n, cols, 4, levels)[0]) for n in rows]
+    scale, biases = [scales(n, cols, 64) for n in rows], [torch.randn(24), None, torch.randn(16)]
+    x = torch.randn(2, 3, cols).half()
+    got = ops._cuda_quant_linears(x, packed, scale, levels, biases, rows, 4, 64, True)
+    assert calls == [3]
+    for y, w, s, b, n in zip(got, packed, scale, biases, rows, strict=True):
+        want = reference.quant_linear(x.float(), w, s, levels, b, n, 4, 64, False)
+        torch.testing.assert_close(y, F.gelu(want).half(), rtol=2e-3, atol=3e-2)
+        alone = ops._cuda_quant_linear(x, w, s, levels, b, n, 4, 64, False)
+        torch.testing.assert_close(alone, want.half(), rtol=2e-3, atol=3e-2)
+    assert calls == [3, 1, 1, 1]
+    for dtype, m, bits, group, where in (
+        (torch.float32, 1, 4, 64, False), (torch.float16, 9, 4, 64, False),
+        (torch.bfloat16, 8, 7, 64, False), (torch.float16, 8, 7, 64, True),
+        (torch.float16, 1, 4, 96, False), (torch.bfloat16, 1, 4, 0, True),
+    ):  # fmt: skip
+        few = torch.zeros(m, 64, dtype=dtype)
+        kind = torch.float16 if group else torch.float32
+        args = ([aligned(torch.zeros(64, dtype=torch.uint8))], [torch.ones(1, 1, dtype=kind)])
+        assert ops._gemv_serves(few, *args, bits, group) == where, (dtype, m, bits, group)
+
+
 # ---- compiled for GPUs ----
 
 INSTANCES = [  # type of x, bits, group size
@@ -176,7 +214,6 @@ INSTANCES = [  # type of x, bits, group size
     ("__half", 3, 32), ("__nv_bfloat16", 5, 64), ("__half", 6, 0), ("__half", 8, 128),
 ]  # fmt: skip
 PROBE = """
-#include "device.h"
 #include "decode.h"
 // WORDS nibble words, decoded: the difference between two of these is the decoder alone.
 template <int WORDS>
@@ -222,7 +259,7 @@ def sass(cubin: Path) -> str:
 def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
     lines = [f"template __global__ void dqw::gemv<{t}, {bits}, {group}, dqw::kWarps>(dqw::Gemv);"
              for t, bits, group in INSTANCES]  # fmt: skip
-    code = '#include "device.h"\n#include "launch.h"\n' + "\n".join(lines)
+    code = '#include "launch.h"\n' + "\n".join(lines)
     cubin, said = nvcc(code, arch, tmp_path)
     assert said.count(" 0 bytes spill stores, 0 bytes spill loads") == len(INSTANCES), said
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]

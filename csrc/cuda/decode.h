@@ -15,11 +15,13 @@
 
 #include <stdint.h>
 
-namespace dqw {
+#ifdef DQW_CUDA_ON_HOST
+#include "shim.h"  // tests/cuda_host
+#else
+#include "device.h"
+#endif
 
-// Four bytes of the eight of b:a by the four nibbles of `selector`, whose bit 3 must be 0 here.
-// PTX's own prmt.b32: CUDA's intrinsic masks its selector once more.
-__device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector);
+namespace dqw {
 
 // The 8 magnitudes of a grid of up to 4 bits as 16-bit floats: their high and low bytes.
 struct Pool {

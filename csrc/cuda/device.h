@@ -1,4 +1,4 @@
-// What gemv.h asks of the device, for a GPU. tests/cuda_shim.h has the same for CPU threads.
+// What gemv.h asks of the device, for a GPU. tests/cuda_host/shim.h has the same for CPU threads.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -23,6 +23,8 @@ __device__ inline uint16_t bits_of(__half v) { return __half_as_ushort(v); }
 __device__ inline uint16_t bits_of(__nv_bfloat16 v) { return __bfloat16_as_ushort(v); }
 __device__ inline float half_to_float(uint16_t v) { return __half2float(__ushort_as_half(v)); }
 
+// Four bytes of the eight of b:a by the four nibbles of `selector`. PTX's own instruction: CUDA's
+// intrinsic masks its selector once more.
 __device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
     uint32_t out;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
@@ -35,6 +37,8 @@ __device__ inline V load_once(const V* p) {
     return __ldcs(p);
 }
 
+// sum += A B of m16n8k16, float32. a0 a2: of row r of A columns 2t, 2t+1 and 2t+8, 2t+9; b0 b1:
+// the same of column r of B; sum: row r, columns 2t and 2t+1. Rows 8 to 15 of A are zero.
 template <typename T>
 __device__ inline void multiply(float sum[2], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1);
 

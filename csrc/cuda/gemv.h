@@ -14,7 +14,7 @@
 //
 // One scale a row: a lane loads 16 bytes, four lanes 128 columns. Groups of 32, 64 or 128: a lane
 // loads 8 bytes, four lanes a block of 64, whose sums are scaled before the next (groups of 32:
-// half a block). No torch here: tests run this file on CPU threads (tests/cuda_shim.h).
+// half a block). No torch here: tests run this file on CPU threads (tests/cuda_host/shim.h).
 #pragma once
 
 #include "decode.h"
@@ -42,10 +42,6 @@ struct Gemv {
     bool aligned;  // x's rows start at multiples of 8 bytes: four columns are one load
     bool gelu;
 };
-
-// D += A B, float32 sums. a0 a2: columns 2t, 2t+1 and 2t+8, 2t+9 of row r of A; b0 b1 of B.
-template <typename T>
-__device__ inline void multiply(float sum[2], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1);
 
 template <int WORDS>
 struct Words {

@@ -18,7 +18,6 @@
 #include <string>
 #include <vector>
 
-#include "device.h"
 #include "launch.h"
 
 namespace dqw {

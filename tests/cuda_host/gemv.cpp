@@ -1,6 +1,5 @@
-// csrc/cuda's kernel on CPU threads, for tests/test_cuda_host.py.
+// csrc/cuda's kernel on CPU threads, for tests/test_cuda_host.py; built with DQW_CUDA_ON_HOST.
 #include "launch.h"
-#include "shim.h"
 
 extern "C" int dqw_gemv(const dqw::Gemv* a, int bits, int group, int bfloat16) {
     const auto run = [&](auto kernel) {
