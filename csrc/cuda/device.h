@@ -37,6 +37,11 @@ __device__ inline V load_once(const V* p) {
     return __ldcs(p);
 }
 
+template <typename V>
+__device__ inline V load_again(const V* p) {
+    return __ldg(p);
+}
+
 // sum += A B of m16n8k16, float32. a0 a2: of row r of A columns 2t, 2t+1 and 2t+8, 2t+9; b0 b1:
 // the same of column r of B; sum: row r, columns 2t and 2t+1. Rows 8 to 15 of A are zero.
 template <typename T>

@@ -23,6 +23,7 @@ namespace dqw {
 
 constexpr int kRows = 8;      // of W, a block of threads
 constexpr int kMost = 8;      // rows of x
+constexpr int kInFlight = 4;  // loads of a lane
 constexpr int kMatrices = 3;  // that share x and one launch: query, key and value
 
 struct Matrix {
@@ -36,10 +37,9 @@ struct Matrix {
 
 struct Gemv {
     Matrix matrix[kMatrices];
-    const int16_t* levels;          // shared by the matrices
-    const void* x;                  // (m, cols), contiguous
+    const int16_t* levels;  // shared by the matrices
+    const void* x;  // (m, cols), contiguous; cols divides by 8, so that 8 columns are one load
     int matrices, m, cols, blocks;  // blocks of 64 codes a row
-    bool aligned;  // x's rows start at multiples of 8 bytes: four columns are one load
     bool gelu;
 };
 
@@ -64,19 +64,26 @@ __device__ inline Words<WORDS> load_words(const uint8_t* p) {
     return w;
 }
 
-// Four neighbouring columns of a row of x as two pairs; zero beyond the end.
-__device__ inline uint2 four_of_x(const uint16_t* row, int column, const Gemv& a, bool exists) {
-    uint2 v = {0, 0};
-    if (!exists || column >= a.cols) return v;
-    if (a.aligned) return *reinterpret_cast<const uint2*>(row + column);
-    uint32_t e[4] = {0, 0, 0, 0};
-    for (int i = 0; i < 4; i++) {
-        if (column + i < a.cols) e[i] = row[column + i];
+// The same columns of a row of x as pairs: first[q] columns 4 q …, second[q] those 32 on; zero
+// beyond the end and for rows that do not exist.
+template <int WORDS>
+struct Columns {
+    uint2 first[WORDS], second[WORDS];
+
+    __device__ void load(const uint16_t* row, int column, const Gemv& a, bool exists) {
+#pragma unroll
+        for (int q = 0; q < WORDS; q += 2) {
+            const int c = column + 4 * q;
+            uint4 v = {0, 0, 0, 0}, w = {0, 0, 0, 0};
+            if (exists && c < a.cols) v = load_again(reinterpret_cast<const uint4*>(row + c));
+            if (exists && c + 32 < a.cols) {
+                w = load_again(reinterpret_cast<const uint4*>(row + c + 32));
+            }
+            first[q] = {v.x, v.y}, first[q + 1] = {v.z, v.w};
+            second[q] = {w.x, w.y}, second[q + 1] = {w.z, w.w};
+        }
     }
-    v.x = e[0] | e[1] << 16;
-    v.y = e[2] | e[3] << 16;
-    return v;
-}
+};
 
 // One row's codes j … j + 4 WORDS - 1 and those 32 columns on, of one block.
 template <int BITS, int WORDS>
@@ -160,32 +167,41 @@ __global__ void __launch_bounds__(32 * WARPS) gemv(const Gemv a) {
     const int lane_block = 4 * WORDS * t / 32, j = 4 * WORDS * t % 32;
 
     float total[2] = {0, 0};
-#pragma unroll 2
-    for (int step = warp * STEP; step < a.blocks; step += WARPS * STEP) {
-        const int block = step + lane_block;
-        Share<BITS, WORDS> share = {};
-        if (block < a.blocks) share.load(weight + (int64_t)block * 8 * BITS, j);
-        float part[2][2] = {{0, 0}, {0, 0}};
-        for (int q = 0; q < WORDS; q++) {
-            uint32_t v[4] = {0, 0, 0, 0};
-            if (block < a.blocks) share.decode(q, pool, table, v);
-            const int column = block * 64 + j + 4 * q;
-            const uint2 first = four_of_x(x, column, a, r < a.m);
-            const uint2 second = four_of_x(x, column + 32, a, r < a.m);
-            float* f = GROUP ? part[0] : total;
-            multiply<T>(f, v[0], v[1], first.x, first.y);
-            multiply<T>(GROUP == 32 ? part[1] : f, v[2], v[3], second.x, second.y);
+    // A round's loads are all sent before the first is used: few warps must cover the latency.
+    for (int round = warp * STEP; round < a.blocks; round += kInFlight * WARPS * STEP) {
+        Share<BITS, WORDS> share[kInFlight] = {};
+#pragma unroll
+        for (int u = 0; u < kInFlight; u++) {
+            const int block = round + u * WARPS * STEP + lane_block;
+            if (block < a.blocks) share[u].load(weight + (int64_t)block * 8 * BITS, j);
         }
-        if (GROUP) {
-            const uint16_t* scale =
-                reinterpret_cast<const uint16_t*>(w.scale) + (int64_t)safe * w.scale_stride;
-            const float s = half_to_float(scale[block * 64 / (GROUP ? GROUP : 1)]);
-            total[0] += part[0][0] * s;
-            total[1] += part[0][1] * s;
-            if (GROUP == 32 && block * 64 + 32 < a.cols) {
-                const float s2 = half_to_float(scale[block * 2 + 1]);
-                total[0] += part[1][0] * s2;
-                total[1] += part[1][1] * s2;
+#pragma unroll
+        for (int u = 0; u < kInFlight; u++) {
+            const int step = round + u * WARPS * STEP, block = step + lane_block;
+            if (step >= a.blocks) break;  // the same for the whole warp
+            Columns<WORDS> columns;
+            columns.load(x, block * 64 + j, a, r < a.m);
+            float part[2][2] = {{0, 0}, {0, 0}};
+#pragma unroll
+            for (int q = 0; q < WORDS; q++) {
+                uint32_t v[4] = {0, 0, 0, 0};
+                if (block < a.blocks) share[u].decode(q, pool, table, v);
+                const uint2 first = columns.first[q], second = columns.second[q];
+                float* f = GROUP ? part[0] : total;
+                multiply<T>(f, v[0], v[1], first.x, first.y);
+                multiply<T>(GROUP == 32 ? part[1] : f, v[2], v[3], second.x, second.y);
+            }
+            if (GROUP) {
+                const uint16_t* scale =
+                    reinterpret_cast<const uint16_t*>(w.scale) + (int64_t)safe * w.scale_stride;
+                const float s = half_to_float(scale[block * 64 / (GROUP ? GROUP : 1)]);
+                total[0] += part[0][0] * s;
+                total[1] += part[0][1] * s;
+                if (GROUP == 32 && block * 64 + 32 < a.cols) {
+                    const float s2 = half_to_float(scale[block * 2 + 1]);
+                    total[0] += part[1][0] * s2;
+                    total[1] += part[1][1] * s2;
+                }
             }
         }
     }

@@ -5,7 +5,9 @@
 
 namespace dqw {
 
-constexpr int kWarps = 4;  // to a block of threads: enough for 512 columns without groups
+// To a block of threads: with 4 loads in flight they take 2048 columns with groups, 4096 without,
+// in one round of loads.
+constexpr int kWarps = 8;
 
 // f(kernel) with the instance for BITS and group; false where there is none.
 template <typename T, int BITS, typename F>

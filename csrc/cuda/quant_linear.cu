@@ -68,6 +68,8 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     DQW_CHECK(levels.numel() == int64_t{1} << bits && levels.is_contiguous() &&
                   levels.scalar_type() == ScalarType::Short,
               "levels must be int16 of 2^bits entries");
+    DQW_CHECK(x.size(1) % 8 == 0 && divides(x.const_data_ptr(), 16),
+              "x's columns must divide by 8, and x be aligned to 16 bytes");
     const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
     DQW_CHECK(bfloat16 || x.scalar_type() == ScalarType::Half, "x must be float16 or bfloat16");
 
@@ -87,7 +89,6 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     a.m = static_cast<int>(x.size(0));
     a.cols = static_cast<int>(x.size(1));
     a.blocks = (a.cols + 63) / 64;
-    a.aligned = a.cols % 4 == 0 && divides(a.x, 8);
     a.gelu = gelu;
     const int blocks = blocks_of(a);
     if (blocks == 0 || a.m == 0) return ys;

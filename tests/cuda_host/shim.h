@@ -101,6 +101,11 @@ V load_once(const V* p) {
     return v;
 }
 
+template <typename V>
+V load_again(const V* p) {
+    return load_once(p);
+}
+
 template <typename T>
 void multiply(float sum[2], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1) {
     static uint32_t a[32][32][2], b[32][32][2];  // [warp][lane]
