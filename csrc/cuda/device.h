@@ -31,10 +31,26 @@ __device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
     return out;
 }
 
-// Weights are read once: they should not push x out of L1.
-template <typename V>
-__device__ inline V load_once(const V* p) {
-    return __ldcs(p);
+// Weights are read once: they should not push x out of L1. Zero, and nothing read, where it does
+// not exist. volatile: the compiler must not put a load off to the branch that uses it.
+__device__ inline uint2 load_once(const uint2* p, bool exists) {
+    uint2 v;
+    asm volatile(
+        "{.reg .pred q; setp.ne.s32 q, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0;"
+        "@q ld.global.cs.v2.u32 {%0, %1}, [%2];}"
+        : "=&r"(v.x), "=&r"(v.y)
+        : "l"(p), "r"((int)exists));
+    return v;
+}
+__device__ inline uint4 load_once(const uint4* p, bool exists) {
+    uint4 v;
+    asm volatile(
+        "{.reg .pred q; setp.ne.s32 q, %5, 0;"
+        "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
+        "@q ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "l"(p), "r"((int)exists));
+    return v;
 }
 
 template <typename V>

@@ -50,14 +50,14 @@ struct Words {
 
 // WORDS × 4 bytes by one load; where BITS is odd a block is aligned to 8 bytes only.
 template <int WORDS, int BITS>
-__device__ inline Words<WORDS> load_words(const uint8_t* p) {
+__device__ inline Words<WORDS> load_words(const uint8_t* p, bool exists) {
     Words<WORDS> w;
     if (WORDS == 4 && BITS % 2 == 0) {
-        const uint4 v = load_once(reinterpret_cast<const uint4*>(p));
+        const uint4 v = load_once(reinterpret_cast<const uint4*>(p), exists);
         w.at[0] = v.x, w.at[1] = v.y, w.at[WORDS - 2] = v.z, w.at[WORDS - 1] = v.w;
     } else {
         for (int i = 0; i < WORDS; i += 2) {
-            const uint2 v = load_once(reinterpret_cast<const uint2*>(p + 4 * i));
+            const uint2 v = load_once(reinterpret_cast<const uint2*>(p + 4 * i), exists);
             w.at[i] = v.x, w.at[i + 1] = v.y;
         }
     }
@@ -92,17 +92,17 @@ struct Share {
     uint32_t one_first, one_second;
     int two_shift;
 
-    __device__ void load(const uint8_t* block, int j) {
+    __device__ void load(const uint8_t* block, int j, bool exists) {
         if (BITS == 8) {
-            four = load_words<WORDS, BITS>(block + j);
-            second = load_words<WORDS, BITS>(block + 32 + j);
+            four = load_words<WORDS, BITS>(block + j, exists);
+            second = load_words<WORDS, BITS>(block + 32 + j, exists);
         }
-        if (BITS & 4) four = load_words<WORDS, BITS>(block + j);
+        if (BITS & 4) four = load_words<WORDS, BITS>(block + j, exists);
         if (BITS & 2) {
-            two = load_words<WORDS, BITS>(block + 8 * (BITS & 4) + j % 16);
+            two = load_words<WORDS, BITS>(block + 8 * (BITS & 4) + j % 16, exists);
             two_shift = 2 * (j / 16);
         }
-        if (BITS & 1) {
+        if (BITS & 1 && exists) {
             const uint8_t* p = block + 8 * (BITS & 6) + j / 8;
             one_first = p[0];
             one_second = p[4];
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(32 * WARPS) gemv(const Gemv a) {
 #pragma unroll
         for (int u = 0; u < kInFlight; u++) {
             const int block = round + u * WARPS * STEP + lane_block;
-            if (block < a.blocks) share[u].load(weight + (int64_t)block * 8 * BITS, j);
+            share[u].load(weight + (int64_t)block * 8 * BITS, j, block < a.blocks);
         }
 #pragma unroll
         for (int u = 0; u < kInFlight; u++) {
@@ -184,8 +184,8 @@ __global__ void __launch_bounds__(32 * WARPS) gemv(const Gemv a) {
             float part[2][2] = {{0, 0}, {0, 0}};
 #pragma unroll
             for (int q = 0; q < WORDS; q++) {
-                uint32_t v[4] = {0, 0, 0, 0};
-                if (block < a.blocks) share[u].decode(q, pool, table, v);
+                uint32_t v[4];  // beyond the last block codes are 0, and level 0 is 0
+                share[u].decode(q, pool, table, v);
                 const uint2 first = columns.first[q], second = columns.second[q];
                 float* f = GROUP ? part[0] : total;
                 multiply<T>(f, v[0], v[1], first.x, first.y);

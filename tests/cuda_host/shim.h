@@ -91,19 +91,20 @@ inline float value(__half, uint32_t bits) { return half_to_float(bits); }
 inline float value(__nv_bfloat16, uint32_t bits) { return to_float(__nv_bfloat16{(uint16_t)bits}); }
 
 template <typename V>
-V load_once(const V* p) {
+V load_once(const V* p, bool exists) {
+    V v = {};
+    if (!exists) return v;
     if (reinterpret_cast<uintptr_t>(p) % sizeof(V)) {
         std::fprintf(stderr, "a load of %zu bytes is not aligned\n", sizeof(V));
         std::abort();
     }
-    V v;
     std::memcpy(&v, p, sizeof(V));
     return v;
 }
 
 template <typename V>
 V load_again(const V* p) {
-    return load_once(p);
+    return load_once(p, true);
 }
 
 template <typename T>
