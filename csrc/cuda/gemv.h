@@ -23,7 +23,6 @@ namespace dqw {
 
 constexpr int kRows = 8;      // of W, a block of threads
 constexpr int kMost = 8;      // rows of x
-constexpr int kInFlight = 4;  // loads of a lane
 constexpr int kMatrices = 3;  // that share x and one launch: query, key and value
 
 struct Matrix {
@@ -142,6 +141,7 @@ __device__ inline float gelu(float v) { return 0.5f * v * (1.0f + erff(v * 0.707
 template <typename T, int BITS, int GROUP, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS) gemv(const Gemv a) {
     constexpr int WORDS = GROUP ? 2 : 4;
+    constexpr int IN_FLIGHT = BITS > 6 ? 2 : 4;  // steps whose loads a lane sends at a time
     constexpr int STEP = WORDS / 2;  // blocks of 64 columns that four lanes take at a time
     __shared__ uint16_t table[BITS > 4 ? 1 << BITS : 8];
     __shared__ float sums[WARPS][kRows * kMost];
@@ -152,8 +152,10 @@ __global__ void __launch_bounds__(32 * WARPS) gemv(const Gemv a) {
         which++;
     }
     const Matrix& w = a.matrix[which];
-    for (int i = threadIdx.x; i < (BITS > 4 ? 1 << BITS : 1 << (BITS - 1)); i += 32 * WARPS) {
-        table[i] = bits_of(from_float<T>((float)a.levels[i]));
+    constexpr int kEntries = BITS > 4 ? 1 << BITS : 1 << (BITS - 1);
+    static_assert(kEntries <= 32 * WARPS);
+    if (threadIdx.x < kEntries) {
+        table[threadIdx.x] = bits_of(from_float<T>((float)a.levels[threadIdx.x]));
     }
     __syncthreads();
     Pool pool = {};
@@ -168,15 +170,16 @@ __global__ void __launch_bounds__(32 * WARPS) gemv(const Gemv a) {
 
     float total[2] = {0, 0};
     // A round's loads are all sent before the first is used: few warps must cover the latency.
-    for (int round = warp * STEP; round < a.blocks; round += kInFlight * WARPS * STEP) {
-        Share<BITS, WORDS> share[kInFlight] = {};
+    for (int round = warp * STEP; round < a.blocks; round += IN_FLIGHT * WARPS * STEP) {
+        Share<BITS, WORDS> share[IN_FLIGHT] = {};
 #pragma unroll
-        for (int u = 0; u < kInFlight; u++) {
+        for (int u = 0; u < IN_FLIGHT; u++) {
             const int block = round + u * WARPS * STEP + lane_block;
             share[u].load(weight + (int64_t)block * 8 * BITS, j, block < a.blocks);
         }
+        __syncwarp();  // keeps the assembler from putting loads off, too
 #pragma unroll
-        for (int u = 0; u < kInFlight; u++) {
+        for (int u = 0; u < IN_FLIGHT; u++) {
             const int step = round + u * WARPS * STEP, block = step + lane_block;
             if (step >= a.blocks) break;  // the same for the whole warp
             Columns<WORDS> columns;

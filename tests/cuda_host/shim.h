@@ -33,6 +33,7 @@ struct Index {
 inline thread_local Index threadIdx, blockIdx;
 inline std::unique_ptr<std::barrier<>> block_barrier;
 inline std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
+inline void __syncwarp() { warp_barriers[threadIdx.x / 32]->arrive_and_wait(); }
 inline void __syncthreads() { block_barrier->arrive_and_wait(); }
 
 struct __half {
