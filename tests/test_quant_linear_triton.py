@@ -198,3 +198,29 @@ def test_info_names_the_kernels_and_why() -> None:
     info = ops.backend_info()
     assert "Triton" in info["quant_linear"]["cuda"] and "cuBLAS" in info["quant_linear"]["cuda"]
     assert info["dequantize"]["cuda"] == "Triton"
+
+
+def test_meta_functions_on_a_gpu_that_is_not_there() -> None:
+    """Fake CUDA tensors have the right shapes, dtypes and device: what torch.compile goes by."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+            return torch.empty(*shape, dtype=dtype, device="cuda")
+
+        weight, scale = empty(24 * 3 * 32, dtype=torch.uint8), empty(24, 3)
+        levels = empty(16, dtype=torch.int16)
+        x = empty(2, 3, 130, dtype=torch.bfloat16)
+        y = ops.quant_linear(x, weight, scale, levels, None, 24, 4, 64, False)
+        assert (y.shape, y.dtype, y.device.type) == ((2, 3, 24), torch.bfloat16, "cuda")
+        args = ([weight] * 2, [scale] * 2, levels, [None, empty(24)], [24, 24], 4, 64, True)
+        assert [y.shape for y in ops.quant_linears(x, *args)] == [(2, 3, 24)] * 2
+        ids = empty(5, dtype=torch.int64)
+        y = ops.quant_embedding(ids, weight, scale, levels, 24, 130, 4, 64)
+        assert (y.shape, y.dtype, y.device.type) == ((5, 130), torch.float32, "cuda")
+        w = ops.dequantize(weight, scale, levels, 24, 130, 4, 64)
+        assert (w.shape, w.device.type) == ((24, 130), "cuda")
+        bucket = empty(21, dtype=torch.int16)
+        dx, ds = torch.ops.dqw.fake_quant_backward(w, w, scale.float(), bucket, 64)
+        assert (dx.shape, ds.shape, ds.device.type) == ((24, 130), (24, 3), "cuda")
