@@ -55,7 +55,7 @@ def _launch(
         with torch.cuda.device_of(weight):
             _dequantize[grid](levels if ids is None else ids, weight, scale, levels, y, count, rows,
                               cols, blocks, group_size or 64 * blocks, stride, BITS=bits,
-                              GATHER=ids is not None, **tile)  # fmt: skip
+                              GATHER=ids is not None, **tile, enable_fp_fusion=False)  # fmt: skip
     return y
 
 

@@ -22,6 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 
+# A product and a sum stay two operations, as in the reference.
+_LAUNCH = {"enable_fp_fusion": False}
+
+
 @triton.jit
 def _segments(groups, segment, scale_stride, parts, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
     """This program's (row, group numbers, which exist, where scales lie, first column, end)."""
@@ -113,7 +117,7 @@ def fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Ten
     if x.numel():
         grid, sizes, block = _tiling(x, scale, group_size)
         with torch.cuda.device_of(x):
-            _forward[grid](x, y, scale, bucket, *sizes, bucket.numel() - 1, **block)
+            _forward[grid](x, y, scale, bucket, *sizes, bucket.numel() - 1, **block, **_LAUNCH)
     return y
 
 
@@ -130,7 +134,9 @@ def fake_quant_backward(
     groups, parts = sizes[1], sizes[4]
     sums = torch.empty((x.shape[0], groups, parts), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _backward[grid](grad, x, dx, sums, scales, bucket, *sizes, bucket.numel() - 1, **block)
+        _backward[grid](
+            grad, x, dx, sums, scales, bucket, *sizes, bucket.numel() - 1, **block, **_LAUNCH
+        )
     sums = sums.squeeze(-1) if parts == 1 else sums.sum(-1)
     if sums.shape != scale.shape:  # per tensor
         sums = sums.sum().reshape(1, 1)
