@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 # A product and a sum stay two operations, as in the reference.
 _LAUNCH = {"enable_fp_fusion": False}
 
