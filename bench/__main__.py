@@ -38,8 +38,12 @@ def main(
     bits: Annotated[str, typer.Option(help="2 to 8, or several such as 3,4.")] = "4",
     grid: Annotated[str, typer.Option(help="apot, pot or uniform.")] = "apot",
     dtype: Annotated[
-        str, typer.Option(help="Of x and weights: float32, bfloat16 or float16.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            help="Of x and weights: float32 (where not given, on a CPU), bfloat16 or float16 "
+            "(on a GPU)."
+        ),
+    ] = None,
     peers: Annotated[
         str, typer.Option(help="all, none, or names such as torch-float32,openvino.")
     ] = "all",
@@ -105,7 +109,11 @@ def main(
         shapes=options.parse_shapes(shapes),
         bits=options.parse_bits(bits, grid),
         grid=grid,
-        dtype=options.choose("--dtype", dtype, tuple(options.DTYPES)),
+        dtype=options.choose(
+            "--dtype",
+            dtype or ("float16" if device == "cuda" else "float32"),
+            tuple(options.DTYPES),
+        ),
         peers=options.parse_peers(peers, names()),
         threads=options.check_threads(threads),
         cold=cold,

@@ -148,3 +148,16 @@ def test_a_tiny_row_is_a_row_of_zeros() -> None:
     x = torch.full((1, 64), 1e-38)
     assert torch.equal(ops.fake_quant_activation(x), torch.zeros(1, 64))
     assert torch.equal(reference.fake_quant_activation(x), torch.zeros(1, 64))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_layers_that_share_their_input(gelu: bool) -> None:
+    """Query, key and value in one call: the same as three, on every backend."""
+    x, parts = torch.randn(2, 70), [packed(n, 70, 4, group_size=32) for n in (6, 3, 9)]
+    biases, rows = [torch.randn(6), None, torch.randn(9)], [6, 3, 9]
+    weights, scales, levels = [p[0] for p in parts], [p[1] for p in parts], parts[0][2]
+    args = (x, weights, scales, levels, biases, rows, 4, 32, gelu)
+    for got, (w, s, table), b, n in zip(ops.quant_linears(*args), parts, biases, rows):
+        want = ops.quant_linear(x, w, s, table, b, n, 4, 32, False)
+        assert torch.equal(got, torch.nn.functional.gelu(want) if gelu else want)
+    opcheck(ops.quant_linears, args)

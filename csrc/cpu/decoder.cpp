@@ -263,7 +263,7 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& positions, 
         DQW_CHECK(s.wanted_rows[i] >= 0 && s.wanted_rows[i] < rows, "row ", s.wanted_rows[i],
                   " is wanted but not there");
     }
-    Tensor logits = new_tensor(cache, {s.wanted, vocabulary}, ScalarType::Float);
+    Tensor logits = new_tensor({s.wanted, vocabulary}, ScalarType::Float);
     if (rows == 0) return logits;
     DQW_CHECK(s.wanted <= rows, "more rows are wanted than there are");
     s.cache = static_cast<float*>(cache.mutable_data_ptr());
@@ -291,7 +291,7 @@ Tensor decoder_cross(int64_t handle, const Tensor& states_, int64_t type) {
                          nullptr};
     const int64_t head_bytes = cross_head_bytes(head.type, head.padded, head.head_dim);
     Tensor cross =
-        new_tensor(states, {clips, net->layers, net->heads, head_bytes}, ScalarType::Byte);
+        new_tensor({clips, net->layers, net->heads, head_bytes}, ScalarType::Byte);
     if (cross.numel() == 0) return cross;
     uint8_t* out = static_cast<uint8_t*>(cross.mutable_data_ptr());
     const float* x = static_cast<const float*>(states.const_data_ptr());

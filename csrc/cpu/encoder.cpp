@@ -222,7 +222,7 @@ Tensor encoder(int64_t handle, const Tensor& features_) {
     e.frames = features.size(2);
     e.positions = e.frames / 2;
     check_encoder(*net, e.mels, e.positions);
-    Tensor out = new_tensor(features, {e.clips, e.positions, net->width}, ScalarType::Float);
+    Tensor out = new_tensor({e.clips, e.positions, net->width}, ScalarType::Float);
     if (out.numel() == 0) return out;
     e.features = static_cast<const float*>(features.const_data_ptr());
     e.out = static_cast<float*>(out.mutable_data_ptr());
