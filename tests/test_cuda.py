@@ -37,7 +37,9 @@ def arguments(bits: int, granularity: str, int8: bool, m: int, dtype: torch.dtyp
 @pytest.mark.parametrize("granularity", ["channel", "64"])
 def test_opcheck(granularity: str, m: int, dtype: torch.dtype) -> None:
     for int8 in (False, True):
-        torch.library.opcheck(torch.ops.dqw.quant_linear.default, arguments(4, granularity, int8, m, dtype))
+        torch.library.opcheck(
+            torch.ops.dqw.quant_linear.default, arguments(4, granularity, int8, m, dtype)
+        )
 
 
 @pytest.mark.parametrize("m", [1, 8, 16, 64, 300])
