@@ -290,8 +290,7 @@ Tensor decoder_cross(int64_t handle, const Tensor& states_, int64_t type) {
     const CrossHead head{cross_type(type), positions, padded_positions(positions), net->head_dim(),
                          nullptr};
     const int64_t head_bytes = cross_head_bytes(head.type, head.padded, head.head_dim);
-    Tensor cross =
-        new_tensor({clips, net->layers, net->heads, head_bytes}, ScalarType::Byte);
+    Tensor cross = new_tensor({clips, net->layers, net->heads, head_bytes}, ScalarType::Byte);
     if (cross.numel() == 0) return cross;
     uint8_t* out = static_cast<uint8_t*>(cross.mutable_data_ptr());
     const float* x = static_cast<const float*>(states.const_data_ptr());
