@@ -100,7 +100,7 @@ def main(
             threads=options.check_threads(threads),
             quick=quick,
             peers=options.parse_peers(peers, transcribe.PEERS),
-            folder=Path(__file__).parent / "results" / "transcribe",
+            folder=Path("runs") / "bench",
         )
         return whole_clips(asked, json_file)
     checked = options.Options(
