@@ -8,7 +8,12 @@ Each file gets its own flags by its name: `*_avx512.cpp` and `*_avx2.cpp` may us
 instructions, the rest may not; which of them runs is decided by the processor at run time. There
 is no global -march: code that every machine runs must not contain what some machines lack.
 
-Environment: DQW_BUILD=0 skips the extension, DQW_BUILD=1 makes a failed build fail the install
+`csrc/cuda/*.cu` become dqw/_C_cuda*.so by nvcc, where there is one and torch was built for CUDA.
+
+Environment: DQW_CUDA=auto|0|1: 0 skips the CUDA library, 1 makes a failed build of it fail the
+install (otherwise Triton serves in its place); DQW_CUDA_ARCHS such as "80;90" (its default is
+80;90;100 as far as nvcc knows them, and PTX of the last for newer GPUs); NVCC;
+DQW_BUILD=0 skips both extensions, DQW_BUILD=1 makes a failed build fail the install
 (without it the plain PyTorch reference serves); CXX and CXXFLAGS as everywhere.
 """
 
@@ -27,6 +32,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
+CUDA_FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*"))
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.h"))
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -80,6 +86,25 @@ class BuildExtension(build_ext):
             self.announce_fallback("DQW_BUILD=0")
             return
         super().run()
+        self.build_cuda()
+
+    def build_cuda(self) -> None:
+        """Compile csrc/cuda; without it, or without nvcc, dqw works on Triton."""
+        wanted = os.environ.get("DQW_CUDA", "auto")
+        if wanted not in ("auto", "0", "1"):
+            raise SystemExit(f"DQW_CUDA is {wanted!r}: set auto, 0 or 1.")
+        target = Path(self.get_ext_fullpath("dqw._C_cuda"))
+        why = "DQW_CUDA=0"
+        if wanted != "0":
+            try:
+                why = compile_cuda(target, wanted == "1", bool(self.force))
+            except OSError as error:
+                if wanted == "1":
+                    raise
+                why = str(error).splitlines()[0]
+        if why:
+            target.unlink(missing_ok=True)  # an older build is not this source
+            print(f"dqw: the CUDA C++ library was not built ({why}); Triton serves GPUs.")
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -132,6 +157,40 @@ class BuildExtension(build_ext):
         libraries = [f"-L{path}" for path in library_paths()]
         link = [*compiler, "-shared", *objects, *libraries, "-ltorch", "-ltorch_cpu"]
         run([*link, "-o", output], "linking")
+
+
+def compile_cuda(target: Path, demanded: bool, force: bool) -> str:
+    """Build ``target``; → why it was left out, empty if it was not. OSError if nvcc fails."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, include_paths, library_paths
+
+    if not CUDA_FILES or (torch.version.cuda is None and not demanded):
+        return "this torch is built without CUDA"
+    beside = str(Path(CUDA_HOME) / "bin" / "nvcc") if CUDA_HOME else "nvcc"
+    named = os.environ.get("NVCC")
+    nvcc = shutil.which(named) if named else shutil.which("nvcc") or shutil.which(beside)
+    if nvcc is None:
+        if demanded:
+            raise OSError("nvcc is not found: install the CUDA toolkit, or set NVCC to its nvcc")
+        return "nvcc is not found"
+    newest = max(os.path.getmtime(ROOT / file) for file in [*CUDA_FILES, "setup.py"])
+    if not force and target.exists() and target.stat().st_mtime > newest:
+        return ""
+    archs = os.environ.get("DQW_CUDA_ARCHS", "").replace(",", ";").split(";")
+    if archs == [""]:
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+        archs = [arch for arch in ("80", "90", "100") if f"compute_{arch}\n" in known]
+    command = [nvcc, "-shared", "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "--threads", "2"]
+    for arch in archs:
+        command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    command += ["-gencode", f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
+    command += [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    command += ["-ltorch", "-ltorch_cpu"] + ["-ltorch_cuda"] * (torch.version.cuda is not None)
+    sources = [str(ROOT / file) for file in CUDA_FILES if file.endswith(".cu")]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    run([*command, *sources, "-o", str(target)], "csrc/cuda")
+    return ""
 
 
 class AnyPython(bdist_wheel):

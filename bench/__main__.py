@@ -13,6 +13,7 @@ import torch
 import typer
 from rich.console import Console
 
+from bench import transcribe
 from dqw.errors import UserError
 
 err = Console(stderr=True, highlight=False)
@@ -23,7 +24,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def main(
     op: Annotated[
-        str, typer.Option(help="quant_linear, fake_quant, embedding, train_step or all.")
+        str,
+        typer.Option(help="quant_linear, fake_quant, embedding, train_step, all, or transcribe."),
     ] = "all",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     shapes: Annotated[
@@ -36,8 +38,12 @@ def main(
     bits: Annotated[str, typer.Option(help="2 to 8, or several such as 3,4.")] = "4",
     grid: Annotated[str, typer.Option(help="apot, pot or uniform.")] = "apot",
     dtype: Annotated[
-        str, typer.Option(help="Of x and weights: float32, bfloat16 or float16.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            help="Of x and weights: float32 (where not given, on a CPU), bfloat16 or float16 "
+            "(on a GPU)."
+        ),
+    ] = None,
     peers: Annotated[
         str, typer.Option(help="all, none, or names such as torch-float32,openvino.")
     ] = "all",
@@ -59,6 +65,18 @@ def main(
         typer.Option(help="A git revision: its kernels, built anew, are one more peer."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under a minute: few shapes.")] = False,
+    audio: Annotated[
+        Path | None, typer.Option(help="transcribe: a recording of 30 s or more; else samples.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="transcribe: a packed folder; else base in 4 bits.")
+    ] = None,
+    float_model: Annotated[
+        Path | None, typer.Option(help="transcribe: the peers' CTranslate2 folder; else base.")
+    ] = None,
+    openvino_model: Annotated[
+        Path | None, typer.Option(help="transcribe: a folder that optimum-cli exported.")
+    ] = None,
 ) -> None:
     """Time dqw's kernels against PyTorch's and other packages'.
 
@@ -73,13 +91,29 @@ def main(
     from bench.base import Base
     from bench.peers import names
 
+    if op == "transcribe":
+        asked = transcribe.Asked(
+            float_model=float_model,
+            model=model,
+            audio=audio,
+            openvino=openvino_model,
+            threads=options.check_threads(threads),
+            quick=quick,
+            peers=options.parse_peers(peers, transcribe.PEERS),
+            folder=Path("runs") / "bench",
+        )
+        return whole_clips(asked, json_file)
     checked = options.Options(
         ops=options.parse_ops(op),
         device=options.check_device(device),
         shapes=options.parse_shapes(shapes),
         bits=options.parse_bits(bits, grid),
         grid=grid,
-        dtype=options.choose("--dtype", dtype, tuple(options.DTYPES)),
+        dtype=options.choose(
+            "--dtype",
+            dtype or ("float16" if device == "cuda" else "float32"),
+            tuple(options.DTYPES),
+        ),
         peers=options.parse_peers(peers, names()),
         threads=options.check_threads(threads),
         cold=cold,
@@ -113,6 +147,20 @@ def main(
         files.write_csv(csv_file, found)
     if plot:
         plotting.draw(plot, found, facts["ceilings"])
+
+
+def whole_clips(asked: transcribe.Asked, json_file: Path | None) -> None:
+    from bench import options, table
+
+    options.check_writable(json_file, "--json")
+    console = Console(width=None if sys.stdout.isatty() else table.WIDTH, highlight=False)
+    facts = table.machine(options.Options(threads=asked.threads))
+    table.print_header(console, facts)
+    with err.status("") as status:
+        engines, skipped = transcribe.run(asked, status.update)
+    transcribe.print_table(console, engines, skipped)
+    if json_file:
+        transcribe.save(json_file, facts, engines, skipped)
 
 
 def run() -> None:

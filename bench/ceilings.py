@@ -2,8 +2,8 @@
 
 Reading depends on where the data lie, so it is measured for a working set of the size asked for;
 ``COLD`` is far beyond the last level cache. Arithmetic peaks are loops over registers
-(csrc/cpu/ceilings*.cpp); without the compiled library, and on a GPU, PyTorch's own sum, copy and
-matmul stand in for them.
+(csrc/cpu/ceilings*.cpp); without the compiled library PyTorch's own sum and
+matmul stand in for them. On a GPU: a copy, read and written, and cuBLAS (bench/cuda.py).
 """
 
 import time
@@ -12,9 +12,10 @@ from functools import cache
 
 import torch
 
+from bench import cuda
 from bench.timing import last_level_cache, local
 
-KINDS = ("float32", "bfloat16", "int8")
+KINDS = ("float32", "float16", "bfloat16", "int8")
 COLD = 0  # a working set that no cache holds
 
 
@@ -43,14 +44,18 @@ def peak_gops(kind: str, threads: int, device: str = "cpu") -> float:
 
     0.0 if the instruction set in use has no such instruction.
     """
+    if device == "cpu" and kind == "float16":
+        return 0.0
     if device == "cpu" and compiled():
         multiply = torch.ops.dqw_cpu.ceiling_multiply
         return best_rate(lambda: multiply(kind, threads, 100_000)) / 1e9
+    if device == "cuda":
+        return cuda.matmul_gops(kind)
     if kind == "int8":
         return 0.0
-    size = 4096 if device == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=getattr(torch, kind))
-    run = local(lambda: a @ a, device)
+    size = 1024
+    a = torch.randn(size, size, dtype=getattr(torch, kind))
+    run = local(lambda: a @ a)
     return best_rate(lambda: 0 * run(1) + 2.0 * size**3) / 1e9
 
 
@@ -63,12 +68,14 @@ def read_gbps(size: int, threads: int, device: str = "cpu") -> float:
 
 @cache
 def _read_gbps(size: int, threads: int, device: str) -> float:
-    data = torch.zeros(size // 4, device=device)
+    if device == "cuda":
+        return cuda.copy_gbps(size)
+    data = torch.zeros(size // 4)
     if device == "cpu" and compiled():
         rounds = max(1, 2**25 // size)
         read = torch.ops.dqw_cpu.ceiling_read
         return best_rate(lambda: read(data, threads, rounds)) / 1e9
-    run = local(data.sum, device)
+    run = local(data.sum)
     return best_rate(lambda: 0 * run(1) + size) / 1e9
 
 

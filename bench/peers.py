@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import packages
+from bench import cuda, packages
 from bench.calls import Builder, fake_quant_call
 from bench.packages import Unfit
 from bench.rows import Problem
@@ -189,7 +189,11 @@ BOTH = ("cpu", "cuda")
 PEERS: dict[str, tuple[Peer, ...]] = {
     "quant_linear": (
         Peer("torch-float32", linear_float(torch.float32), devices=BOTH),
+        Peer("torch-float16", linear_float(torch.float16), devices=("cuda",)),
         Peer("torch-bfloat16", linear_float(torch.bfloat16), devices=BOTH),
+        Peer("torch-tinygemm", cuda.tinygemm, devices=("cuda",)),
+        Peer("bitsandbytes-nf4", cuda.bitsandbytes_nf4, ("bitsandbytes",), devices=("cuda",)),
+        Peer("gemlite", cuda.gemlite_int4, ("gemlite",), devices=("cuda",)),
         Peer("torch-dynamic-int8", linear_dynamic_int8),
         Peer("torch-int8pack", linear_int8pack),
         Peer("torch-int4pack", linear_int4pack),

@@ -14,6 +14,20 @@ SHAPES: tuple[Shape, ...] = (
     (1500, 2048, 512),
     (1, 512, 51865),
 )
+# On a GPU every Whisper: attention, both halves of the MLP, the vocabulary; batches of 8 clips; and
+# two matrices that 4-bit kernels are usually measured on.
+WIDTHS = (384, 512, 768, 1024, 1280)
+CUDA_SHAPES: tuple[Shape, ...] = (
+    *(
+        (m, k * d, n * d)
+        for d in WIDTHS
+        for k, n in ((1, 1), (1, 4), (4, 1))
+        for m in (1, 2, 4, 8, 16, 64, 1500, 12000)
+    ),
+    *((m, d, 51866) for d in WIDTHS for m in (1, 8)),
+    (1, 4096, 4096),
+    (1, 5120, 1280),
+)
 QUICK_SHAPES: tuple[Shape, ...] = ((1, 512, 2048), (8, 512, 2048), (1500, 512, 512))
 
 

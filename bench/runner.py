@@ -6,7 +6,7 @@ from types import ModuleType
 from bench import ceilings, embedding, fake_quant, quant_linear, timing, train_step
 from bench.base import Base
 from bench.calls import build
-from bench.options import Options
+from bench.options import Options, Shape
 from bench.packages import Unfit
 from bench.peers import PEERS
 from bench.rows import Problem, Row, Work, roof
@@ -26,13 +26,19 @@ def run(op: str, o: Options, base: Base | None, skipped: Skipped, report: Report
     if op == "train_step":
         return train_step.run(o, report)
     module = MODULES[op]
-    shapes = o.shapes or (module.QUICK_SHAPES if o.quick else module.SHAPES)
     rows = []
-    for shape in shapes:
+    for shape in shapes_of(module, o):
         for problems in module.groups(shape, o):
             report(f"{op} {' × '.join(map(str, shape))} {problems[0].variant}")
             rows += run_group(module, problems, o, base, skipped)
     return rows
+
+
+def shapes_of(module: ModuleType, o: Options) -> tuple[Shape, ...]:
+    """What the command line names, or Whisper's; GPUs have larger Whispers in them."""
+    if o.shapes or o.quick:
+        return o.shapes or module.QUICK_SHAPES
+    return getattr(module, "CUDA_SHAPES", module.SHAPES) if o.device == "cuda" else module.SHAPES
 
 
 def run_group(
@@ -112,6 +118,6 @@ def copy_gbps(work: Work, p: Problem, copied: timing.Timing) -> float:
 def roof_of(work: Work, o: Options) -> tuple[str, float]:
     """Cold: memory. Warm: as fast as a working set of these bytes can be read again."""
     gbps = ceilings.read_gbps(ceilings.COLD if o.cold else int(work.bytes), o.threads, o.device)
-    kinds = {"int8": ("int8",), "bfloat16": ("bfloat16", "float32")}.get(work.kind, ("float32",))
+    kinds = (work.kind,) if work.kind == "int8" else (work.kind, "float32")
     peaks = (ceilings.peak_gops(kind, o.threads, o.device) for kind in kinds)
     return roof(work, next((peak for peak in peaks if peak), 0.0), gbps)

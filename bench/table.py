@@ -12,11 +12,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench import ceilings
+from bench import ceilings, cuda
 from bench.options import Options
 from bench.rows import Row
 
-PACKAGES = ("torchao", "onnxruntime", "openvino")
+PACKAGES = (
+    "torchao",
+    "onnxruntime",
+    "openvino",
+    "faster-whisper",
+    "pywhispercpp",
+    "triton",
+    "bitsandbytes",
+    "gemlite",
+)
 WIDTH = 100
 
 
@@ -39,6 +48,8 @@ def machine(o: Options) -> dict[str, str | int | float | dict]:
         "torch": f"{torch.__version__} ({torch.backends.cpu.get_cpu_capability()})",
         "python": platform.python_version(),
     }
+    if o.device == "cuda":
+        found |= cuda.facts()
     for name in PACKAGES:
         try:
             found[name] = version(name)
@@ -69,6 +80,8 @@ def print_header(console: Console, facts: dict) -> None:
 
 
 def print_skipped(console: Console, skipped: dict[str, str]) -> None:
+    for why in sorted(cuda.not_graphed):
+        console.print(Text(f"timed without a CUDA graph: {why}", "yellow"))
     for name, why in skipped.items():
         console.print(Text(f"skipped {name}: {why}", "yellow"))
 
@@ -115,6 +128,8 @@ def title(op: str, rows: list[Row]) -> str:
     first = rows[0]
     bits = ", ".join(str(b) for b in dict.fromkeys(row.problem.bits for row in rows))
     caches = "weights from memory" if first.cold else "warm caches"
+    if first.problem.device == "cuda":
+        caches = "CUDA graphs, " + ("cold L2" if first.cold else "weights in L2 if they fit")
     return (
         f"{op}, {first.problem.grid}, {bits} bits, {first.problem.dtype}, "
         f"{first.threads} threads, {caches}"

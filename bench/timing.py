@@ -31,6 +31,11 @@ class Timing:
 
 
 def local(call: Call, device: str = "cpu") -> Candidate:
+    if device == "cuda":
+        from bench.cuda import candidate
+
+        return candidate(call)
+
     def run(repeats: int) -> float:
         synchronize(device)
         start = time.perf_counter()
@@ -88,6 +93,8 @@ def last_level_cache() -> int:
         text = file.read_text().strip()
         if text[:-1].isdecimal() and text[-1] in units:
             sizes.append(int(text[:-1]) * units[text[-1]])
+    if torch.cuda.is_initialized():
+        sizes.append(torch.cuda.get_device_properties(0).L2_cache_size)
     return max(sizes)
 
 
@@ -97,7 +104,12 @@ def rotated(build: Callable[[], Call], weight_bytes: int, cold: bool) -> Call:
         return build()
     copies = max(2, -(-3 * last_level_cache() // (2 * max(weight_bytes, 1))))
     calls = itertools.cycle([build() for _ in range(copies)])
-    return lambda: next(calls)()
+
+    def turn() -> object:
+        return next(calls)()
+
+    turn.copies = copies  # type: ignore[attr-defined]
+    return turn
 
 
 @contextmanager

@@ -276,17 +276,23 @@ def info(
     report = inspect_folder(folder)
 
     from dqw.ops import backend_info
+    from dqw.whisper.checkpoint import quiet_transformers
+    from dqw.whisper.fast import coverage
 
     kernels = backend_info()
+    with quiet_transformers():
+        path = coverage(report.config)
     if as_json:
         import json
 
-        print(json.dumps({**to_dict(report), "kernels": kernels}, indent=2))
+        print(json.dumps({**to_dict(report), "kernels": kernels, "path": path}, indent=2))
         return
     print_sizes(report, folder)
     if layers:
         print_layers(report)
     print_kernels(kernels)
+    for part, words in path.items():
+        print(f"{part} on a CPU: {words}")
 
 
 # ---------------------------------------------------------------- shared

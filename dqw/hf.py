@@ -74,6 +74,7 @@ class DqwQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _speed_up(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict]:
@@ -136,3 +137,11 @@ def attach(model: Any, **extra: Any) -> None:
     model.config.quantization_config = config
     model.is_quantized = True
     model.quantization_method = "dqw"
+    _speed_up(model)
+
+
+def _speed_up(model: Any) -> None:
+    if getattr(model.config, "model_type", None) == "whisper":
+        from dqw.whisper.fast_model import speed_up
+
+        speed_up(model)

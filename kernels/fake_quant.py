@@ -8,8 +8,12 @@ x (rows, cols) is float32, float16 or bfloat16; scale is float32 of shape (1, 1)
 t = |x| × (2 / scale), y = copysign(bucket[floor(min(t, 2 level_max))] × scale, x) and NaN stays.
 
 One read and one write of x (the backward reads x and the gradient and recomputes the rest; no mask
-is kept). A program owns whole segments, the columns of a row that share one scale, and sums each
-in a fixed order, so dscale is the same on every run: no atomics.
+is kept). A program owns whole segments, the columns of a row that share one scale, or one of the
+``parts`` of a long segment, and sums in a fixed order; torch adds the parts, in a fixed order too.
+So dscale is the same on every run: no atomics, and no host synchronization.
+
+Every grid goes through its table: an H100's L1 caches answer about 7 lookups in the time in which
+its memory moves one element of a float16 forward pass, so arithmetic would gain nothing.
 """
 
 import torch
@@ -17,14 +21,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# A product and a sum stay two operations, as in the reference.
+_LAUNCH = {"enable_fp_fusion": False}
+
 
 @triton.jit
-def _segments(cols, groups, segment, scale_stride, SEGMENTS: tl.constexpr):
-    """This program's row and segments: (row, group numbers, which exist, where scales lie)."""
+def _segments(groups, segment, scale_stride, parts, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's (row, group numbers, which exist, where scales lie, first column, end)."""
     per_row = tl.cdiv(groups, SEGMENTS)
     row = tl.program_id(0) // per_row
     group = tl.program_id(0) % per_row * SEGMENTS + tl.arange(0, SEGMENTS)
-    return row.to(tl.int64), group, group < groups, row * scale_stride + group
+    length = tl.cdiv(tl.cdiv(segment, parts), BLOCK) * BLOCK
+    first = tl.program_id(1) * length
+    end = tl.minimum(first + length, segment)
+    return row.to(tl.int64), group, group < groups, row * scale_stride + group, first, end
 
 
 @triton.jit
@@ -35,12 +45,13 @@ def _double_level(x, inv):
 
 
 @triton.jit
-def _forward(x_ptr, y_ptr, scale_ptr, bucket_ptr, cols, groups, segment, scale_stride, last,
-             SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    row, group, exists, at = _segments(cols, groups, segment, scale_stride, SEGMENTS)
+def _forward(x_ptr, y_ptr, scale_ptr, bucket_ptr, cols, groups, segment, scale_stride, parts,
+             last, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row, group, exists, at, first, end = _segments(groups, segment, scale_stride, parts, SEGMENTS,
+                                                   BLOCK)  # fmt: skip
     scale = tl.load(scale_ptr + at, mask=exists, other=1.0)[:, None]
     inv = tl.div_rn(2.0, scale)
-    for start in range(0, segment, BLOCK):
+    for start in range(first, end, BLOCK):
         inner = start + tl.arange(0, BLOCK)
         col = group[:, None] * segment + inner[None, :]
         mask = (inner < segment)[None, :] & (col < cols)
@@ -55,12 +66,13 @@ def _forward(x_ptr, y_ptr, scale_ptr, bucket_ptr, cols, groups, segment, scale_s
 
 @triton.jit
 def _backward(grad_ptr, x_ptr, dx_ptr, dscale_ptr, scale_ptr, bucket_ptr, cols, groups, segment,
-              scale_stride, last, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    row, group, exists, at = _segments(cols, groups, segment, scale_stride, SEGMENTS)
+              scale_stride, parts, last, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row, group, exists, at, first, end = _segments(groups, segment, scale_stride, parts, SEGMENTS,
+                                                   BLOCK)  # fmt: skip
     scale = tl.load(scale_ptr + at, mask=exists, other=1.0)[:, None]
     inv = tl.div_rn(2.0, scale)
     total = tl.zeros((SEGMENTS, BLOCK), tl.float32)
-    for start in range(0, segment, BLOCK):
+    for start in range(first, end, BLOCK):
         inner = start + tl.arange(0, BLOCK)
         col = group[:, None] * segment + inner[None, :]
         mask = (inner < segment)[None, :] & (col < cols)
@@ -76,19 +88,25 @@ def _backward(grad_ptr, x_ptr, dx_ptr, dscale_ptr, scale_ptr, bucket_ptr, cols, 
         total += g * tl.where(x == x, signed, x)
         dx = tl.where(inside | (x != x), g, 0.0)
         tl.store(dx_ptr + row * cols + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    tl.store(dscale_ptr + row * groups + group, tl.sum(total, axis=1), mask=exists)
+    out = dscale_ptr + (row * groups + group) * parts + tl.program_id(1)
+    tl.store(out, tl.sum(total, axis=1), mask=exists)
 
 
-def _tiling(x: Tensor, scale: Tensor, group_size: int) -> tuple[tuple[int], list[int], dict]:
-    """Launch grid, (cols, groups, segment, scale_stride), and the block of segments × columns."""
+def _tiling(x: Tensor, scale: Tensor, group_size: int) -> tuple[tuple[int, int], list[int], dict]:
+    """Launch grid, (cols, groups, segment, scale_stride, parts), block of segments × columns.
+
+    A segment has parts of at least 4096 columns, and enough of them that 512 programs run.
+    """
     rows, cols = x.shape
     groups = -(-cols // group_size) if group_size else 1
     segment = group_size or cols
     block = min(1024, triton.next_power_of_2(segment))
     segments = min(triton.next_power_of_2(groups), max(1, 1024 // block))
-    grid = (rows * triton.cdiv(groups, segments),)
+    programs = rows * triton.cdiv(groups, segments)
+    parts = max(1, min(triton.cdiv(512, programs), segment // 4096))
     stride = 0 if scale.shape[0] == 1 and not group_size else groups
-    return grid, [cols, groups, segment, stride], {"SEGMENTS": segments, "BLOCK": block}
+    tile = {"SEGMENTS": segments, "BLOCK": block}
+    return (programs, parts), [cols, groups, segment, stride, parts], tile
 
 
 def fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
@@ -98,7 +116,7 @@ def fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Ten
     if x.numel():
         grid, sizes, block = _tiling(x, scale, group_size)
         with torch.cuda.device_of(x):
-            _forward[grid](x, y, scale, bucket, *sizes, bucket.numel() - 1, **block)
+            _forward[grid](x, y, scale, bucket, *sizes, bucket.numel() - 1, **block, **_LAUNCH)
     return y
 
 
@@ -112,10 +130,13 @@ def fake_quant_backward(
     if x.numel() == 0:
         return dx, torch.zeros_like(scale)
     grid, sizes, block = _tiling(x, scales, group_size)
-    groups = sizes[1]
-    sums = torch.empty((x.shape[0], groups), dtype=torch.float32, device=x.device)
+    groups, parts = sizes[1], sizes[4]
+    sums = torch.empty((x.shape[0], groups, parts), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _backward[grid](grad, x, dx, sums, scales, bucket, *sizes, bucket.numel() - 1, **block)
-    if sums.shape != scale.shape:  # per tensor: the rows' sums, in a fixed order
+        _backward[grid](
+            grad, x, dx, sums, scales, bucket, *sizes, bucket.numel() - 1, **block, **_LAUNCH
+        )
+    sums = sums.squeeze(-1) if parts == 1 else sums.sum(-1)
+    if sums.shape != scale.shape:  # per tensor
         sums = sums.sum().reshape(1, 1)
     return dx, sums.to(scale.dtype)

@@ -1,10 +1,12 @@
 """``python -m bench``: its numbers, its files, its table, and what it says to a mistake."""
 
+import contextlib
 import csv
 import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -311,3 +313,78 @@ def test_the_server_of_another_revision_answers(monkeypatch) -> None:
     finally:
         base.process.stdin.close()
         assert base.process.wait() == 0
+
+
+def test_a_gpu_is_measured_on_every_whisper() -> None:
+    """M from one token to eight clips; attention, both halves of the MLP, the vocabulary."""
+    from bench import quant_linear, runner
+
+    shapes = runner.shapes_of(quant_linear, options.Options(device="cuda"))
+    for d in (384, 512, 768, 1024, 1280):
+        for m in (1, 2, 4, 8, 16, 64, 1500, 12000):
+            assert {(m, d, d), (m, d, 4 * d), (m, 4 * d, d)} <= set(shapes)
+        assert (1, d, 51866) in shapes
+    assert {(1, 4096, 4096), (1, 5120, 1280)} <= set(shapes)
+    assert runner.shapes_of(quant_linear, options.Options()) == quant_linear.SHAPES
+
+
+def test_calls_in_a_graph_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for CUDA whose calls take 2 ms each: seconds are of the repeats asked for."""
+    from bench import cuda
+
+    clock, graphs = [0.0], []
+
+    def call() -> None:
+        clock[0] += 2.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: "Event") -> float:
+            return other.at - self.at
+
+    class Graph:
+        def replay(self) -> None:
+            clock[0] += 2.0 * graphs[0]
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, stream: object) -> Iterator[None]:
+        before = clock[0]
+        yield
+        graphs.append((clock[0] - before) / 2.0)
+
+    for name, stub in {
+        "Event": Event, "CUDAGraph": Graph, "graph": capture, "Stream": object,
+        "stream": lambda s: contextlib.nullcontext(), "synchronize": lambda: None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stub, raising=False)
+    run = cuda.candidate(call)
+    assert graphs == [cuda.IN_A_GRAPH]
+    for repeats in (1, 20, 50):
+        assert run(repeats) == pytest.approx(repeats * 2e-3)
+    graphs.clear()
+    call.copies = 33  # type: ignore[attr-defined]
+    assert cuda.candidate(call)(1) == pytest.approx(2e-3) and graphs == [33]
+
+    def stubborn() -> None:
+        if graphs:
+            raise RuntimeError("synchronizes")
+        call()
+
+    @contextlib.contextmanager
+    def refuse(graph: Graph, stream: object) -> Iterator[None]:
+        raise RuntimeError("synchronizes")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    graphs.clear()
+    assert cuda.candidate(stubborn)(5) == pytest.approx(10e-3)
+    assert "synchronizes" in cuda.not_graphed
+    cuda.not_graphed.clear()

@@ -29,8 +29,8 @@ RECIPES = {
 
 
 @torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    return model(input_features=FEATURES, decoder_input_ids=IDS).logits
+def logits(model: torch.nn.Module, features: torch.Tensor = FEATURES) -> torch.Tensor:
+    return model(input_features=features, decoder_input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -38,9 +38,10 @@ def test_every_station_gives_the_same_logits(name: str, tmp_path: Path) -> None:
     model = dqw.quantize(make_tiny_whisper(), Recipe(quant=RECIPES[name]))
     round_float_rest(model)
     learning = logits(model)
+    noise = (logits(model, FEATURES * (1 + 1e-6)) - learning).abs().mean()
     packed = logits(dqw.freeze(model))
-    if "int8" in name:  # sums in another order flip a few activation codes, by 1/127 of the largest
-        assert (packed - learning).abs().mean() < 0.01 * learning.std()
+    if "int8" in name:  # sums in another order flip a few activation codes, as does such noise
+        assert (packed - learning).abs().mean() < 2 * noise < 0.02 * learning.std()
     else:
         torch.testing.assert_close(packed, learning, rtol=0, atol=2e-5)
     model.save_pretrained(tmp_path)

@@ -42,10 +42,14 @@ def test_opcheck_the_others() -> None:
     x, bias = torch.randn(2, 3, 70, requires_grad=True), torch.randn(6, requires_grad=True)
     opcheck(ops.fake_quant_activation, (x,))
     opcheck(ops.dequantize, (weight, scale, levels, 6, 70, 3, 32))
-    opcheck(ops.quant_embedding, (torch.tensor([[0, 5]]), weight, scale, levels, 6, 70, 3, 32))
+    opcheck(
+        torch.ops.dqw.quant_embedding.default,
+        (torch.tensor([[0, 5]]), weight, scale, levels, 6, 70, 3, 32),
+    )
     for int8 in (False, True):
-        opcheck(ops.quant_linear, (x, weight, scale, levels, bias, 6, 3, 32, int8))
-        opcheck(ops.quant_linear, (x, weight, scale, levels, None, 6, 3, 32, int8))
+        for b in (bias, None):
+            args = (x, weight, scale, levels, b, 6, 3, 32, int8)
+            opcheck(torch.ops.dqw.quant_linear.default, args)
 
 
 @pytest.mark.parametrize("grid", grids.GRIDS)
@@ -144,3 +148,16 @@ def test_a_tiny_row_is_a_row_of_zeros() -> None:
     x = torch.full((1, 64), 1e-38)
     assert torch.equal(ops.fake_quant_activation(x), torch.zeros(1, 64))
     assert torch.equal(reference.fake_quant_activation(x), torch.zeros(1, 64))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_layers_that_share_their_input(gelu: bool) -> None:
+    """Query, key and value in one call: the same as three, on every backend."""
+    x, parts = torch.randn(2, 70), [packed(n, 70, 4, group_size=32) for n in (6, 3, 9)]
+    biases, rows = [torch.randn(6), None, torch.randn(9)], [6, 3, 9]
+    weights, scales, levels = [p[0] for p in parts], [p[1] for p in parts], parts[0][2]
+    args = (x, weights, scales, levels, biases, rows, 4, 32, gelu)
+    for got, (w, s, table), b, n in zip(ops.quant_linears(*args), parts, biases, rows):
+        want = ops.quant_linear(x, w, s, table, b, n, 4, 32, False)
+        assert torch.equal(got, torch.nn.functional.gelu(want) if gelu else want)
+    opcheck(ops.quant_linears, args)

@@ -15,7 +15,7 @@ from kernel_helpers import (
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from dqw import grids, reference
+from dqw import grids, packing, reference
 
 pytestmark = needs_library
 dqw = torch.ops.dqw
@@ -73,6 +73,54 @@ def test_long_rows_do_not_overflow(isa: str, cols: int) -> None:
             got = dqw.quant_linear(x, weight, torch.ones(1, 1), levels, None, rows, 2, 0, True)
             want = (x[:, :1].long() * 127 * level * cols).float() * torch.tensor(1.0 / 127)
             assert torch.equal(got, want), m
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_no_sum_saturates(isa: str) -> None:
+    """All products at their largest, of both signs, alone and in groups, for every grid."""
+    with instruction_set(isa):
+        for grid, bits in all_grids():
+            levels = grids.levels(grid, bits)
+            rows, cols = 5, 320
+            codes = torch.tensor([levels.argmax(), levels.argmin(), 0, 0, 0], dtype=torch.uint8)
+            codes = codes[:, None].repeat(1, cols)
+            codes[2, ::2], codes[3, 1::2], codes[4, 64:] = codes[0, 0], codes[1, 0], codes[0, 0]
+            weight, level = packing.pack(codes, bits), levels[codes.long()].long()
+            for m in (1, 4, 13):
+                x = torch.tensor([127.0, -127.0])[torch.arange(m) % 2, None].repeat(1, cols)
+                exact = x.long() @ level.T
+                for group in (0, 32, 64):
+                    scale = torch.ones(rows, cols // group if group else 1)
+                    for int8 in (True, False):
+                        args = (weight, scale, levels, None, rows, bits, group, int8)
+                        got = dqw.quant_linear(x, *args)
+                        torch.testing.assert_close(
+                            got, exact.float(), rtol=1e-6, atol=0, msg=f"{grid} {bits} {m} {group}"
+                        )
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_float_bears_outliers_and_extremes(isa: str) -> None:
+    """A row's error stays that of a float32 sum, whatever the spread and the size of its values."""
+    with instruction_set(isa):
+        levels = grids.levels("apot", 4)
+        weight, level = random_weight(40, 600, 4, levels)
+        scale, _ = random_scale(40, 600, "channel", 0.1)
+        x = torch.randn(20, 600)
+        x[0:3, 5] = 1e4  # an outlier, as Whisper has
+        x[3:6] *= torch.exp(4 * torch.randn(3, 600))
+        x[6] *= 1e30
+        x[7] *= 1e-30
+        x[8], x[9, 1:] = 0.0, 0.0
+        x[10] = 8355711.0 * 2.0**-23  # the largest of three digits, and one beyond
+        x[11] = 8355712.0 * 2.0**-23
+        exact = x.double() @ (level.double() * scale.double()).T
+        plain = x @ (level.float() * scale).T
+        for part in (x[:1], x):
+            got = dqw.quant_linear(part, weight, scale, levels, None, 40, 4, 0, False)
+            error = (got - exact[: len(part)]).abs().amax(1)
+            bound = 2 * (plain - exact)[: len(part)].abs().amax(1)
+            assert (error <= bound + 1e-6 * exact[: len(part)].abs().amax(1)).all()
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -61,10 +61,10 @@ struct Levels {
     explicit Levels(const Packed& w) : low(w.low, 0), high(w.high, 0), wide(w.wide) {}
     void operator()(const uint8_t* p, i32 (&out)[kVectors]) const {
         const Bytes c = codes<B>(p), l = low(c);
-        unroll<kVectors>([&](auto j) { out[j.value] = widen<j.value>(l); });
+        unroll<kVectors>([&](auto j) DQW_INLINED { out[j.value] = widen<j.value>(l); });
         if (!wide) return;
         const Bytes h = high(c);
-        unroll<kVectors>([&](auto j) {
+        unroll<kVectors>([&](auto j) DQW_INLINED {
             const i32 x = widen<j.value>(h);
             out[j.value] = add_int(out[j.value], shift_left_8(x));
         });
@@ -95,7 +95,7 @@ struct Weights {
     }
 };
 
-void run_dequantize(const Packed& w, int64_t row, float* out) {
+[[maybe_unused]] void run_dequantize(const Packed& w, int64_t row, float* out) {
     with_bits(w.bits, [&](auto bits) {
         const Weights<bits.value> weights(w);
         f32 v[kVectors];
@@ -113,7 +113,8 @@ void run_dequantize(const Packed& w, int64_t row, float* out) {
     });
 }
 
-void run_levels(const Packed& w, int64_t row, int16_t* out) {  // padded to whole blocks
+[[maybe_unused]] void run_levels(const Packed& w, int64_t row,
+                                 int16_t* out) {  // padded to whole blocks
     with_bits(w.bits, [&](auto bits) {
         const Levels<bits.value> levels(w);
         i32 v[kVectors];

@@ -39,7 +39,9 @@ Packed packed_weight(const Tensor& weight, const Tensor& scale, const Tensor& le
         w.high[code] = static_cast<int8_t>((level[code] - low) / 256);
         // -128 is one plane too, but a kernel may rely on the magnitude: 127 at most.
         w.wide |= w.high[code] != 0 || low == -128;
+        w.largest = std::max<int>(w.largest, std::abs(level[code]));
     }
+    w.products16 = 32767 / (2 * 128 * 2 * std::max(w.largest, 1));
     return w;
 }
 
@@ -49,7 +51,7 @@ Tensor dequantize(const Tensor& weight, const Tensor& scale_, const Tensor& leve
                   int64_t cols, int64_t bits, int64_t group_size) {
     const Tensor scale = dense(scale_), levels = dense(levels_);
     const Packed w = packed_weight(weight, scale, levels, rows, cols, bits, group_size);
-    Tensor y = new_tensor(weight, {rows, cols}, ScalarType::Float);
+    Tensor y = new_tensor({rows, cols}, ScalarType::Float);
     float* out = static_cast<float*>(y.mutable_data_ptr());
     const auto* kernels = tier().linear;
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1));
@@ -76,7 +78,7 @@ Tensor quant_embedding(const Tensor& ids_, const Tensor& weight, const Tensor& s
     const auto shape = ids.sizes();
     std::vector<int64_t> sizes(shape.begin(), shape.end());
     sizes.push_back(cols);
-    Tensor y = new_tensor(weight, sizes, ScalarType::Float);
+    Tensor y = new_tensor(sizes, ScalarType::Float);
     float* out = static_cast<float*>(y.mutable_data_ptr());
     const auto* kernels = tier().linear;
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1));

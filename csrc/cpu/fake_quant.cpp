@@ -37,7 +37,7 @@ class Table {
             uniform &= entry[k] == (k + 1) / 2;
             small &= entry[k] >= 0 && entry[k] < 256;
         }
-        grid.kind = uniform ? Grid::uniform : is_apot4(entry, size) ? Grid::apot4 : Grid::table;
+        grid.uniform = uniform;
         if (uniform) return;
         levels_.resize(std::max<int64_t>(size, 32));
         std::copy(entry, entry + size, levels_.begin());
@@ -53,15 +53,6 @@ class Table {
     Grid grid{};
 
   private:
-    // Levels 0 1 2 3 4 6 8 10: step 1 up to 4, step 2 above.
-    static bool is_apot4(const int16_t* entry, int64_t size) {
-        if (size != 21) return false;
-        for (int64_t k = 0; k < size; k++) {
-            if (entry[k] != (k < 8 ? (k + 1) / 2 : (k + 2) / 4 * 2)) return false;
-        }
-        return true;
-    }
-
     Tensor kept_;
     std::vector<float> levels_;
     std::vector<uint8_t> bytes_;
@@ -89,7 +80,7 @@ Tensor fake_quant(const Tensor& x_, const Tensor& scale_, const Tensor& bucket,
     const Tensor x = dense(x_), scale = as_float(scale_);
     const Table table(bucket);
     FakeQuant a = problem(x, scale, table, group_size);
-    Tensor y = new_tensor(x, {x.size(0), x.size(1)}, x.scalar_type());
+    Tensor y = new_tensor({x.size(0), x.size(1)}, x.scalar_type());
     a.y = y.mutable_data_ptr();
     const auto* kernels = tier().fake_quant;
     over_rows(x.size(0), a.cols, [&](int64_t r0, int64_t r1) { kernels->forward(a, r0, r1); });
@@ -101,7 +92,7 @@ Tensor quantize(const Tensor& x_, const Tensor& scale_, const Tensor& bucket, in
     const Tensor x = dense(x_), scale = as_float(scale_);
     const Table table(bucket);
     FakeQuant a = problem(x, scale, table, group_size);
-    Tensor y = new_tensor(x, {x.size(0), x.size(1)}, ScalarType::Short);
+    Tensor y = new_tensor({x.size(0), x.size(1)}, ScalarType::Short);
     a.y = y.mutable_data_ptr();
     const auto* kernels = tier().fake_quant;
     over_rows(x.size(0), a.cols, [&](int64_t r0, int64_t r1) { kernels->quantize(a, r0, r1); });
@@ -120,8 +111,8 @@ std::tuple<Tensor, Tensor> fake_quant_backward(const Tensor& grad_, const Tensor
     const Tensor grad = dense(grad_.scalar_type() == x.scalar_type()
                                   ? grad_
                                   : torch::stable::to(grad_, std::make_optional(x.scalar_type())));
-    Tensor dx = new_tensor(x, {x.size(0), x.size(1)}, x.scalar_type());
-    Tensor dscale = new_tensor(x, {scale.size(0), scale.size(1)}, ScalarType::Float);
+    Tensor dx = new_tensor({x.size(0), x.size(1)}, x.scalar_type());
+    Tensor dscale = new_tensor({scale.size(0), scale.size(1)}, ScalarType::Float);
     const bool per_tensor = a.scale_stride == 0;
     std::vector<float> rows(per_tensor ? x.size(0) : 0);
     float* result = static_cast<float*>(dscale.mutable_data_ptr());
@@ -151,7 +142,7 @@ Tensor fake_quant_activation(const Tensor& x_) {
     a.type = type_of(x, "x");
     a.cols = x.size(x.dim() - 1);
     const auto sizes = x.sizes();
-    Tensor y = new_tensor(x, std::vector<int64_t>(sizes.begin(), sizes.end()), x.scalar_type());
+    Tensor y = new_tensor(std::vector<int64_t>(sizes.begin(), sizes.end()), x.scalar_type());
     a.y = y.mutable_data_ptr();
     const auto* kernels = tier().fake_quant;
     over_rows(a.cols ? x.numel() / a.cols : 0, a.cols,

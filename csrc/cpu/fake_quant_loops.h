@@ -94,17 +94,22 @@ void quantize(const FakeQuant& a, const Lookup& level, int64_t r0, int64_t r1) {
 struct RowRange {
     float inv, scale;  // q = round(x * inv), y = q * scale
 };
+// The largest magnitude, as bits. Magnitudes compare as integers, and NaN and infinity are the
+// largest.
 template <Type T>
-DQW_INLINE RowRange row_range(const void* x, int64_t begin, int64_t end) {
-    // Magnitudes compare as integers, and NaN and infinity are the largest.
+DQW_INLINE uint32_t largest_bits(const void* x, int64_t begin, int64_t end) {
     i32 largest = all_int(0);
     each_vector<T>(x, begin, end, [&](int64_t, f32 v, int64_t) {
         largest = max_int(largest, bits_of(absolute(v)));
     });
+    return (uint32_t)largest_int(largest);
+}
+template <Type T>
+DQW_INLINE RowRange row_range(const void* x, int64_t begin, int64_t end) {
     union {
-        int32_t bits;
+        uint32_t bits;
         float value;
-    } amax = {largest_int(largest)};
+    } amax = {largest_bits<T>(x, begin, end)};
     if (amax.bits >= 0x7f800000) return {0.0f, __builtin_nanf("")};
     const float inv = 1.0f / amax.value * 127.0f;  // in this order, as the reference
     // Zero, or so small (below 4e-37) that 127 / amax overflows: the row is a row of zeros.

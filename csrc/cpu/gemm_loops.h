@@ -16,25 +16,32 @@ constexpr int kTileRows = kTileVectors * W;
 template <int B, class Level, class Put>
 DQW_INLINE void fill_tile(const Packed& w, int64_t n, const Level& level, const Put& put) {
     for (int t = 0; t < kTileVectors; t++) {
+        const uint8_t* row[W];
+        for (int r = 0; r < W; r++) {
+            const int64_t i = n + t * W + r;
+            row[r] = w.data + (i < w.rows ? i : w.rows - 1) * w.row_bytes;
+        }
         for (int64_t b = 0; b < w.blocks; b++) {
-            i32 rows[kParts][W];
-            for (int r = 0; r < W; r++) {
-                const int64_t row = n + t * W + r < w.rows ? n + t * W + r : w.rows - 1;
-                const Bytes v = level(codes<B>(w.data + row * w.row_bytes + b * 8 * B));
-                for (int p = 0; p < kParts; p++) rows[p][r] = v.part[p];
-            }
-            for (int p = 0; p < kParts; p++) {
-                transpose(rows[p]);
-                for (int i = 0; i < W; i++) put((b * kParts + p) * W + i, t, rows[p][i]);
-            }
+            i32 v[kParts][W];
+            unroll<W>([&](auto r) DQW_INLINED {
+                const Bytes decoded = level(codes<B>(row[r.value] + b * 8 * B));
+                unroll<kParts>([&](auto p)
+                                   DQW_INLINED { v[p.value][r.value] = decoded.part[p.value]; });
+            });
+            unroll<kParts>([&](auto p) DQW_INLINED {
+                transpose(v[p.value]);
+                unroll<W>([&](auto i) DQW_INLINED {
+                    put((b * kParts + p.value) * W + i.value, t, v[p.value][i.value]);
+                });
+            });
         }
     }
 }
 
 template <int B>
 void fill_int8_tile(const Packed& w, const int8_t* levels, int64_t n, int32_t* tile) {
-    const Table<B> table(levels, kByteOffset);
-    fill_tile<B>(w, n, table, [&](int64_t unit, int t, i32 v) {
+    const Table<B> table(levels, byte_offset(w));
+    fill_tile<B>(w, n, table, [&](int64_t unit, int t, i32 v) DQW_INLINED {
         store_int(tile + unit * kTileRows + t * W, v);
     });
 }
@@ -42,8 +49,8 @@ void fill_int8_tile(const Packed& w, const int8_t* levels, int64_t n, int32_t* t
 // Scales of kTileRows rows from n, by groups: (groups, kTileRows).
 DQW_INLINE void fill_scales(const Packed& w, int64_t n, float* scales) {
     const int64_t groups = w.group ? (w.cols + w.group - 1) / w.group : 1;
-    for (int64_t g = 0; g < groups; g++) {
-        for (int64_t i = 0; i < kTileRows; i++) {
+    for (int64_t i = 0; i < kTileRows; i++) {
+        for (int64_t g = 0; g < groups; g++) {
             scales[g * kTileRows + i] = n + i < w.rows ? scale_at(w, n + i, g) : 0.0f;
         }
     }
@@ -60,9 +67,9 @@ void fill_float_tile(const Packed& w, int64_t n, const float* scales, float* til
         return load(scales + (g < last ? g : last) * kTileRows + t * W);
     };
     if (!w.wide) {
-        fill_tile<B>(w, n, low, [&](int64_t unit, int t, i32 v) {
+        fill_tile<B>(w, n, low, [&](int64_t unit, int t, i32 v) DQW_INLINED {
             f32 s = scale_of(unit * 4, t);
-            unroll<4>([&](auto j) {
+            unroll<4>([&](auto j) DQW_INLINED {
                 if (group % 4 != 0) s = scale_of(unit * 4 + j.value, t);
                 store(tile + (unit * 4 + j.value) * kTileRows + t * W,
                       mul(low.template part<j.value>(v), s));
@@ -71,14 +78,14 @@ void fill_float_tile(const Packed& w, int64_t n, const float* scales, float* til
         return;
     }
     // Two planes: the upper one goes through the tile, exact, before the scale.
-    fill_tile<B>(w, n, high, [&](int64_t unit, int t, i32 v) {
-        unroll<4>([&](auto j) {
+    fill_tile<B>(w, n, high, [&](int64_t unit, int t, i32 v) DQW_INLINED {
+        unroll<4>([&](auto j) DQW_INLINED {
             store(tile + (unit * 4 + j.value) * kTileRows + t * W,
                   mul(high.template part<j.value>(v), all(256.0f)));
         });
     });
-    fill_tile<B>(w, n, low, [&](int64_t unit, int t, i32 v) {
-        unroll<4>([&](auto j) {
+    fill_tile<B>(w, n, low, [&](int64_t unit, int t, i32 v) DQW_INLINED {
+        unroll<4>([&](auto j) DQW_INLINED {
             float* at = tile + (unit * 4 + j.value) * kTileRows + t * W;
             const f32 level = add(load(at), low.template part<j.value>(v));
             store(at, mul(level, scale_of(unit * 4 + j.value, t)));
@@ -93,29 +100,52 @@ DQW_INLINE i32 broadcast_unit(const int8_t* q) {
     return all_int(unit);
 }
 
-template <int M>
-DQW_INLINE void int8_block(const int32_t* tile, const int8_t* q, int64_t steps,
+// acc += the products of `steps` units of four columns.
+template <int M, class Dot>
+DQW_INLINE void int8_block(const int32_t* tile, const int8_t* q, int64_t steps, int64_t depth,
                            i32 (&acc)[M][kTileVectors]) {
-    for (int64_t k = 0; k < steps; k++) {
-        i32 w[kTileVectors];
-        unroll<kTileVectors>([&](auto t) { w[t.value] = load_int(tile + t.value * W); });
-        unroll<M>([&](auto m) {
-            const i32 x = broadcast_unit(q + 4 * m.value);
-            unroll<kTileVectors>(
-                [&](auto t) { acc[m.value][t.value] = dot(acc[m.value][t.value], w[t.value], x); });
-        });
-        tile += kTileRows;
-        q += 4 * M;
+    const auto run = [&](int64_t n, i32(&part)[M][kTileVectors]) DQW_INLINED {
+        for (; n > 0; n--) {
+            i32 w[kTileVectors];
+            unroll<kTileVectors>([&](auto t)
+                                     DQW_INLINED { w[t.value] = load_int(tile + t.value * W); });
+            unroll<M>([&](auto m) DQW_INLINED {
+                const i32 x = broadcast_unit(q + 4 * m.value);
+                unroll<kTileVectors>([&](auto t) DQW_INLINED {
+                    i32& sum = part[m.value][t.value];
+                    sum = Dot::dot(sum, w[t.value], x);
+                });
+            });
+            tile += kTileRows;
+            q += 4 * M;
+        }
+    };
+    if constexpr (Dot::direct) {
+        run(steps, acc);
+    } else {
+        for (; steps > 0; steps -= depth) {
+            i32 part[M][kTileVectors];
+            unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
+                part[i.value / kTileVectors][i.value % kTileVectors] = all_int(0);
+            });
+            run(steps < depth ? steps : depth, part);
+            unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
+                constexpr int m = i.value / kTileVectors, t = i.value % kTileVectors;
+                acc[m][t] = add_int(acc[m][t], Dot::widen(part[m][t]));
+            });
+        }
     }
 }
 
-template <int M>
-void int8_product(const int32_t* tile, const int8_t* q, int64_t steps, int32_t* sums) {
+template <int M, class Dot>
+void int8_product(const int32_t* tile, const int8_t* q, int64_t steps, int64_t depth,
+                  int32_t* sums) {
     i32 acc[M][kTileVectors];
-    unroll<M * kTileVectors>(
-        [&](auto i) { acc[i.value / kTileVectors][i.value % kTileVectors] = all_int(0); });
-    int8_block<M>(tile, q, steps, acc);
-    unroll<M * kTileVectors>([&](auto i) {
+    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
+        acc[i.value / kTileVectors][i.value % kTileVectors] = all_int(0);
+    });
+    int8_block<M, Dot>(tile, q, steps, depth, acc);
+    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
         store_int(sums + i.value * W, acc[i.value / kTileVectors][i.value % kTileVectors]);
     });
 }
@@ -124,56 +154,60 @@ template <int M>
 void float_product(const float* tile, const float* x, int64_t steps, float* sums) {
     f32 acc[M][kTileVectors];
     unroll<M * kTileVectors>(
-        [&](auto i) { acc[i.value / kTileVectors][i.value % kTileVectors] = zero(); });
+        [&](auto i) DQW_INLINED { acc[i.value / kTileVectors][i.value % kTileVectors] = zero(); });
     for (int64_t k = 0; k < steps; k++) {
         f32 w[kTileVectors];
-        unroll<kTileVectors>([&](auto t) { w[t.value] = load(tile + t.value * W); });
-        unroll<M>([&](auto m) {
+        unroll<kTileVectors>([&](auto t) DQW_INLINED { w[t.value] = load(tile + t.value * W); });
+        unroll<M>([&](auto m) DQW_INLINED {
             const f32 v = all(x[m.value]);
-            unroll<kTileVectors>(
-                [&](auto t) { acc[m.value][t.value] = fma(w[t.value], v, acc[m.value][t.value]); });
+            unroll<kTileVectors>([&](auto t) DQW_INLINED {
+                acc[m.value][t.value] = fma(w[t.value], v, acc[m.value][t.value]);
+            });
         });
         tile += kTileRows;
         x += M;
     }
-    unroll<M * kTileVectors>([&](auto i) {
+    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
         store(sums + i.value * W, acc[i.value / kTileVectors][i.value % kTileVectors]);
     });
 }
 
 // One plane of a matrix with groups: sums[m][output] += unit * sum_g float(sum_g) * scale_g.
-template <int M>
+template <int M, class Dot>
 void group_product(const Linear& a, const int32_t* tile, const float* scales, const int8_t* q,
                    int64_t m0, float unit, float* sums) {
+    const int offset = byte_offset(a.w);
+    const int64_t depth = dot_depth(a.w);
     const int64_t cols = a.w.cols, group = a.w.group, groups = (cols + group - 1) / group;
     const int64_t steps = a.w.blocks * kUnit / 4;
     f32 total[M][kTileVectors];
-    unroll<M * kTileVectors>([&](auto i) {
+    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
         total[i.value / kTileVectors][i.value % kTileVectors] = load(sums + i.value * W);
     });
     for (int64_t g = 0; g < groups; g++) {
         i32 acc[M][kTileVectors];
-        unroll<M>([&](auto m) {
-            const int32_t start = -kByteOffset * a.row_sum[(m0 + m.value) * groups + g];
-            unroll<kTileVectors>([&](auto t) { acc[m.value][t.value] = all_int(start); });
+        unroll<M>([&](auto m) DQW_INLINED {
+            const int32_t start = -offset * a.row_sum[(m0 + m.value) * groups + g];
+            unroll<kTileVectors>([&](auto t)
+                                     DQW_INLINED { acc[m.value][t.value] = all_int(start); });
         });
         const int64_t begin = g * group / 4;
         const int64_t end = begin + group / 4 < steps ? begin + group / 4 : steps;
-        int8_block<M>(tile + begin * kTileRows, q + begin * 4 * M, end - begin, acc);
-        unroll<kTileVectors>([&](auto t) {
+        int8_block<M, Dot>(tile + begin * kTileRows, q + begin * 4 * M, end - begin, depth, acc);
+        unroll<kTileVectors>([&](auto t) DQW_INLINED {
             const f32 s = mul(load(scales + g * kTileRows + t.value * W), all(unit));
-            unroll<M>([&](auto m) {
+            unroll<M>([&](auto m) DQW_INLINED {
                 f32& sum = total[m.value][t.value];
                 sum = fma(to_float(acc[m.value][t.value]), s, sum);
             });
         });
     }
-    unroll<M * kTileVectors>([&](auto i) {
+    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
         store(sums + i.value * W, total[i.value / kTileVectors][i.value % kTileVectors]);
     });
 }
 
-// f(first row of a block, its rows) over rows [m0, m1).
+// f(first row of a block, its rows) over rows [m0, m1) of x, or of q.
 template <class F>
 DQW_INLINE void each_block(const Linear& a, int64_t m0, int64_t m1, const F& f) {
     for (int64_t m = m0; m < m1; m += a.block_rows) {
@@ -192,8 +226,9 @@ void run_gemm_float(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* sc
     float bias[kTileRows] = {};
     for (int64_t i = 0; a.bias && i < kTileRows && n + i < w.rows; i++) bias[i] = a.bias[n + i];
     each_block(a, m0, m1, [&](int64_t m, int64_t rows) {
-        with_rows<kFloatBlockRows>(
-            rows, [&](auto r) { float_product<r.value>(tile, a.x + m * padded, padded, sums); });
+        with_rows<kFloatBlockRows>(rows, [&](auto r) DQW_INLINED {
+            float_product<r.value>(tile, a.x + m * padded, padded, sums);
+        });
         for (int64_t i = 0; i < rows; i++) {
             for (int t = 0; t < kTileVectors && n + t * W < w.rows; t++) {
                 f32 y = load(sums + i * kTileRows + t * W);
@@ -219,38 +254,41 @@ void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* scr
         Outputs(w, a.bias, n + (kTileVectors - 1) * W, w.rows - n - (kTileVectors - 1) * W)};
     static_assert(kTileVectors <= 2);
 
-    if (w.group) {
-        fill_scales(w, n, scales);
-        alignas(64) float sums[kGroupBlockRows * kTileRows];
-        each_block(a, m0, m1, [&](int64_t m, int64_t rows) {
-            const int8_t* q = a.q + m * padded;
-            for (int i = 0; i < kGroupBlockRows * kTileRows; i++) sums[i] = 0;
-            with_rows<kGroupBlockRows>(rows, [&](auto r) {
-                group_product<r.value>(a, low, scales, q, m, 1.0f, sums);
-                if (w.wide) group_product<r.value>(a, high, scales, q, m, 256.0f, sums);
-            });
-            for (int64_t i = 0; i < rows; i++) {
-                for (int t = 0; t < kTileVectors && n + t * W < w.rows; t++) {
-                    finish_groups(a, outputs[t], m + i, n + t * W,
-                                  load(sums + i * kTileRows + t * W));
-                }
+    const int planes = planes_of(a);
+    if (w.group) fill_scales(w, n, scales);
+    const int64_t depth = dot_depth(w);
+    alignas(64) int32_t sums[kInt8BlockRows * kTileRows], upper[kInt8BlockRows * kTileRows];
+    alignas(64) float group_sums[kGroupBlockRows * kTileRows];
+    // Rows of q from here on; a block holds whole rows of x.
+    each_block(a, m0 * planes, m1 * planes, [&](int64_t m, int64_t rows) {
+        const int8_t* q = a.q + m * padded;
+        with_dot<4>(w, [&](auto kind) {
+            using Dot = decltype(kind);
+            if (w.group) {
+                for (int i = 0; i < kGroupBlockRows * kTileRows; i++) group_sums[i] = 0;
+                with_rows<kGroupBlockRows>(rows, [&](auto r) {
+                    group_product<r.value, Dot>(a, low, scales, q, m, 1.0f, group_sums);
+                    if (w.wide) {
+                        group_product<r.value, Dot>(a, high, scales, q, m, 256.0f, group_sums);
+                    }
+                });
+            } else {
+                with_rows<kInt8BlockRows>(rows, [&](auto r) {
+                    int8_product<r.value, Dot>(low, q, padded / 4, depth, sums);
+                    if (w.wide) int8_product<r.value, Dot>(high, q, padded / 4, depth, upper);
+                });
             }
         });
-        return;
-    }
-
-    alignas(64) int32_t sums[kInt8BlockRows * kTileRows], upper[kInt8BlockRows * kTileRows];
-    each_block(a, m0, m1, [&](int64_t m, int64_t rows) {
-        const int8_t* q = a.q + m * padded;
-        with_rows<kInt8BlockRows>(rows, [&](auto r) {
-            int8_product<r.value>(low, q, padded / 4, sums);
-            if (w.wide) int8_product<r.value>(high, q, padded / 4, upper);
-        });
-        for (int64_t i = 0; i < rows; i++) {
+        for (int64_t i = 0; i < rows / planes; i++) {
             for (int t = 0; t < kTileVectors && n + t * W < w.rows; t++) {
-                const int64_t at = i * kTileRows + t * W;
-                finish_int8(a, outputs[t], m + i, n + t * W, sums + at,
-                            w.wide ? upper + at : nullptr);
+                const int64_t at = i * planes * kTileRows + t * W, row = m / planes + i;
+                if (w.group) {
+                    finish_groups(a, outputs[t], row, n + t * W, group_sums + at, planes,
+                                  kTileRows);
+                } else {
+                    finish_int8(a, outputs[t], row, n + t * W, sums + at,
+                                w.wide ? upper + at : nullptr, planes, kTileRows);
+                }
             }
         }
     });
@@ -262,6 +300,8 @@ constexpr LinearKernels kLinearKernels = {
     .float_gemv_limit = kFloatGemvLimit,
     .prepare_float = run_prepare_float,
     .prepare_int8 = run_prepare_int8,
+    .takes_planes = run_takes_planes,
+    .planes_limit = kPlanesLimit,
     .gemv_float = run_gemv_float,
     .gemv_int8 = run_gemv_int8,
     .dequantize = run_dequantize,

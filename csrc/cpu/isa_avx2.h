@@ -6,17 +6,20 @@
 #include "kernels.h"
 
 #define DQW_INLINE static inline __attribute__((always_inline))
+#define DQW_INLINED __attribute__((always_inline))  // a lambda, behind its parameters
 
 namespace dqw {
 namespace {
 
-constexpr int W = 8;            // 32-bit lanes of a register
-constexpr int kByteOffset = 0;  // weights stay signed, see dot()
+constexpr int W = 8;  // 32-bit lanes of a register
 
 constexpr int kGemvRows = 4, kGemvOutputs = 2;
 constexpr int kInt8GemvLimit = 4, kFloatGemvLimit = 8;
 constexpr int kTileVectors = 2;
-constexpr int kInt8BlockRows = 4, kFloatBlockRows = 6, kGroupBlockRows = 2;
+constexpr int kInt8BlockRows = 6, kFloatBlockRows = 6, kGroupBlockRows = 6;
+// Rows of the packed matrix that the gemv runs side by side, for M rows of q.
+template <int M>
+constexpr int kSideBySide = M == 1 ? 4 : 2;
 
 using f32 = __m256;
 using i32 = __m256i;
@@ -62,6 +65,18 @@ DQW_INLINE void store_int(void* p, i32 x) { _mm256_storeu_si256((__m256i*)p, x);
 DQW_INLINE i32 add_int(i32 a, i32 b) { return _mm256_add_epi32(a, b); }
 DQW_INLINE i32 sub_int(i32 a, i32 b) { return _mm256_sub_epi32(a, b); }
 DQW_INLINE i32 shift_left_8(i32 x) { return _mm256_slli_epi32(x, 8); }
+DQW_INLINE i32 shift_left_23(i32 x) { return _mm256_slli_epi32(x, 23); }
+DQW_INLINE f32 as_floats(i32 x) { return _mm256_castsi256_ps(x); }
+DQW_INLINE f32 divide(f32 a, f32 b) { return _mm256_div_ps(a, b); }
+DQW_INLINE float largest(f32 x) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+DQW_INLINE i32 shift_right_8(i32 x) { return _mm256_srai_epi32(x, 8); }
+DQW_INLINE i32 low_byte(i32 x) {
+    return _mm256_srai_epi32(_mm256_slli_epi32(x, 24), 24);
+}  // signed
 DQW_INLINE i32 max_int(i32 a, i32 b) { return _mm256_max_epi32(a, b); }
 DQW_INLINE i32 bits_of(f32 x) { return _mm256_castps_si256(x); }
 DQW_INLINE i32 truncate(f32 x) { return _mm256_cvttps_epi32(x); }
@@ -85,11 +100,51 @@ DQW_INLINE void store_bytes(int8_t* p, i32 x) {  // lanes -128..127
 }
 DQW_INLINE void store_words(int16_t* p, i32 x) { _mm_storeu_si128((__m128i*)p, narrow(x)); }
 
-// acc + the four products of bytes in each lane, both signed, |q| <= 127. |w| <= 128 is unsigned,
-// q takes w's sign; a pair of products is at most 2 * 128 * 127 = 32512, so maddubs is exact.
-DQW_INLINE i32 dot(i32 acc, i32 w, i32 q) {
-    const i32 pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
-    return add_int(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+// Dot products of bytes, weights by activations (-128..127), summed by 32-bit lanes. Either levels
+// are small enough to be unsigned by an offset, and a few products are added in 16 bits before
+// they are widened; or weights stay signed and every product is widened at once.
+constexpr int64_t kDeepest = 1 << 30;
+struct Deep {
+    static constexpr bool has_offset = true;
+    static constexpr bool direct = false;
+    DQW_INLINE i32 dot(i32 part, i32 w, i32 q) {
+        // Added in place and in this order: GCC 12 would make all products first and spill the
+        // sums.
+        asm volatile("vpaddw %1, %0, %0" : "+x"(part) : "x"(_mm256_maddubs_epi16(w, q)));
+        return part;
+    }
+    DQW_INLINE i32 widen(i32 part) { return _mm256_madd_epi16(part, _mm256_set1_epi16(1)); }
+    // What `part` starts from to take the offset of all products with q0 and q1 back.
+    DQW_INLINE i32 start(i32 q0, i32 q1, int offset) {
+        const i32 ones = _mm256_set1_epi8(1);
+        const i32 sums =
+            _mm256_add_epi16(_mm256_maddubs_epi16(ones, q0), _mm256_maddubs_epi16(ones, q1));
+        return _mm256_mullo_epi16(sums, _mm256_set1_epi16((short)-offset));
+    }
+};
+struct Signed {
+    static constexpr bool has_offset = false;
+    static constexpr bool direct = true;
+    // |w| <= 128 is unsigned, q (|q| <= 127) takes w's sign; a pair of products is at most
+    // 2 * 128 * 127 = 32512, so maddubs is exact.
+    DQW_INLINE i32 dot(i32 part, i32 w, i32 q) {
+        const i32 pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(q, w));
+        return add_int(part, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    DQW_INLINE i32 widen(i32 part) { return part; }
+    DQW_INLINE i32 start(i32, i32, int) { return _mm256_setzero_si256(); }
+};
+// Two products a part, or 16 bits are no use.
+DQW_INLINE bool is_deep(const Packed& w) { return w.bits < 7 && !w.wide && w.products16 >= 2; }
+DQW_INLINE int byte_offset(const Packed& w) { return is_deep(w) ? w.largest : 0; }
+DQW_INLINE int64_t dot_depth(const Packed& w) { return is_deep(w) ? w.products16 : kDeepest; }
+DQW_INLINE bool takes_planes(const Packed& w) { return is_deep(w); }
+template <int B, class F>
+DQW_INLINE void with_dot(const Packed& w, const F& f) {
+    if constexpr (B < 7) {
+        if (is_deep(w)) return f(Deep());
+    }
+    f(Signed());
 }
 
 // ---- float32, float16, bfloat16 in memory ----
@@ -140,14 +195,23 @@ struct Uniform {
     explicit Uniform(const Grid&) {}
     f32 operator()(i32 k) const { return to_float(_mm256_srli_epi32(add_int(k, all_int(1)), 1)); }
 };
-struct Apot4 {  // levels 0 1 2 3 4 6 8 10: step 1 up to 4, step 2 above
-    explicit Apot4(const Grid&) {}
+// Up to 16 or 32 entries, as bytes. The three upper bytes of an index are 0 and fetch level 0.
+DQW_INLINE i32 sixteen(const uint8_t* bytes) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes));
+}
+struct Table16 {
+    i32 t;
+    explicit Table16(const Grid& g) : t(sixteen(g.bytes)) {}
+    f32 operator()(i32 k) const { return to_float(_mm256_shuffle_epi8(t, k)); }
+};
+struct Table32 {  // a shuffle gives 0 where bit 7 of the index is set: where the other half has it
+    i32 low, high;
+    explicit Table32(const Grid& g) : low(sixteen(g.bytes)), high(sixteen(g.bytes + 16)) {}
     f32 operator()(i32 k) const {
-        const i32 fine = _mm256_srli_epi32(add_int(k, all_int(1)), 1);
-        const i32 two = all_int(2);
-        const i32 coarse = _mm256_slli_epi32(_mm256_srli_epi32(add_int(k, two), 2), 1);
-        const i32 upper = _mm256_cmpgt_epi32(k, all_int(7));
-        return to_float(_mm256_blendv_epi8(fine, coarse, upper));
+        const i32 in_low = _mm256_add_epi8(k, _mm256_set1_epi8(0x70));
+        const i32 in_high = _mm256_sub_epi8(k, _mm256_set1_epi8(16));
+        return to_float(
+            _mm256_or_si256(_mm256_shuffle_epi8(low, in_low), _mm256_shuffle_epi8(high, in_high)));
     }
 };
 struct Gather {
@@ -157,8 +221,9 @@ struct Gather {
 };
 template <class F>
 DQW_INLINE void with_lookup(const Grid& g, const F& f) {
-    if (g.kind == Grid::uniform) return f(Uniform(g));
-    if (g.kind == Grid::apot4) return f(Apot4(g));
+    if (g.uniform) return f(Uniform(g));
+    if (g.size <= 16) return f(Table16(g));
+    if (g.size <= 32) return f(Table32(g));
     f(Gather(g));
 }
 
@@ -204,15 +269,62 @@ DQW_INLINE Bytes codes(const uint8_t* p) {
     return {{c[0], c[1]}};
 }
 
+// The gemv takes a block at a time: its first and its last 32 codes.
+constexpr int kStepBlocks = 1;
+template <int B, int Blocks>
+DQW_INLINE Bytes step_codes(const uint8_t* p) {
+    return codes<B>(p);
+}
+template <int Blocks>
+DQW_INLINE i32 load_part(const int8_t* q, int part) {
+    return load_int(q + 32 * part);
+}
+template <int Blocks>
+DQW_INLINE void store_part(void* p, int part, i32 x) {
+    store_int((char*)p + 32 * part, x);
+}
+// Where the activations of 32 columns go, counted in 32.
+DQW_INLINE int64_t place_of(int64_t chunk, int64_t) { return chunk; }
+// Scales of the lanes of a step's part, by the groups of the step's columns, 32 each.
+template <int Blocks>
+DQW_INLINE f32 part_scale(const float* s, const int64_t* group, int part) {
+    return all(s[group[part]]);
+}
+
+// The sums of all lanes, of R registers.
+template <int R>
+DQW_INLINE void store_sums(int32_t* out, const i32 (&v)[R]) {
+    if constexpr (R == 4) {
+        const i32 s =
+            _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+        const __m128i both =
+            _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+        _mm_storeu_si128((__m128i*)out, both);
+    } else {
+        for (int r = 0; r < R; r++) out[r] = sum_int(v[r]);
+    }
+}
+template <int R>
+DQW_INLINE void store_sums(float* out, const f32 (&v)[R]) {
+    if constexpr (R == 4) {
+        const f32 s = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+    } else {
+        for (int r = 0; r < R; r++) out[r] = sum(v[r]);
+    }
+}
+
 // 2^B bytes by code, 16 at a time: a shuffle gives 0 where bit 7 of the index is set, so a code is
 // made to keep it clear only in the one sub-table that its upper bits name.
 template <int B>
 struct Table {
     static constexpr int n = B <= 4 ? 1 : 1 << (B - 4);
     i32 t[n];
-    explicit Table(const int8_t* bytes, int) {
+    explicit Table(const int8_t* bytes, int offset) {
+        const __m128i add = _mm_set1_epi8((char)offset);
         for (int i = 0; i < n; i++) {
-            t[i] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(bytes + 16 * i)));
+            const __m128i own = _mm_loadu_si128((const __m128i*)(bytes + 16 * i));
+            t[i] = _mm256_broadcastsi128_si256(_mm_add_epi8(own, add));
         }
     }
     Bytes operator()(Bytes c) const {
@@ -261,6 +373,7 @@ DQW_INLINE f32 halves(float first, float second) {
 // v[i] lane j <-> v[j] lane i.
 DQW_INLINE void transpose(i32 (&v)[W]) {
     i32 t[W];
+#pragma GCC unroll 4
     for (int i = 0; i < W; i += 4) {
         const i32 a = _mm256_unpacklo_epi32(v[i], v[i + 1]);
         const i32 b = _mm256_unpackhi_epi32(v[i], v[i + 1]);
@@ -271,6 +384,7 @@ DQW_INLINE void transpose(i32 (&v)[W]) {
         t[i + 2] = _mm256_unpacklo_epi64(b, d);
         t[i + 3] = _mm256_unpackhi_epi64(b, d);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
         v[i] = _mm256_permute2x128_si256(t[i], t[4 + i], 0x20);
         v[4 + i] = _mm256_permute2x128_si256(t[i], t[4 + i], 0x31);

@@ -6,12 +6,12 @@
 #include "kernels.h"
 
 #define DQW_INLINE static inline __attribute__((always_inline))
+#define DQW_INLINED __attribute__((always_inline))  // a lambda, behind its parameters
 
 namespace dqw {
 namespace {
 
-constexpr int W = 16;             // 32-bit lanes of a register
-constexpr int kByteOffset = 128;  // vpdpbusd takes unsigned bytes: weights are stored +128
+constexpr int W = 16;  // 32-bit lanes of a register
 
 constexpr int kGemvRows = 4, kGemvOutputs = 4;
 // Zen 4, 4 bits, 512 -> 2048, one thread: int8 with 4 rows is a gemv of 50 us, with 5 rows a gemm
@@ -20,6 +20,9 @@ constexpr int kGemvRows = 4, kGemvOutputs = 4;
 constexpr int kInt8GemvLimit = 4, kFloatGemvLimit = 8;
 constexpr int kTileVectors = 2;
 constexpr int kInt8BlockRows = 12, kFloatBlockRows = 12, kGroupBlockRows = 6;
+// Rows of the packed matrix that the gemv runs side by side, for M rows of q.
+template <int M>
+constexpr int kSideBySide = 4;
 
 using f32 = __m512;
 using i32 = __m512i;
@@ -63,6 +66,14 @@ DQW_INLINE void store_int(void* p, i32 x) { _mm512_storeu_si512(p, x); }
 DQW_INLINE i32 add_int(i32 a, i32 b) { return _mm512_add_epi32(a, b); }
 DQW_INLINE i32 sub_int(i32 a, i32 b) { return _mm512_sub_epi32(a, b); }
 DQW_INLINE i32 shift_left_8(i32 x) { return _mm512_slli_epi32(x, 8); }
+DQW_INLINE i32 shift_left_23(i32 x) { return _mm512_slli_epi32(x, 23); }
+DQW_INLINE f32 as_floats(i32 x) { return _mm512_castsi512_ps(x); }
+DQW_INLINE f32 divide(f32 a, f32 b) { return _mm512_div_ps(a, b); }
+DQW_INLINE float largest(f32 x) { return _mm512_reduce_max_ps(x); }
+DQW_INLINE i32 shift_right_8(i32 x) { return _mm512_srai_epi32(x, 8); }
+DQW_INLINE i32 low_byte(i32 x) {
+    return _mm512_srai_epi32(_mm512_slli_epi32(x, 24), 24);
+}  // signed
 DQW_INLINE i32 max_int(i32 a, i32 b) { return _mm512_max_epi32(a, b); }
 DQW_INLINE i32 bits_of(f32 x) { return _mm512_castps_si512(x); }
 DQW_INLINE i32 truncate(f32 x) { return _mm512_cvttps_epi32(x); }
@@ -76,8 +87,27 @@ DQW_INLINE void store_words(int16_t* p, i32 x) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x));
 }
 
-// acc + the four products of bytes in each lane; w unsigned (+128), q signed.
-DQW_INLINE i32 dot(i32 acc, i32 w, i32 q) { return _mm512_dpbusd_epi32(acc, w, q); }
+// Dot products of bytes, weights by activations, summed by 32-bit lanes. vpdpbusd takes the weights
+// unsigned: they carry an offset.
+struct Offset128 {
+    static constexpr bool has_offset = true;
+    static constexpr bool direct = true;
+    DQW_INLINE i32 dot(i32 part, i32 w, i32 q) { return _mm512_dpbusd_epi32(part, w, q); }
+    DQW_INLINE i32 widen(i32 part) { return part; }
+    // What a sum starts from to take the offset of all products with q0 and q1 back.
+    DQW_INLINE i32 start(i32 q0, i32 q1, int) {
+        const i32 by = _mm512_set1_epi8((char)128);
+        return sub_int(all_int(0), dot(dot(all_int(0), by, q0), by, q1));
+    }
+};
+constexpr int64_t kDeepest = 1 << 30;
+DQW_INLINE int byte_offset(const Packed&) { return 128; }
+DQW_INLINE int64_t dot_depth(const Packed&) { return kDeepest; }
+DQW_INLINE bool takes_planes(const Packed& w) { return !w.wide; }
+template <int B, class F>
+DQW_INLINE void with_dot(const Packed&, const F& f) {
+    f(Offset128());
+}
 
 // ---- float32, float16, bfloat16 in memory ----
 
@@ -155,7 +185,7 @@ struct Gather {
 };
 template <class F>
 DQW_INLINE void with_lookup(const Grid& g, const F& f) {
-    if (g.kind == Grid::uniform) return f(Uniform(g));
+    if (g.uniform) return f(Uniform(g));
     if (g.size <= 32) return f(Table32(g));
     if (g.size <= 128) return f(Table128(g));
     if (g.size <= 256) return f(Table256(g));
@@ -167,6 +197,9 @@ DQW_INLINE void with_lookup(const Grid& g, const F& f) {
 constexpr int kParts = 1;  // registers of a block
 struct Bytes {
     i32 part[kParts];
+};
+struct Step {  // of two blocks, see step_codes
+    i32 part[2];
 };
 
 template <int B>
@@ -208,20 +241,141 @@ struct Table {
         for (int i = 0; i < (int)(sizeof t / sizeof *t); i++) {
             t[i] = _mm512_add_epi8(load_int(bytes + 64 * i), _mm512_set1_epi8((char)offset));
         }
-        if constexpr (B <= 4) t[0] = _mm512_broadcast_i32x4(_mm512_castsi512_si128(t[0]));
+        // The lookup takes 6 bits of a code: a smaller table repeats, whatever the upper ones are.
+        const __m128i first = _mm512_castsi512_si128(t[0]);
+        if constexpr (B == 2) t[0] = _mm512_broadcastd_epi32(first);
+        if constexpr (B == 3) t[0] = _mm512_broadcastq_epi64(first);
+        if constexpr (B == 4) t[0] = _mm512_broadcast_i32x4(first);
     }
-    Bytes operator()(Bytes c) const {
-        const i32 k = c.part[0];
-        if constexpr (B <= 4) return {{_mm512_shuffle_epi8(t[0], k)}};
-        if constexpr (B <= 6) return {{_mm512_permutexvar_epi8(k, t[0])}};
-        if constexpr (B == 7) return {{_mm512_permutex2var_epi8(t[0], k, t[1])}};
+    Bytes operator()(Bytes c) const { return {{look_up(c.part[0])}}; }
+    Step operator()(Step c) const { return {{look_up(c.part[0]), look_up(c.part[1])}}; }
+    i32 look_up(i32 k) const {
+        if constexpr (B <= 6) return _mm512_permutexvar_epi8(k, t[0]);
+        if constexpr (B == 7) return _mm512_permutex2var_epi8(t[0], k, t[1]);
         if constexpr (B == 8) {
             const i32 first = _mm512_permutex2var_epi8(t[0], k, t[1]);
             const i32 second = _mm512_permutex2var_epi8(t[2], k, t[3]);
-            return {{_mm512_mask_mov_epi8(first, _mm512_movepi8_mask(k), second)}};
+            return _mm512_mask_mov_epi8(first, _mm512_movepi8_mask(k), second);
         }
     }
 };
+
+// The gemv takes two blocks a and b at a time, as two registers: the first 32 codes of a and b, and
+// their last 32. At 4 bits that is a load and a shift, and no code is moved; bits 4 and up of these
+// codes are not cleared, which the table does not mind. A last block without a partner leaves the
+// upper halves 0, where load_part gives 0 too.
+constexpr int kStepBlocks = 2;
+DQW_INLINE i32 both(__m256i a, __m256i b) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+}
+template <int B, int Blocks>
+DQW_INLINE Step step_codes(const uint8_t* p) {
+    constexpr int size = 8 * B;
+    const auto load_half = [](const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); };
+    if constexpr (B == 8) {
+        if constexpr (Blocks == 1)
+            return {{both(load_half(p), __m256i()), both(load_half(p + 32), __m256i())}};
+        return {{both(load_half(p), load_half(p + size)),
+                 both(load_half(p + 32), load_half(p + size + 32))}};
+    }
+    i32 c[2] = {all_int(0), all_int(0)};
+    if constexpr (B & 4) {
+        i32 x;
+        if constexpr (Blocks == 1) {
+            x = _mm512_zextsi256_si512(load_half(p));
+        } else if constexpr (B == 4) {
+            x = load_int(p);
+        } else {
+            x = both(load_half(p), load_half(p + size));
+        }
+        c[0] = x;
+        c[1] = _mm512_srli_epi16(x, 4);
+        if constexpr (B != 4) {
+            c[0] = _mm512_and_si512(c[0], _mm512_set1_epi8(15));
+            c[1] = _mm512_and_si512(c[1], _mm512_set1_epi8(15));
+        }
+        p += 32;
+    }
+    if constexpr (B & 2) {
+        constexpr int shift = B & 4;  // where the plane's bits go
+        i32 x = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+        if constexpr (Blocks == 2) {
+            x = _mm512_mask_broadcast_i32x4(x, 0xff00, _mm_loadu_si128((const __m128i*)(p + size)));
+        }
+        if constexpr (shift == 0) {
+            c[0] = _mm512_srlv_epi64(x, _mm512_setr_epi64(0, 0, 2, 2, 0, 0, 2, 2));
+            c[1] = _mm512_srlv_epi64(x, _mm512_setr_epi64(4, 4, 6, 6, 4, 4, 6, 6));
+            if constexpr (B != 2) {
+                c[0] = _mm512_and_si512(c[0], _mm512_set1_epi8(3));
+                c[1] = _mm512_and_si512(c[1], _mm512_set1_epi8(3));
+            }
+        } else {  // rotate instead: field i lands on bits 4 and 5
+            const i32 mask = _mm512_set1_epi8(0x30);
+            const i32 first = _mm512_rolv_epi64(x, _mm512_setr_epi64(4, 4, 2, 2, 4, 4, 2, 2));
+            const i32 last = _mm512_rolv_epi64(x, _mm512_setr_epi64(0, 0, 62, 62, 0, 0, 62, 62));
+            c[0] = _mm512_ternarylogic_epi32(c[0], first, mask, 0xf8);
+            c[1] = _mm512_ternarylogic_epi32(c[1], last, mask, 0xf8);
+        }
+        p += 16;
+    }
+    if constexpr (B & 1) {
+        uint64_t a, b = 0;
+        __builtin_memcpy(&a, p, 8);
+        if constexpr (Blocks == 2) __builtin_memcpy(&b, p + size, 8);
+        const i32 one = _mm512_set1_epi8((char)(1 << (B - 1)));
+        const __mmask64 first = _cvtu64_mask64((uint32_t)a | b << 32);
+        const __mmask64 last = _cvtu64_mask64(a >> 32 | (b >> 32 << 32));
+        c[0] = _mm512_mask_add_epi8(c[0], first, c[0], one);
+        c[1] = _mm512_mask_add_epi8(c[1], last, c[1], one);
+    }
+    return {{c[0], c[1]}};
+}
+template <int Blocks>
+DQW_INLINE i32 load_part(const int8_t* q, int part) {
+    if constexpr (Blocks == 2) return load_int(q + 64 * part);
+    return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)(q + 32 * part)));
+}
+template <int Blocks>
+DQW_INLINE void store_part(void* p, int part, i32 x) {
+    if constexpr (Blocks == 2) return store_int((char*)p + 64 * part, x);
+    _mm256_storeu_si256((__m256i*)((char*)p + 32 * part), _mm512_castsi512_si256(x));
+}
+// Where the activations of 32 columns go, counted in 32, of so many.
+DQW_INLINE int64_t place_of(int64_t chunk, int64_t chunks) {
+    if (chunk / 4 * 4 + 4 > chunks) return chunk;  // the last block, alone
+    return chunk - chunk % 4 + (chunk % 4 == 1 ? 2 : chunk % 4 == 2 ? 1 : chunk % 4);
+}
+// Scales of the lanes of a step's part, by the groups of the step's columns, 32 each.
+template <int Blocks>
+DQW_INLINE f32 part_scale(const float* s, const int64_t* group, int part) {
+    const f32 first = all(s[group[part]]);
+    if constexpr (Blocks == 1) return first;
+    return _mm512_mask_broadcastss_ps(first, 0xff00, _mm_load_ss(s + group[2 + part]));
+}
+
+// The sums of all lanes, of four registers.
+template <int R>
+DQW_INLINE void store_sums(int32_t* out, const i32 (&v)[R]) {
+    static_assert(R == 4);
+    const i32 a = add_int(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    const i32 b = add_int(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    const i32 c = add_int(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+    const __m256i d = _mm256_add_epi32(_mm512_castsi512_si256(c), _mm512_extracti64x4_epi64(c, 1));
+    _mm_storeu_si128((__m128i*)out,
+                     _mm_add_epi32(_mm256_castsi256_si128(d), _mm256_extracti128_si256(d, 1)));
+}
+template <int R>
+DQW_INLINE void store_sums(float* out, const f32 (&v)[R]) {
+    static_assert(R == 4);
+    const auto pairs = [](f32 x, f32 y) {
+        return add(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+    };
+    const __m512d a = _mm512_castps_pd(pairs(v[0], v[1])), b = _mm512_castps_pd(pairs(v[2], v[3]));
+    const f32 c =
+        add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    const __m256 d = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1)));
+}
 
 // Byte J of every 32-bit lane as a float: of a code (up to 5 bits: the table is looked up by whole
 // lanes, whose upper bits the instruction ignores), or of a level.
@@ -257,6 +411,7 @@ DQW_INLINE f32 halves(float first, float second) {
 // v[i] lane j <-> v[j] lane i.
 DQW_INLINE void transpose(i32 (&v)[W]) {
     i32 t[W];
+#pragma GCC unroll 4
     for (int i = 0; i < W; i += 4) {
         const i32 a = _mm512_unpacklo_epi32(v[i], v[i + 1]);
         const i32 b = _mm512_unpackhi_epi32(v[i], v[i + 1]);
@@ -267,6 +422,7 @@ DQW_INLINE void transpose(i32 (&v)[W]) {
         t[i + 2] = _mm512_unpacklo_epi64(b, d);
         t[i + 3] = _mm512_unpackhi_epi64(b, d);
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {  // t[4 r + i] quarter q holds rows 4r..4r+3 of column 4q + i
         const i32 a = _mm512_shuffle_i32x4(t[i], t[4 + i], 0x88);
         const i32 b = _mm512_shuffle_i32x4(t[8 + i], t[12 + i], 0x88);

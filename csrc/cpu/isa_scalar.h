@@ -7,15 +7,17 @@
 #include "kernels.h"
 
 #define DQW_INLINE static inline __attribute__((always_inline))
+#define DQW_INLINED __attribute__((always_inline))  // a lambda, behind its parameters
 
 namespace dqw {
 namespace {
 
 constexpr int W = 8;
-constexpr int kByteOffset = 0;
 
 constexpr int kGemvRows = 1, kGemvOutputs = 1;
 constexpr int kInt8GemvLimit = 2, kFloatGemvLimit = 2;
+template <int M>
+constexpr int kSideBySide = 1;
 
 struct f32 {
     float v[W];
@@ -112,6 +114,20 @@ DQW_INLINE i32 sub_int(i32 a, i32 b) {
 DQW_INLINE i32 shift_left_8(i32 x) {
     return each<i32>([&](int i) { return x.v[i] * 256; });
 }
+DQW_INLINE i32 shift_left_23(i32 x) {
+    return each<i32>([&](int i) { return (int32_t)((uint32_t)x.v[i] << 23); });
+}
+DQW_INLINE f32 as_floats(i32 x) {
+    return each<f32>([&](int i) { return from_bits((uint32_t)x.v[i]); });
+}
+DQW_INLINE f32 divide(f32 a, f32 b) {
+    return each<f32>([&](int i) { return a.v[i] / b.v[i]; });
+}
+DQW_INLINE float largest(f32 x) {
+    float s = x.v[0];
+    for (int i = 1; i < W; i++) s = x.v[i] > s ? x.v[i] : s;
+    return s;
+}
 DQW_INLINE i32 max_int(i32 a, i32 b) {
     return each<i32>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
@@ -129,6 +145,12 @@ DQW_INLINE int32_t sum_int(i32 x) {
     for (int i = 0; i < W; i++) s += x.v[i];
     return s;
 }
+DQW_INLINE i32 shift_right_8(i32 x) {
+    return each<i32>([&](int i) { return x.v[i] >> 8; });
+}
+DQW_INLINE i32 low_byte(i32 x) {  // signed
+    return each<i32>([&](int i) { return (int32_t)(int8_t)x.v[i]; });
+}
 DQW_INLINE int32_t largest_int(i32 x) {
     int32_t s = x.v[0];
     for (int i = 1; i < W; i++) s = x.v[i] > s ? x.v[i] : s;
@@ -141,15 +163,29 @@ DQW_INLINE void store_words(int16_t* p, i32 x) {
     for (int i = 0; i < W; i++) p[i] = (int16_t)x.v[i];
 }
 
-// acc + the four products of signed bytes in each lane.
-DQW_INLINE i32 dot(i32 acc, i32 w, i32 q) {
-    int8_t a[4 * W], b[4 * W];
-    memcpy(a, w.v, sizeof a);
-    memcpy(b, q.v, sizeof b);
-    for (int i = 0; i < W; i++) {
-        for (int j = 0; j < 4; j++) acc.v[i] += (int32_t)a[4 * i + j] * b[4 * i + j];
+// Dot products of signed bytes, summed by 32-bit lanes.
+struct Signed {
+    static constexpr bool has_offset = false;
+    static constexpr bool direct = true;
+    DQW_INLINE i32 dot(i32 acc, i32 w, i32 q) {
+        int8_t a[4 * W], b[4 * W];
+        memcpy(a, w.v, sizeof a);
+        memcpy(b, q.v, sizeof b);
+        for (int i = 0; i < W; i++) {
+            for (int j = 0; j < 4; j++) acc.v[i] += (int32_t)a[4 * i + j] * b[4 * i + j];
+        }
+        return acc;
     }
-    return acc;
+    DQW_INLINE i32 widen(i32 part) { return part; }
+    DQW_INLINE i32 start(i32, i32, int) { return all_int(0); }
+};
+constexpr int64_t kDeepest = 1 << 30;
+DQW_INLINE int byte_offset(const Packed&) { return 0; }
+DQW_INLINE int64_t dot_depth(const Packed&) { return kDeepest; }
+DQW_INLINE bool takes_planes(const Packed&) { return false; }
+template <int B, class F>
+DQW_INLINE void with_dot(const Packed&, const F& f) {
+    f(Signed());
 }
 
 // ---- float32, float16, bfloat16 in memory ----
@@ -219,7 +255,7 @@ struct Gather {
 };
 template <class F>
 DQW_INLINE void with_lookup(const Grid& g, const F& f) {
-    if (g.kind == Grid::uniform) return f(Uniform(g));
+    if (g.uniform) return f(Uniform(g));
     f(Gather(g));
 }
 
@@ -248,6 +284,34 @@ DQW_INLINE Bytes codes(const uint8_t* p) {
     Bytes b;
     memcpy(b.part, c, 64);
     return b;
+}
+
+// The gemv takes a block at a time: its first and its last 32 codes.
+constexpr int kStepBlocks = 1;
+template <int B, int Blocks>
+DQW_INLINE Bytes step_codes(const uint8_t* p) {
+    return codes<B>(p);
+}
+template <int Blocks>
+DQW_INLINE i32 load_part(const int8_t* q, int part) {
+    return load_int(q + 32 * part);
+}
+template <int Blocks>
+DQW_INLINE void store_part(void* p, int part, i32 x) {
+    store_int((char*)p + 32 * part, x);
+}
+DQW_INLINE int64_t place_of(int64_t chunk, int64_t) { return chunk; }
+template <int Blocks>
+DQW_INLINE f32 part_scale(const float* s, const int64_t* group, int part) {
+    return all(s[group[part]]);
+}
+template <int R>
+DQW_INLINE void store_sums(int32_t* out, const i32 (&v)[R]) {
+    for (int r = 0; r < R; r++) out[r] = sum_int(v[r]);
+}
+template <int R>
+DQW_INLINE void store_sums(float* out, const f32 (&v)[R]) {
+    for (int r = 0; r < R; r++) out[r] = sum(v[r]);
 }
 
 template <int B>

@@ -17,8 +17,7 @@ enum class Type : int { f32, f16, bf16 };
 
 // The rounding table: the level of t = 2|x|/scale is levels[floor(min(t, last))].
 struct Grid {
-    enum Kind { uniform, apot4, table };
-    Kind kind;             // the first two need no table: their levels are arithmetic
+    bool uniform;          // needs no table: its levels are arithmetic
     int size;              // entries, 2 * level_max + 1
     const float* levels;   // `size` of them, zero-padded to at least 32
     const uint8_t* bytes;  // the same as 256 bytes if size <= 256 (then every level < 256), or null
@@ -61,11 +60,14 @@ struct Packed {
     alignas(64) int8_t low[256];
     alignas(64) int8_t high[256];
     bool wide;
+    int largest;     // magnitude of a level
+    int products16;  // so many pairs of products of bytes, unsigned by `largest`, fit 16 bits
 };
 
 struct Linear {
     Packed w;
     int64_t m;          // rows of x
+    int planes;         // rows of q for one of x: 3, see LinearKernels::takes_planes, or 0 for 1
     const float* bias;  // (w.rows), or null
     void* y;            // (m, w.rows)
     Type type;          // of x and y
@@ -74,18 +76,24 @@ struct Linear {
     float* x;             // gemv: (m, padded cols) · gemm: packed by blocks of rows
     int8_t* q;            // the same layouts
     float* row_scale;     // (m)
-    int32_t* row_sum;     // (m, groups or 1): sum of q
-    int32_t* lane_start;  // gemv with groups: (m, padded cols / 4): -offset * (sum of 4 q)
-    int64_t block_rows;   // gemm: rows of x in a register block
+    int32_t* row_sum;     // (m * planes, groups or 1): sum of q
+    int32_t* lane_start;  // gemv with groups: (m * planes, padded cols / 4): what sums start from
+    int64_t block_rows;   // gemm: rows of q in a register block
 };
 
 struct LinearKernels {
-    int gemv_rows;  // gemv takes at most this many rows of x at a time
+    int gemv_rows;  // gemv takes at most this many rows of x (of q, if there are planes) at a time
     // Up to so many rows of x the gemv, in turns, is faster than the alternative.
     int int8_gemv_limit, float_gemv_limit;
     // Convert or quantize rows of x (`source`, cols wide, contiguous) into Linear::x or ::q.
     void (*prepare_float)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
     void (*prepare_int8)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
+    // Whether float activations may run as integers, faster than as floats: a row of x becomes
+    // three rows of q, the digits to base 256 of x in units of row_scale, a power of two. They hold
+    // 23 bits below the row's largest magnitude, as good as a float32 sum. prepare_int8 sees it by
+    // Linear::planes = 3, and the int8 kernels follow.
+    bool (*takes_planes)(const Packed&);
+    int planes_limit;  // up to so many rows of x
     // y[:, begin:end]; m <= gemv_rows.
     void (*gemv_float)(const Linear&, int64_t begin, int64_t end);
     void (*gemv_int8)(const Linear&, int64_t begin, int64_t end);

@@ -16,9 +16,9 @@
 namespace dqw {
 namespace {
 
-// Products (codes times rows of x) that are worth a thread: waking one costs 5 to 10 microseconds,
-// in which a Zen 4 core does a million int8 products or a quarter of that in float.
-constexpr int64_t kInt8Grain = 1 << 20, kFloatGrain = 1 << 18;
+// Products (codes times rows of x) that are worth a thread: 5 microseconds of AVX2. With threads
+// awake, 1 x 512 -> 2048 takes 20 us on two and 29 us on one; 1 x 512 -> 512 gains nothing.
+constexpr int64_t kInt8Grain = 1 << 18, kFloatGrain = 1 << 16;
 constexpr int64_t kLongestInt8Row = 65536;  // 65536 * 255 * 127 < 2^31
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -36,7 +36,8 @@ void place_activations(Linear& a, bool int8) {
         a.x = static_cast<float*>(scratch<0>((a.m * padded + 64) * sizeof(float)));
         return;
     }
-    const size_t q = (a.m * padded + 63) / 64 * 64, lanes = q, sums = a.m * groups * 4;
+    const int64_t rows = a.m * std::max(a.planes, 1);
+    const size_t q = (rows * padded + 63) / 64 * 64, lanes = q, sums = rows * groups * 4;
     char* p = static_cast<char*>(scratch<0>(q + lanes + sums + a.m * 4 + 64));
     a.q = reinterpret_cast<int8_t*>(p);
     a.lane_start = reinterpret_cast<int32_t*>(p + q);
@@ -48,7 +49,8 @@ void gemv(Linear& a, const void* x, bool int8, const LinearKernels& k) {
     place_activations(a, int8);
     (int8 ? k.prepare_int8 : k.prepare_float)(a, x, 0, a.m, false);
     const int64_t unit = 16, units = ceil_div(a.w.rows, unit);
-    const int64_t grain = grain_of(int8, a.m * a.w.blocks * 64 * unit);
+    const int64_t rows = a.m * std::max(a.planes, 1);
+    const int64_t grain = grain_of(int8, rows * a.w.blocks * 64 * unit);
     torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
         (int8 ? k.gemv_int8 : k.gemv_float)(a, begin * unit, std::min(end * unit, a.w.rows));
     });
@@ -58,15 +60,16 @@ void gemm(Linear& a, const void* x, bool int8, const LinearKernels& k) {
     const int64_t most = !int8       ? k.float_block_rows
                          : a.w.group ? k.group_block_rows
                                      : k.int8_block_rows;
-    const int64_t blocks = ceil_div(a.m, most);
-    a.block_rows = ceil_div(a.m, blocks);  // 16 rows are 8 + 8, not 12 + 4
+    const int64_t planes = std::max(a.planes, 1);
+    const int64_t blocks = ceil_div(a.m, most / planes);
+    const int64_t block = ceil_div(a.m, blocks);  // 16 rows are 8 + 8, not 12 + 4
+    a.block_rows = block * planes;
     place_activations(a, int8);
     torch::stable::parallel_for(
-        0, ceil_div(a.m, a.block_rows),
-        std::max<int64_t>(1, 16384 / (a.block_rows * a.w.blocks * 64 + 1)),
+        0, ceil_div(a.m, block), std::max<int64_t>(1, 16384 / (a.block_rows * a.w.blocks * 64 + 1)),
         [&](int64_t begin, int64_t end) {
             for (int64_t b = begin; b < end; b++) {
-                const int64_t m0 = b * a.block_rows, m1 = std::min(m0 + a.block_rows, a.m);
+                const int64_t m0 = b * block, m1 = std::min(m0 + block, a.m);
                 (int8 ? k.prepare_int8 : k.prepare_float)(a, x, m0, m1, true);
             }
         });
@@ -74,14 +77,14 @@ void gemm(Linear& a, const void* x, bool int8, const LinearKernels& k) {
     // (each part decodes its tile again).
     const int64_t tiles = ceil_div(a.w.rows, k.tile_rows);
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t row_blocks = ceil_div(a.m, a.block_rows);
+    const int64_t row_blocks = ceil_div(a.m, block);
     const int64_t parts =
         std::clamp<int64_t>(ceil_div(2 * threads, tiles), 1, ceil_div(row_blocks, 4));
-    const int64_t part_rows = ceil_div(row_blocks, parts) * a.block_rows;
+    const int64_t part_rows = ceil_div(row_blocks, parts) * block;
     const int64_t groups = a.w.group ? ceil_div(a.w.cols, a.w.group) : 1;
     const size_t tile_bytes = a.w.blocks * 64 * k.tile_rows * (int8 ? (a.w.wide ? 2 : 1) : 4) +
                               groups * k.tile_rows * sizeof(float) + 64;
-    const int64_t grain = grain_of(int8, part_rows * k.tile_rows * a.w.blocks * 64);
+    const int64_t grain = grain_of(int8, part_rows * planes * k.tile_rows * a.w.blocks * 64);
     torch::stable::parallel_for(0, tiles * parts, grain, [&](int64_t begin, int64_t end) {
         void* tile = scratch<1>(tile_bytes);
         for (int64_t task = begin; task < end; task++) {
@@ -105,7 +108,7 @@ Tensor cast(const Tensor& t, ScalarType type) {
 
 // y (m, rows) float32 by torch's matmul.
 Tensor matmul_float(Linear& a, const Tensor& x, const LinearKernels& k) {
-    Tensor w = new_tensor(x, {a.w.rows, a.w.cols}, ScalarType::Float);
+    Tensor w = new_tensor({a.w.rows, a.w.cols}, ScalarType::Float);
     float* out = static_cast<float*>(w.mutable_data_ptr());
     torch::stable::parallel_for(0, a.w.rows, 16, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; n++) k.dequantize(a.w, n, out + n * a.w.cols);
@@ -131,12 +134,13 @@ Tensor matmul_int8(Linear& a, const Tensor& x, const LinearKernels& k) {
     const ScalarType type = single ? ScalarType::Float : ScalarType::Double;
 
     place_activations(a, true);
-    Tensor q = new_tensor(x, {a.m, cols}, ScalarType::Float);
-    Tensor w = new_tensor(x, {rows, cols}, ScalarType::Short);
+    Tensor q = new_tensor({a.m, cols}, ScalarType::Float);
+    Tensor w = new_tensor({rows, cols}, ScalarType::Short);
     float* q_out = static_cast<float*>(q.mutable_data_ptr());
     int16_t* w_out = static_cast<int16_t*>(w.mutable_data_ptr());
-    k.prepare_int8(a, x.const_data_ptr(), 0, a.m, false);
     for (int64_t m = 0; m < a.m; m++) {
+        // A gemm's block of one row lies in the order of its columns; a gemv's need not.
+        k.prepare_int8(a, x.const_data_ptr(), m, m + 1, true);
         std::copy(a.q + m * padded, a.q + m * padded + cols, q_out + m * cols);
     }
     torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
@@ -149,7 +153,7 @@ Tensor matmul_int8(Linear& a, const Tensor& x, const LinearKernels& k) {
     q = cast(q, type);
     w = cast(w, type);
 
-    Tensor y = new_tensor(x, {a.m, rows}, ScalarType::Float);
+    Tensor y = new_tensor({a.m, rows}, ScalarType::Float);
     float* out = static_cast<float*>(y.mutable_data_ptr());
     std::fill(out, out + a.m * rows, 0.0f);
     std::vector<float> scale(rows);
@@ -198,7 +202,7 @@ Tensor quant_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale_
     const auto shape = x.sizes();
     std::vector<int64_t> sizes(shape.begin(), shape.end());
     sizes.back() = rows;
-    Tensor y = new_tensor(x, sizes, x.scalar_type());
+    Tensor y = new_tensor(sizes, x.scalar_type());
     a.m = 1;
     for (size_t i = 0; i + 1 < sizes.size(); i++) a.m *= sizes[i];
     if (a.m == 0 || rows == 0) return y;
@@ -206,27 +210,34 @@ Tensor quant_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale_
     const void* source = x.const_data_ptr();
     a.y = y.mutable_data_ptr();
 
-    const bool odd_groups = a.w.group % 32 != 0;
-    const bool too_long = int8_activations && cols > kLongestInt8Row;
+    const bool odd_groups = a.w.group % 32 != 0, too_long = cols > kLongestInt8Row;
+    // Float activations as digits of integers, where that is faster.
+    if (!int8_activations && !odd_groups && !too_long && a.m <= k.planes_limit &&
+        k.takes_planes(a.w)) {
+        a.planes = 3;
+    }
+    const bool int8 = int8_activations || a.planes > 1;
     // The float gemv has no second plane of levels; no gemv has scales that change inside 32
     // columns.
-    const bool gemv_can = int8_activations ? !(odd_groups || too_long) : !(odd_groups || a.w.wide);
-    const bool gemm_can = k.gemm_int8 && !(int8_activations && (odd_groups || too_long));
-    const int limit = int8_activations ? k.int8_gemv_limit : k.float_gemv_limit;
-    if ((a.m > limit || !gemv_can) && gemm_can) {
-        gemm(a, source, int8_activations, k);
+    const bool gemv_can = int8 ? !(odd_groups || too_long) : !(odd_groups || a.w.wide);
+    const bool gemm_can = k.gemm_int8 && !(int8 && (odd_groups || too_long));
+    const int64_t limit = int8 ? k.int8_gemv_limit : k.float_gemv_limit;
+    const bool few = a.m * std::max(a.planes, 1) <= limit;
+    if (!(few && gemv_can) && gemm_can) {
+        gemm(a, source, int8, k);
         return y;
     }
-    if (a.m > limit || !gemv_can) {
+    if (!(few && gemv_can)) {
         const Tensor flat = torch::stable::view(x, {a.m, cols});
         const Tensor result = (int8_activations ? matmul_int8 : matmul_float)(a, flat, k);
         return torch::stable::view(cast(result, x.scalar_type()), sizes);
     }
+    const int64_t rows_of_x = k.gemv_rows / std::max(a.planes, 1);
     const size_t row_bytes = cols * x.element_size(), out_bytes = rows * x.element_size();
     for (int64_t left = a.m, m = 0; left > 0; left -= a.m, m += a.m) {
-        a.m = std::min<int64_t>(left, k.gemv_rows);
+        a.m = std::min<int64_t>(left, rows_of_x);
         a.y = static_cast<char*>(y.mutable_data_ptr()) + m * out_bytes;
-        gemv(a, static_cast<const char*>(source) + m * row_bytes, int8_activations, k);
+        gemv(a, static_cast<const char*>(source) + m * row_bytes, int8, k);
     }
     return y;
 }

@@ -5,6 +5,8 @@
 //
 #include "decode.h"
 //
+#include "activation_loops.h"
+//
 #include "gemv_loops.h"
 //
 #include "gemm_loops.h"

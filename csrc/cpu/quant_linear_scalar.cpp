@@ -6,6 +6,8 @@
 //
 #include "decode.h"
 //
+#include "activation_loops.h"
+//
 #include "gemv_loops.h"
 
 namespace dqw {
@@ -16,6 +18,8 @@ const LinearKernels linear_scalar = {
     .float_gemv_limit = kFloatGemvLimit,
     .prepare_float = run_prepare_float,
     .prepare_int8 = run_prepare_int8,
+    .takes_planes = run_takes_planes,
+    .planes_limit = kPlanesLimit,
     .gemv_float = run_gemv_float,
     .gemv_int8 = run_gemv_int8,
     .dequantize = run_dequantize,

@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -50,8 +53,32 @@ inline Type type_of(const Tensor& t, const char* name) {
     return Type::f32;
 }
 
-inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
-    return torch::stable::new_empty(like, sizes, std::make_optional(type));
+// What is too large for malloc to keep comes new from the system, a page fault for every 4 KiB:
+// three times as slow as writing it. Pages of 2 MiB take that away where the system has them.
+inline void use_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t page = 1 << 21;
+    if (bytes < (int64_t{1} << 25)) return;  // glibc's largest threshold for keeping memory
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// An empty, contiguous CPU tensor, without the dispatcher's 0.7 microseconds.
+inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType type) {
+    std::vector<int64_t> strides(sizes.size());
+    int64_t step = 1;
+    for (size_t i = sizes.size(); i-- > 0; step *= std::max<int64_t>(sizes[i], 1)) {
+        strides[i] = step;
+    }
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+        static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0, &handle));
+    Tensor t(handle);
+    use_large_pages(t.mutable_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
+    return t;
 }
 
 // Memory that each thread keeps between calls, aligned to a cache line: a kernel call allocates

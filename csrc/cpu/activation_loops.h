@@ -1,0 +1,259 @@
+// What few rows of x (gemv) and many (gemm) share over the lanes of isa_*.h: x on the way in,
+// results on the way out.
+//
+// Integer sums are exact in int32 (|sum| <= 65536 * 255 * 128 < 2^31, which is why the operator
+// sends longer rows elsewhere). Tables with |level| > 127 are two planes of bytes, each run as a
+// matrix of its own and put together as low + 256 * high in 64 bits. Float activations may be
+// planes too, three rows of q: digits to base 256, put together as floats.
+#pragma once
+
+namespace dqw {
+namespace {
+
+constexpr int64_t kUnit = 64;  // columns of a block
+
+DQW_INLINE int planes_of(const Linear& a) { return a.planes > 1 ? a.planes : 1; }
+
+// f(Int<rows>()) for rows = 1 … Max.
+template <int Max, class F>
+DQW_INLINE void with_rows(int64_t rows, const F& f) {
+    if constexpr (Max > 1) {
+        if (rows < Max) return with_rows<Max - 1>(rows, f);
+    }
+    f(Int<Max>());
+}
+
+template <Type T>
+DQW_INLINE f32 read_some(const void* p, int64_t i, int64_t n) {
+    return n >= W ? read<T>(p, i) : read<T>(p, i, n);
+}
+
+// Scales of W rows from n, of groups [g0, g1), as floats; → the step from row to row. Whole rows
+// lie side by side as they do in memory.
+constexpr int64_t kScaleColumns = 2048;  // at most, for the room of `out`: groups have 32 or more
+DQW_INLINE int64_t load_scales(const Packed& w, int64_t n, int64_t g0, int64_t g1, int64_t groups,
+                               float* out) {
+    const int64_t rows = w.rows - n < W ? w.rows - n : W;
+    const auto convert = [&](int64_t from, int64_t count, float* to) {
+        for (int64_t i = 0; i < count; i += W) {
+            const int64_t left = count - i;
+            store(to + i, w.scale_is_half ? read_some<Type::f16>(w.scale, from + i, left)
+                                          : read_some<Type::f32>(w.scale, from + i, left));
+        }
+    };
+    if (g1 - g0 == groups) {
+        convert(n * groups, rows * groups, out);
+        return groups;
+    }
+    constexpr int64_t stride = kScaleColumns / 32;
+    for (int64_t r = 0; r < rows; r++) convert((n + r) * groups + g0, g1 - g0, out + r * stride);
+    return stride;
+}
+
+// ---- results ----
+
+DQW_INLINE void write_y(const Linear& a, int64_t row, int64_t n, f32 y, int64_t count) {
+    const int64_t i = row * a.w.rows + n;
+    if (a.type == Type::f32) {
+        count >= W ? write<Type::f32>(a.y, i, y) : write<Type::f32>(a.y, i, y, count);
+    } else if (a.type == Type::f16) {
+        count >= W ? write<Type::f16>(a.y, i, y) : write<Type::f16>(a.y, i, y, count);
+    } else {
+        count >= W ? write<Type::bf16>(a.y, i, y) : write<Type::bf16>(a.y, i, y, count);
+    }
+}
+
+// Per-output factors of a run of outputs [n, n + count): scales (1 if grouped) and bias.
+struct Outputs {
+    f32 scale, bias;
+    Outputs(const Packed& w, const float* b, int64_t n, int64_t count) {
+        const int64_t some = count < W ? count : W;
+        if (w.group) {
+            scale = all(1.0f);
+        } else if (w.scale_stride == 0) {
+            scale = all(scale_at(w, 0, 0));
+        } else if (some <= 0) {
+            scale = zero();
+        } else if (w.scale_is_half) {
+            scale = some == W ? read<Type::f16>(w.scale, n) : read<Type::f16>(w.scale, n, some);
+        } else {
+            scale = some == W ? read<Type::f32>(w.scale, n) : read<Type::f32>(w.scale, n, some);
+        }
+        bias = zero();
+        if (b && some > 0) bias = some == W ? load(b + n) : read<Type::f32>(b, n, some);
+    }
+};
+
+// Float sums of row `m`, W outputs from n: y = sum * scale + bias.
+DQW_INLINE void finish_float(const Linear& a, const Outputs& o, int64_t m, int64_t n, f32 sum) {
+    f32 y = mul(sum, o.scale);
+    if (a.bias) y = add(y, o.bias);
+    write_y(a, m, n, y, a.w.rows - n);
+}
+
+// Integer sums of row `m`: y = float(sum) * (row_scale * scale) + bias. `high` only for wide
+// tables; the sums of x's planes are `stride` apart.
+DQW_INLINE void finish_int8(const Linear& a, const Outputs& o, int64_t m, int64_t n,
+                            const int32_t* low, const int32_t* high, int planes, int64_t stride) {
+    const int offset = byte_offset(a.w);
+    const int32_t* row_sum = a.row_sum + m * planes;
+    f32 total;
+    if (high == nullptr) {
+        total = to_float(sub_int(load_int(low), all_int(offset * row_sum[0])));
+        for (int p = 1; p < planes; p++) {
+            const i32 sum = sub_int(load_int(low + p * stride), all_int(offset * row_sum[p]));
+            total = fma(total, all(256.0f), to_float(sum));
+        }
+    } else {
+        float t[W];
+        for (int i = 0; i < W; i++) {
+            const int64_t l = low[i] - offset * row_sum[0], h = high[i] - offset * row_sum[0];
+            t[i] = (float)(l + 256 * h);
+        }
+        total = load(t);
+    }
+    f32 y = mul(total, mul(all(a.row_scale[m]), o.scale));
+    if (a.bias) y = add(y, o.bias);
+    write_y(a, m, n, y, a.w.rows - n);
+}
+
+// Sums over groups, scaled already: y = row_scale * sum + bias.
+DQW_INLINE void finish_groups(const Linear& a, const Outputs& o, int64_t m, int64_t n,
+                              const float* sums, int planes, int64_t stride) {
+    f32 sum = load(sums);
+    for (int p = 1; p < planes; p++) sum = fma(sum, all(256.0f), load(sums + p * stride));
+    f32 y = mul(all(a.row_scale[m]), sum);
+    if (a.bias) y = add(y, o.bias);
+    write_y(a, m, n, y, a.w.rows - n);
+}
+
+// ---- activations ----
+
+// Rows [begin, end) of x as float32, padded with zeros to whole blocks. For the gemm, `begin` is
+// the first row of a register block, stored column by column. For the gemv, in the order in which
+// FloatTable gives weights: of each run of 4 W columns first those at 0, 4, 8 …, then 1, 5, 9 ….
+void run_prepare_float(const Linear& a, const void* source, int64_t begin, int64_t end, bool gemm) {
+    const int64_t cols = a.w.cols, padded = a.w.blocks * kUnit, rows = end - begin;
+    float* out = a.x + begin * padded;
+    with_type(a.type, [&]<Type T>() {
+        for (int64_t i = 0; i < padded; i += 4 * W) {
+            for (int64_t r = 0; r < rows; r++) {
+                float x[4 * W];
+                for (int64_t j = 0; j < 4 * W; j += W) {
+                    const int64_t n = cols - i - j;
+                    store(x + j,
+                          n > 0 ? read_some<T>(source, (begin + r) * cols + i + j, n) : zero());
+                }
+                if (gemm) {
+                    for (int64_t j = 0; j < 4 * W; j++) out[(i + j) * rows + r] = x[j];
+                } else {
+                    float* run = out + r * padded + i;
+                    for (int64_t j = 0; j < 4 * W; j++) run[j % 4 * W + j / 4] = x[j];
+                }
+            }
+        }
+    });
+}
+
+// The power of two that makes a row of x integers of three digits, and back; for a row with NaN or
+// infinity as row_range.
+template <Type T>
+DQW_INLINE RowRange digit_range(const void* x, int64_t begin, int64_t end) {
+    union Bits {
+        uint32_t bits;
+        float value;
+    };
+    const Bits largest = {largest_bits<T>(x, begin, end)};
+    if (largest.bits >= 0x7f800000) return {0.0f, __builtin_nanf("")};
+    const int exponent = (int)(largest.bits >> 23);  // with its bias of 127
+    // largest * 2^shift lies in 2^22 … 2^23; the smallest numbers need not be scaled beyond 2^119.
+    int shift = 22 + 127 - (exponent > 30 ? exponent : 30);
+    const Bits inv = {(uint32_t)(shift + 127) << 23};
+    if (largest.value * inv.value > 127 * 65793.0f) shift--;  // 127 in every digit
+    return {Bits{(uint32_t)(shift + 127) << 23}.value, Bits{(uint32_t)(127 - shift) << 23}.value};
+}
+
+// Where sums of a gemv with groups start, for one row of q.
+void fill_lane_start(const Linear& a, int64_t row) {
+    const int64_t padded = a.w.blocks * kUnit, step = kStepBlocks * kUnit;
+    const bool split = a.w.group % 64 != 0;
+    const int offset = byte_offset(a.w);
+    const int8_t* q = a.q + row * padded;
+    char* out = (char*)(a.lane_start) + row * padded;
+    const auto fill = [&](int64_t i, auto blocks) {
+        const i32 q0 = load_part<blocks.value>(q + i, 0), q1 = load_part<blocks.value>(q + i, 1);
+        with_dot<4>(a.w, [&](auto dot) {
+            if (split) {
+                store_part<blocks.value>(out + i, 0, dot.start(q0, all_int(0), offset));
+                store_part<blocks.value>(out + i, 1, dot.start(q1, all_int(0), offset));
+            } else {
+                store_part<blocks.value>(out + i, 0, dot.start(q0, q1, offset));
+            }
+        });
+    };
+    int64_t i = 0;
+    for (; i + step <= padded; i += step) fill(i, Int<kStepBlocks>());
+    if (i < padded) fill(i, Int<1>());
+}
+
+// Rows [begin, end) of x as int8 with a scale a row, or as digits (Linear::planes), padded with
+// zeros to whole blocks; for the gemm interleaved by fours of columns. Also the sums that undo the
+// weights' offset.
+template <Type T>
+void prepare_rows(const Linear& a, const void* source, int64_t begin, int64_t end, bool gemm) {
+    const int planes = planes_of(a);
+    const int64_t cols = a.w.cols, padded = a.w.blocks * kUnit, rows = (end - begin) * planes;
+    const int64_t group = a.w.group ? a.w.group : cols;
+    const int64_t groups = a.w.group ? (cols + group - 1) / group : 1;
+    int8_t* out = a.q + begin * planes * padded;
+    for (int64_t r = 0; r < end - begin; r++) {
+        const int64_t start = (begin + r) * cols;
+        const RowRange range = planes == 1 ? row_range<T>(source, start, start + cols)
+                                           : digit_range<T>(source, start, start + cols);
+        a.row_scale[begin + r] = range.scale;
+        int32_t* row_sum = a.row_sum + (begin + r) * planes * groups;
+        for (int64_t g = 0; g < planes * groups; g++) row_sum[g] = 0;
+        for (int64_t b = 0; b < padded; b += 32) {  // a group never ends inside 32 columns
+            alignas(64) int8_t q[3][32];
+            i32 sums[3] = {all_int(0), all_int(0), all_int(0)};
+            for (int64_t i = b; i < b + 32; i += W) {
+                const int64_t n = cols - i;
+                const f32 x = n > 0 ? read_some<T>(source, start + i, n) : zero();
+                if (planes == 1) {
+                    const i32 rounded = truncate(round_activation(x, range.inv));
+                    sums[0] = add_int(sums[0], rounded);
+                    store_bytes(q[0] + (i - b), rounded);
+                    continue;
+                }
+                i32 rest =
+                    truncate(round_even(mul(range.inv == 0.0f ? zero() : x, all(range.inv))));
+                for (int p = planes - 1; p >= 0; p--) {
+                    const i32 digit = low_byte(rest);
+                    rest = shift_right_8(sub_int(rest, digit));
+                    sums[p] = add_int(sums[p], digit);
+                    store_bytes(q[p] + (i - b), digit);
+                }
+            }
+            for (int p = 0; p < planes; p++) {
+                if (b < cols) row_sum[p * groups + (a.w.group ? b / group : 0)] += sum_int(sums[p]);
+                if (!gemm) {
+                    int8_t* to = out + (r * planes + p) * padded;
+                    __builtin_memcpy(to + 32 * place_of(b / 32, padded / 32), q[p], 32);
+                    continue;
+                }
+                for (int64_t i = 0; i < 32; i += 4) {
+                    __builtin_memcpy(out + (b + i) * rows + (r * planes + p) * 4, q[p] + i, 4);
+                }
+            }
+        }
+        if (gemm || a.w.group == 0 || byte_offset(a.w) == 0) continue;
+        for (int p = 0; p < planes; p++) fill_lane_start(a, (begin + r) * planes + p);
+    }
+}
+
+void run_prepare_int8(const Linear& a, const void* source, int64_t begin, int64_t end, bool gemm) {
+    with_type(a.type, [&]<Type T>() { prepare_rows<T>(a, source, begin, end, gemm); });
+}
+
+}  // namespace
+}  // namespace dqw

@@ -1,0 +1,243 @@
+// Whisper's encoder as one operator: torch.ops.dqw_cpu.encoder.
+//
+//   floats of the network   for each layer the weights and biases of its two norms, then the last
+//                           norm's, then the positions (positions, width)
+//   weights                 for each layer q k v out fc1 fc2, then the two convolutions (rows of
+//                           in x 3), whose steps are 1 and 2
+//
+// A convolution is a matrix product of neighbouring columns; attention holds the scores of
+// kAttentionRows positions of one head at a time.
+
+#include "network.h"
+
+namespace dqw {
+namespace {
+
+constexpr int kNorms = 4, kWeights = 6;
+
+void check_encoder(const Network& net, int64_t mels, int64_t positions) {
+    const size_t last = kWeights * net.layers;
+    DQW_CHECK(net.weights.size() == last + 2 &&
+                  net.floats.size() == static_cast<size_t>(kNorms * net.layers + 3),
+              "not an encoder's network");
+    for (size_t i = 0; i < last; i++) {
+        const Packed& w = net.weights[i].w;
+        const bool fc1 = i % kWeights == 4, fc2 = i % kWeights == 5;
+        DQW_CHECK((fc2 || w.cols == net.width) && (fc1 || w.rows == net.width), "matrix ", i,
+                  " of the encoder has an unfitting shape");
+        DQW_CHECK(!fc2 || w.cols == net.weights[i - 1].w.rows, "fc2 does not fit fc1");
+    }
+    const Packed &conv1 = net.weights[last].w, &conv2 = net.weights[last + 1].w;
+    DQW_CHECK(conv1.rows == net.width && conv2.rows == net.width && conv2.cols == 3 * net.width,
+              "the convolutions do not fit");
+    DQW_CHECK(conv1.cols == 3 * mels, "features have ", mels, " mel bins, and conv1 takes ",
+              conv1.cols / 3);
+    DQW_CHECK(net.sizes.back() >= positions * net.width, "features are longer than the ",
+              net.sizes.back() / net.width, " positions of the encoder");
+}
+
+struct Encoder {
+    const Network& net;
+    const LinearKernels& linear;
+    const WhisperKernels& kernels;
+    int64_t clips, mels, frames, positions;  // frames of the features, positions behind conv2
+    const float* features;                   // (clips, mels, frames)
+    float* out;                              // (clips, positions, width)
+
+    // scratch, shared
+    float *normed, *q, *k, *v, *hidden, *keys, *values, *columns, *first;
+    char* product_area;
+    // scratch, each thread's
+    char* own_area;
+    size_t own_bytes, own_product_bytes;
+
+    int64_t padded() const { return round_up(positions, 32); }
+
+    size_t place(Pieces& p) {
+        const int64_t d = net.width;
+        size_t shared = 0;
+        int64_t inner = d;
+        own_product_bytes = 0;
+        for (size_t i = 0; i < net.weights.size(); i++) {
+            const Weight& w = net.weights[i];
+            const int64_t m = i + 2 == net.weights.size() ? frames : positions;
+            inner = std::max(inner, i + 2 < net.weights.size() ? w.w.rows : 0);
+            shared = std::max(shared, product_shared_bytes(w, m, linear));
+            own_product_bytes = std::max(own_product_bytes, product_own_bytes(w, m, linear));
+        }
+        own_product_bytes = round_up(own_product_bytes, 64);
+        own_bytes = own_product_bytes + kAttentionRows * padded() * 4;
+        own_area = p.take<char>(own_bytes * torch::stable::get_num_threads());
+        product_area = p.take<char>(shared);
+        // The convolutions are done before the layers start: they share memory.
+        Pieces convolutions = p;
+        columns = convolutions.take<float>(std::max(frames * 3 * mels, positions * 3 * d));
+        first = convolutions.take<float>(frames * d);
+        normed = p.take<float>(positions * d);
+        q = p.take<float>(positions * d);
+        k = p.take<float>(positions * d);
+        v = p.take<float>(positions * d);
+        hidden = p.take<float>(positions * inner);
+        keys = p.take<float>(padded() * d);
+        values = p.take<float>(padded() * d);
+        return std::max(p.used, convolutions.used);
+    }
+
+    void operator()(Member& me) const {
+        for (int64_t clip = 0; clip < clips; clip++) {
+            float* x = out + clip * positions * net.width;
+            char* own = own_area + me.index() * own_bytes;
+            const Area area{product_area, own, own_product_bytes};
+            convolve(me, area, features + clip * mels * frames, x);
+            for (int64_t layer = 0; layer < net.layers; layer++) run_layer(me, area, layer, x);
+            normalize(me, net.floats.data() + net.layers * kNorms, x, x);
+        }
+    }
+
+    void normalize(Member& me, const float* const* norm, const float* from, float* to) const {
+        const int64_t d = net.width;
+        me.share(positions, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; t++) {
+                kernels.layer_norm(from + t * d, norm[0], norm[1], kEpsilon, d, to + t * d);
+            }
+        });
+        me.barrier();
+    }
+
+    // y = gelu(y), for columns of y (rows, width) that a product has just written.
+    auto activate(float* y, int64_t rows, int64_t width) const {
+        return [=, this](int64_t begin, int64_t end) {
+            for (int64_t t = 0; t < rows; t++) kernels.gelu(y + t * width + begin, end - begin);
+        };
+    }
+
+    void convolve(Member& me, const Area& area, const float* mel, float* x) const {
+        const int64_t d = net.width;
+        const Weight* conv = net.weights.data() + net.weights.size() - 2;
+        me.share(frames, [&](int64_t begin, int64_t end) {
+            for (int64_t c = 0; c < mels; c++) {
+                for (int64_t t = begin; t < end; t++) {
+                    for (int64_t j = 0; j < 3; j++) {
+                        const int64_t at = t + j - 1;
+                        columns[(t * mels + c) * 3 + j] =
+                            at >= 0 && at < frames ? mel[c * frames + at] : 0.0f;
+                    }
+                }
+            }
+        });
+        me.barrier();
+        product(me, conv[0], linear, area, columns, frames, first, activate(first, frames, d));
+        me.barrier();
+        me.share(positions, [&](int64_t begin, int64_t end) {
+            for (int64_t t = begin; t < end; t++) {
+                for (int64_t j = 0; j < 3; j++) {
+                    const int64_t at = 2 * t + j - 1;
+                    for (int64_t c = 0; c < d; c++) {
+                        columns[(t * d + c) * 3 + j] =
+                            at >= 0 && at < frames ? first[at * d + c] : 0.0f;
+                    }
+                }
+            }
+        });
+        me.barrier();
+        const float* table = net.floats.back();
+        product(me, conv[1], linear, area, columns, positions, x, [&](int64_t begin, int64_t end) {
+            for (int64_t t = 0; t < positions; t++) {
+                kernels.gelu(x + t * d + begin, end - begin);
+                kernels.add(x + t * d + begin, table + t * d + begin, end - begin);
+            }
+        });
+        me.barrier();
+    }
+
+    void run_layer(Member& me, const Area& area, int64_t layer, float* x) const {
+        const int64_t d = net.width, width = net.head_dim();
+        const Weight* w = net.weights.data() + layer * kWeights;
+        const float* const* norm = net.floats.data() + layer * kNorms;
+        const auto nothing = [](int64_t, int64_t) {};
+        const float scale = 1.0f / std::sqrt(static_cast<float>(width));
+
+        normalize(me, norm, x, normed);
+        product(me, w[0], linear, area, normed, positions, q, [&](int64_t begin, int64_t end) {
+            for (int64_t t = 0; t < positions; t++) {
+                for (int64_t i = begin; i < end; i++) q[t * d + i] *= scale;
+            }
+        });
+        product(me, w[1], linear, area, normed, positions, k, nothing);
+        product(me, w[2], linear, area, normed, positions, v, nothing);
+        me.barrier();
+        const auto head_of = [&](int64_t i) {
+            return EncoderHead{q + i * width,
+                               k + i * width,
+                               v + i * width,
+                               d,
+                               positions,
+                               padded(),
+                               width,
+                               keys + i * padded() * width,
+                               values + i * padded() * width};
+        };
+        me.share(net.heads, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) kernels.pack_head(head_of(i));
+        });
+        me.barrier();
+        const int64_t blocks = (positions + kAttentionRows - 1) / kAttentionRows;
+        float* scores = reinterpret_cast<float*>(area.own + area.own_bytes);
+        me.share(net.heads * blocks, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) {
+                const int64_t t = i % blocks * kAttentionRows, head = i / blocks;
+                kernels.attend_head(head_of(head), t, std::min(t + kAttentionRows, positions),
+                                    scores, normed + head * width);
+            }
+        });
+        me.barrier();
+
+        float* y = q;
+        const auto residual = [&](int64_t begin, int64_t end) {
+            for (int64_t t = 0; t < positions; t++) {
+                kernels.add(x + t * d + begin, y + t * d + begin, end - begin);
+            }
+        };
+        product(me, w[3], linear, area, normed, positions, y, residual);
+        me.barrier();
+        normalize(me, norm + 2, x, normed);
+        const int64_t inner = w[4].w.rows;
+        product(me, w[4], linear, area, normed, positions, hidden,
+                activate(hidden, positions, inner));
+        me.barrier();
+        product(me, w[5], linear, area, hidden, positions, y, residual);
+        me.barrier();
+    }
+};
+
+// features (clips, mels, frames) float32, frames even → states (clips, frames / 2, width).
+Tensor encoder(int64_t handle, const Tensor& features_) {
+    const std::shared_ptr<const Network> net = network(handle);
+    const Tensor features = as_float(features_);
+    DQW_CHECK(features.dim() == 3 && features.size(2) % 2 == 0,
+              "features must be (clips, mel bins, frames), with an even number of frames");
+    Encoder e{*net, *tier().linear, whisper_kernels()};
+    e.clips = features.size(0);
+    e.mels = features.size(1);
+    e.frames = features.size(2);
+    e.positions = e.frames / 2;
+    check_encoder(*net, e.mels, e.positions);
+    Tensor out = new_tensor({e.clips, e.positions, net->width}, ScalarType::Float);
+    if (out.numel() == 0) return out;
+    e.features = static_cast<const float*>(features.const_data_ptr());
+    e.out = static_cast<float*>(out.mutable_data_ptr());
+    Pieces count{nullptr};
+    Pieces memory{static_cast<char*>(scratch<2>(e.place(count)))};
+    e.place(memory);
+    run_team(torch::stable::get_num_threads(), e);
+    return out;
+}
+
+}  // namespace
+}  // namespace dqw
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dqw_cpu, m) {
+    m.def("encoder(int network, Tensor features) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dqw_cpu, CPU, m) { m.impl("encoder", TORCH_BOX(&dqw::encoder)); }

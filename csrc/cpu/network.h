@@ -1,0 +1,174 @@
+// A packed Whisper encoder or decoder as plain pointers, made once from the model's tensors, and
+// its matrix products by the threads of a team.
+#pragma once
+
+#include <vector>
+
+#include "team.h"
+#include "whisper.h"
+
+namespace dqw {
+
+struct Weight {
+    Packed w;
+    const float* bias;  // or null
+    bool int8;          // activations
+};
+
+// Memory is the model's own: `kept` keeps it alive.
+struct Network {
+    int64_t heads, layers, width;
+    std::vector<const float*> floats;
+    std::vector<int64_t> sizes;  // of `floats`, in numbers
+    std::vector<Weight> weights;
+    std::vector<Tensor> kept;
+
+    int64_t head_dim() const { return width / heads; }
+};
+
+// The network that network_new returned as a number. Throws for one that is gone.
+std::shared_ptr<const Network> network(int64_t handle);
+
+// Memory of one call: a part that all threads share, and one for each.
+struct Area {
+    char* shared;
+    char* own;
+    size_t own_bytes;
+};
+
+// Bytes that `own` needs for products of m rows with w, and `shared` for their activations.
+size_t product_own_bytes(const Weight& w, int64_t m, const LinearKernels& k);
+size_t product_shared_bytes(const Weight& w, int64_t m, const LinearKernels& k);
+
+// y (m, rows) = x (m, cols) W^T + bias, x and y float32. Every thread of the team calls it with the
+// same arguments; x must be written by all (a barrier) before, y is after the next barrier, except
+// that f(column begin, column end) runs on the thread that has just written these columns of y,
+// all m rows.
+template <class F>
+void product(Member& me, const Weight& weight, const LinearKernels& k, const Area& area,
+             const float* x, int64_t m, float* y, const F& finish);
+
+constexpr float kEpsilon = 1e-5f;  // of every norm
+
+// ---- implementation ----
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Cuts one block of memory into aligned pieces; with no block it only counts.
+struct Pieces {
+    char* base;
+    size_t used = 0;
+    template <class T>
+    T* take(int64_t count) {
+        T* p = reinterpret_cast<T*>(base + used);
+        used += round_up(std::max<int64_t>(count, 1) * sizeof(T), 64);
+        return p;
+    }
+};
+
+inline int64_t group_count(const Packed& w) {
+    return w.group ? (w.cols + w.group - 1) / w.group : 1;
+}
+
+// Rows of bytes that stand for each of m rows of x: 1 with int8 activations, 3 where float ones run
+// as the digits of integers (LinearKernels::takes_planes), 0 where they stay floats. Digits are for
+// one row at a time (whisper-base's decoder on AVX2: 2.8 instead of 3.3 ms a token); for 1500 rows
+// they took AVX2 1.6 times as long as floats.
+inline int byte_rows(const Weight& w, int64_t m, const LinearKernels& k) {
+    if (w.int8) return 1;
+    return 3 * m <= k.int8_gemv_limit && k.takes_planes(w.w) ? 3 : 0;
+}
+
+inline bool takes_gemm(const Weight& w, int64_t m, const LinearKernels& k) {
+    const int bytes = byte_rows(w, m, k);
+    return k.gemm_int8 && (bytes ? m * bytes > k.int8_gemv_limit : m > k.float_gemv_limit);
+}
+
+// Rows of x that a gemv takes at a time.
+inline int64_t gemv_step(const Weight& w, int64_t m, const LinearKernels& k) {
+    return k.gemv_rows / std::max(byte_rows(w, m, k), 1);
+}
+
+inline size_t activation_bytes(const Weight& w, int64_t m, int bytes) {
+    const int64_t padded = w.w.blocks * 64, rows = m * bytes;
+    if (rows == 0) return round_up((m * padded + 64) * 4, 64);
+    return 2 * round_up(rows * padded, 64) + round_up((rows * group_count(w.w) + m) * 4, 64) + 64;
+}
+
+inline size_t product_own_bytes(const Weight& w, int64_t m, const LinearKernels& k) {
+    const int bytes = byte_rows(w, m, k);
+    if (!takes_gemm(w, m, k)) return activation_bytes(w, std::min(m, gemv_step(w, m, k)), bytes);
+    return w.w.blocks * 64 * k.tile_rows * (bytes ? (w.w.wide ? 2 : 1) : 4) +
+           group_count(w.w) * k.tile_rows * sizeof(float) + 64;
+}
+
+inline size_t product_shared_bytes(const Weight& w, int64_t m, const LinearKernels& k) {
+    return takes_gemm(w, m, k) ? activation_bytes(w, m, byte_rows(w, m, k)) : 0;
+}
+
+inline Linear linear_of(const Weight& w, int64_t m, int bytes, char* p, float* y) {
+    Linear a{};
+    a.w = w.w;
+    a.m = m;
+    a.bias = w.bias;
+    a.y = y;
+    a.type = Type::f32;
+    a.planes = bytes;
+    if (a.planes == 0) {
+        a.x = reinterpret_cast<float*>(p);
+        return a;
+    }
+    const int64_t rows = m * a.planes, q = round_up(rows * w.w.blocks * 64, 64);
+    a.q = reinterpret_cast<int8_t*>(p);
+    a.lane_start = reinterpret_cast<int32_t*>(p + q);
+    a.row_sum = reinterpret_cast<int32_t*>(p + 2 * q);
+    a.row_scale = reinterpret_cast<float*>(a.row_sum + rows * group_count(w.w));
+    return a;
+}
+
+template <class F>
+void product(Member& me, const Weight& weight, const LinearKernels& k, const Area& area,
+             const float* x, int64_t m, float* y, const F& finish) {
+    const int bytes = byte_rows(weight, m, k);
+    const int64_t rows = weight.w.rows;
+    const auto prepare = bytes ? k.prepare_int8 : k.prepare_float;
+    if (!takes_gemm(weight, m, k)) {
+        // Every thread prepares all of the few rows for itself: cheaper than a barrier.
+        const int64_t step = gemv_step(weight, m, k);
+        for (int64_t done = 0; done < m; done += step) {
+            const int64_t some = std::min(m - done, step);
+            const Linear a = linear_of(weight, some, bytes, area.own, y + done * rows);
+            prepare(a, x + done * weight.w.cols, 0, some, false);
+            me.share((rows + 15) / 16, [&](int64_t begin, int64_t end) {
+                (bytes ? k.gemv_int8 : k.gemv_float)(a, begin * 16, std::min(end * 16, rows));
+            });
+        }
+        me.share((rows + 15) / 16,
+                 [&](int64_t begin, int64_t end) { finish(begin * 16, std::min(end * 16, rows)); });
+        return;
+    }
+    Linear a = linear_of(weight, m, bytes, area.shared, y);
+    const int64_t most = !bytes           ? k.float_block_rows
+                         : weight.w.group ? k.group_block_rows
+                                          : k.int8_block_rows;
+    const int64_t planes = std::max(bytes, 1);
+    const int64_t blocks = (m + most / planes - 1) / (most / planes);
+    const int64_t block = (m + blocks - 1) / blocks;
+    a.block_rows = block * planes;
+    me.share((m + block - 1) / block, [&](int64_t begin, int64_t end) {
+        for (int64_t b = begin; b < end; b++) {
+            prepare(a, x, b * block, std::min((b + 1) * block, m), true);
+        }
+    });
+    me.barrier();
+    me.share((rows + k.tile_rows - 1) / k.tile_rows, [&](int64_t begin, int64_t end) {
+        for (int64_t tile = begin; tile < end; tile++) {
+            const int64_t n = tile * k.tile_rows;
+            (bytes ? k.gemm_int8 : k.gemm_float)(a, n, 0, m, area.own);
+            finish(n, std::min(n + k.tile_rows, rows));
+        }
+    });
+    me.barrier();  // the activations' memory is free for the next product
+}
+
+}  // namespace dqw

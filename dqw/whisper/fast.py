@@ -1,0 +1,320 @@
+"""A packed Whisper on the CPU as two native networks: encoder, and decoder a step at a time.
+
+``fast_decoder(model)`` and ``fast_encoder(model.model.encoder)`` give the networks of what they
+cover, made once and again when layers change; ``uncovered`` and ``encoder_uncovered`` say in words
+why something is not. Weights are not copied: the networks read the model's own tensors.
+
+``Session`` decodes: rows of tokens in, logits out, with keys and values in a cache of its own. It
+also stands in for transformers' cache, so ``generate`` drives it as any other (``fast_model``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dqw.ops  # noqa: F401  loads the library
+from dqw.conv import QuantConv1d
+from dqw.embedding import TiedProjection
+from dqw.grids import level_max
+from dqw.linear import QuantModule
+from dqw.recipe import QuantSpec
+
+CROSS_TYPES = ("int8", "bfloat16", "float32")
+"""How the decoder's keys and values of the audio are kept: at one, two or four bytes a number.
+
+int8 (a scale for each position and head) reads half of what bfloat16 does; both are read once a
+token, and at whisper-base's width they weigh as much as its 4-bit weights.
+"""
+
+_DEVICES = ("cpu", "meta")  # meta: a folder that is looked at, not loaded
+_SELF = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def uncovered(model: Any) -> str:
+    """Why the native decoder does not serve ``model``, or "" if it does."""
+    if not hasattr(model, "proj_out") or not hasattr(model, "generation_config"):
+        return "it is no Whisper that generates"
+    if not isinstance(model.proj_out, TiedProjection):
+        return "its vocabulary is not packed"
+    decoder = model.model.decoder
+    named = [*_linears(decoder), ("embed_tokens", decoder.embed_tokens)]
+    return _reason(decoder, named, model.config.decoder_attention_heads)
+
+
+def encoder_uncovered(encoder: Any) -> str:
+    """Why the native encoder does not serve ``encoder``, or "" if it does."""
+    convolutions = [(name, getattr(encoder, name)) for name in ("conv1", "conv2")]
+    for name, conv in convolutions:
+        shape = tuple(getattr(conv, part, None) for part in ("kernel_size", "stride", "padding"))
+        if shape != ((3,), (1 if name == "conv1" else 2,), (1,)):
+            return f"{name} is not Whisper's"
+    named = [*_linears(encoder), *convolutions]
+    return _reason(encoder, named, encoder.config.encoder_attention_heads)
+
+
+def coverage(config: dict[str, Any]) -> dict[str, str]:
+    """Who serves a folder with this config.json on a CPU: {"encoder": …, "decoder": …}."""
+    stored = config.get("quantization_config") or {}
+    if not stored.get("plan"):
+        return dict.fromkeys(("encoder", "decoder"), "plain: the folder is not packed")
+
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    from dqw.convert import swap_empty
+
+    plan = {name: QuantSpec.from_dict(spec) for name, spec in stored["plan"].items()}
+    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")}
+    with torch.device("meta"):
+        model: Any = WhisperForConditionalGeneration(WhisperConfig(**plain)).eval()
+        swap_empty(model, plan)
+    reasons = {"encoder": encoder_uncovered(model.model.encoder), "decoder": uncovered(model)}
+    return {name: f"plain: {why}" if why else "native" for name, why in reasons.items()}
+
+
+def _reason(part: nn.Module, named: list[tuple[str, Any]], heads: int) -> str:
+    config: Any = part.config
+    if not hasattr(torch.ops.dqw_cpu, "decoder_step"):
+        return "the C++ library is not loaded"
+    if part.training:
+        return "it is in training mode"
+    if config.activation_function != "gelu" or config.scale_embedding:
+        return "its activation function or scaled embedding is not Whisper's"
+    if config.d_model % heads or config.d_model // heads % 16 or config.d_model // heads > 256:
+        return "its heads are not 16, 32, … 256 wide"
+    for name, module in named:
+        reason = _unfit(module)
+        if reason:
+            return f"its {name} {reason}"
+    rest = part.parameters()
+    if any(p.dtype != torch.float32 or p.device.type not in _DEVICES for p in rest):
+        return "its float tensors are not float32 on the CPU"
+    return ""
+
+
+def _unfit(module: nn.Module) -> str:
+    if not isinstance(module, QuantModule) or not module.frozen:
+        return "is not packed"
+    if module.group_size % 32 or module.cols > 65536:
+        return "has groups or rows that the kernels do not take"
+    if module.spec.activations != "int8" and level_max(module.spec.grid, module.spec.bits) > 128:
+        return "has levels beyond 8 bits"
+    if module.weight.device.type not in _DEVICES:
+        return "is not on the CPU"
+    return ""
+
+
+def _linears(part: Any) -> list[tuple[str, Any]]:
+    """The matrices of a decoder or encoder in the order of its network."""
+    found: list[tuple[str, Any]] = []
+    for i, layer in enumerate(part.layers):
+        names = [f"self_attn.{name}" for name in _SELF]
+        if hasattr(layer, "encoder_attn"):
+            names += [f"encoder_attn.{name}" for name in _SELF]
+        found += [
+            (f"layers.{i}.{name}", layer.get_submodule(name)) for name in (*names, "fc1", "fc2")
+        ]
+    return found
+
+
+class Network:
+    """A native network; freed with this object."""
+
+    def __init__(self, part: Any, packed: Sequence[QuantModule], heads: int) -> None:
+        """part: the decoder or encoder, whose matrices (and what else is packed) are ``packed``."""
+        floats = [t for layer in part.layers for t in _norms(layer)]
+        floats += [part.layer_norm.weight, part.layer_norm.bias, part.embed_positions.weight]
+        tensors, layout = list[Tensor](), list[int]()
+        for module in packed:
+            bias = getattr(module, "bias", None)
+            int8 = module.spec.activations == "int8" and not isinstance(module, QuantConv1d)
+            tensors += [module.weight, module.scale, module.levels]
+            tensors.append(torch.empty(0) if bias is None else bias.detach())
+            layout += [module.rows, module.cols, module.spec.bits, module.group_size, int(int8)]
+        self.heads, self.layers, self.width = heads, len(part.layers), int(part.config.d_model)
+        self.last_rows = packed[-1].rows
+        self.handle: int = torch.ops.dqw_cpu.network_new(
+            [t.detach() for t in floats], tensors, layout, heads, self.layers, self.width
+        )
+        _networks[self.handle] = self
+        weakref.finalize(self, torch.ops.dqw_cpu.network_free, self.handle)
+
+
+_networks: weakref.WeakValueDictionary[int, Network] = weakref.WeakValueDictionary()
+
+
+def _register_shapes() -> None:
+    """What the operators return, without data (torch.compile and opcheck ask)."""
+
+    def encoder(network: int, features: Tensor) -> Tensor:
+        clips, _, frames = features.shape
+        return features.new_empty(clips, frames // 2, _networks[network].width)
+
+    def decoder_cross(network: int, states: Tensor, type: int) -> Tensor:
+        net, padded = _networks[network], -(-states.shape[1] // 16) * 16
+        width = net.width // net.heads
+        size = 2 * padded * (width + 4 if type == 0 else width * 2 * type)
+        shape = (states.shape[0], net.layers, net.heads, size)
+        return states.new_empty(shape, dtype=torch.uint8)
+
+    def decoder_step(
+        network: int, ids: Tensor, positions: Tensor, clips: Tensor, sources: Tensor,
+        cache: Tensor, cross: Tensor, audio: int, type: int, wanted: Tensor,
+    ) -> Tensor:  # fmt: skip
+        return cache.new_empty(wanted.numel(), _networks[network].last_rows)
+
+    for function in (encoder, decoder_cross, decoder_step):
+        torch.library.register_fake(f"dqw_cpu::{function.__name__}", function)
+
+
+if hasattr(torch.ops.dqw_cpu, "decoder_step"):
+    _register_shapes()
+
+
+def _norms(layer: Any) -> list[Tensor]:
+    norms = [layer.self_attn_layer_norm]
+    if hasattr(layer, "encoder_attn"):
+        norms.append(layer.encoder_attn_layer_norm)
+    return [t for norm in (*norms, layer.final_layer_norm) for t in (norm.weight, norm.bias)]
+
+
+class FastEncoder:
+    """The native encoder: features (clips, mels, frames) → states (clips, frames / 2, width)."""
+
+    def __init__(self, encoder: Any) -> None:
+        packed = [module for _, module in _linears(encoder)] + [encoder.conv1, encoder.conv2]
+        self.network = Network(encoder, packed, encoder.config.encoder_attention_heads)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return torch.ops.dqw_cpu.encoder(self.network.handle, features)
+
+
+class FastDecoder:
+    """The native decoder; ``Session`` runs it. cross_type: of ``CROSS_TYPES``, the default."""
+
+    def __init__(self, model: Any) -> None:
+        config, decoder = model.config, model.model.decoder
+        self.layers: int = config.decoder_layers
+        self.width: int = config.d_model
+        self.positions: int = config.max_target_positions
+        modules = [module for _, module in _linears(decoder)]
+        int8 = all(module.spec.activations == "int8" for module in modules)
+        self.cross_type = "int8" if int8 else "bfloat16"
+        packed = [*modules, decoder.embed_tokens]
+        self.network = Network(decoder, packed, config.decoder_attention_heads)
+        self._last: tuple[weakref.ref, int, Tensor] | None = None
+
+    def cross(self, states: Tensor, cross_type: int) -> Tensor:
+        """The keys and values of the encoder's ``states``. The last ones are remembered for as
+        long as the states live: detecting the language and decoding ask for the same."""
+        last = self._last
+        if last is None or last[0]() is not states or last[1] != cross_type:
+            made = torch.ops.dqw_cpu.decoder_cross(self.network.handle, states, cross_type)
+            last = self._last = weakref.ref(states, self._forget), cross_type, made
+        return last[2]
+
+    def _forget(self, dead: weakref.ref) -> None:
+        if self._last is not None and self._last[0] is dead:
+            self._last = None
+
+
+_made: weakref.WeakKeyDictionary[nn.Module, tuple[tuple, Any]] = weakref.WeakKeyDictionary()
+
+
+def fast_decoder(model: Any) -> FastDecoder | None:
+    """The native decoder of ``model``; None where it is not covered."""
+    return _remembered(model, uncovered, FastDecoder)
+
+
+def fast_encoder(encoder: Any) -> FastEncoder | None:
+    """The native form of a model's encoder; None where it is not covered."""
+    return _remembered(encoder, encoder_uncovered, FastEncoder)
+
+
+def _remembered(module: Any, reason: Callable[[Any], str], make: Callable[[Any], Any]) -> Any:
+    if torch.compiler.is_compiling():
+        return None  # the plain modules are what can be traced
+    key = _identity(module)
+    known = _made.get(module)
+    if known is None or known[0] != key:
+        known = _made[module] = key, None if reason(module) else make(module)
+    return known[1]
+
+
+def _identity(module: nn.Module) -> tuple:
+    """Changes when a layer, its memory or its activations do."""
+    found: list[Any] = [module.training]
+    for part in module.modules():
+        if isinstance(part, QuantModule):
+            found += [part.weight.data_ptr(), part.spec.activations]
+        found += [p.data_ptr() for p in part.parameters(recurse=False)]
+    return tuple(found)
+
+
+class Session:
+    """Sequences being decoded, ``per_clip`` of them for each clip (beams).
+
+    states: the encoder's (clips, positions, width) float32. longest: tokens a sequence may have.
+    """
+
+    # what generate asks a cache
+    is_compileable = False
+    is_linear = (False,)
+    is_sliding = (False,)
+
+    def __init__(
+        self, decoder: FastDecoder, states: Tensor, longest: int, per_clip: int = 1,
+        cross_type: str | None = None,
+    ) -> None:  # fmt: skip
+        self.audio = states.shape[1]
+        self.type = CROSS_TYPES.index(cross_type or decoder.cross_type)
+        self.network = decoder.network
+        self.cross = decoder.cross(states, self.type)
+        count = states.shape[0] * per_clip
+        self.longest = min(longest, decoder.positions)
+        self.cache = torch.empty(decoder.layers, 2, count, self.longest, decoder.width)
+        rows = torch.arange(count, dtype=torch.int32)
+        self.slots = rows  # of the cache, one for each sequence
+        self.clips = rows // per_clip
+        # sources[i, t]: the slot that holds token t of sequence i
+        self.sources = rows[:, None].repeat(1, self.longest)
+        self.length = 0
+
+    def step(self, ids: Tensor) -> Tensor:
+        """ids (sequences, new tokens) int64 → logits (sequences, vocabulary) of the last ones."""
+        count, new = ids.shape
+        at = torch.arange(self.length, self.length + new, dtype=torch.int32)
+        if new == 1:
+            positions, clips, sources, wanted = at.expand(count), self.clips, self.sources, None
+        else:
+            positions = at.repeat(count)
+            clips = self.clips.repeat_interleave(new)
+            sources = self.sources.repeat_interleave(new, dim=0)
+            wanted = torch.arange(new - 1, count * new, new, dtype=torch.int32)
+        if wanted is None:
+            wanted = torch.arange(count, dtype=torch.int32)
+        logits = torch.ops.dqw_cpu.decoder_step(
+            self.network.handle, ids.flatten().contiguous(), positions.contiguous(), clips, sources,
+            self.cache, self.cross, self.audio, self.type, wanted,
+        )  # fmt: skip
+        self.length += new
+        return logits
+
+    def keep(self, rows: Tensor) -> None:
+        """Only the sequences ``rows`` go on, in this order; each at most once."""
+        self.clips, self.sources = self.clips[rows], self.sources[rows]
+        self.slots = self.slots[rows]
+
+    # ---- as transformers' cache ----
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.length
+
+    def reorder_cache(self, beams: Tensor) -> None:
+        """Sequence i goes on as sequence beams[i] did; what is written from now on is its own."""
+        self.sources = self.sources[beams]
+        self.sources[:, self.length :] = self.slots[:, None]

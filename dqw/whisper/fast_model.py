@@ -1,0 +1,195 @@
+"""``generate`` on the native networks: a subclass that a packed Whisper takes at load.
+
+transformers keeps what it is good at (language, prompts, windows of long audio, thresholds); the
+greedy loop and the encoder are ours. The loop asks the same logits processors and stopping criteria
+and so gives the same tokens; what it does not cover (sampling, attentions asked for, padded
+prompts, other devices and dtypes, training) runs as it would without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import WhisperForConditionalGeneration
+from transformers.generation import (
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
+from transformers.generation.utils import GenerateEncoderDecoderOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from dqw.whisper.decoding import SuppressTokens
+from dqw.whisper.fast import FastDecoder, Session, fast_decoder, fast_encoder
+from dqw.whisper.fast_greedy import Stop, greedy
+
+
+def speed_up(model: Any) -> None:
+    """Let ``model`` generate on the native networks wherever they cover it; others stay as is."""
+    if type(model) is WhisperForConditionalGeneration:
+        model.__class__ = _FastWhisper
+        model.model.encoder.__class__ = _FastEncoder
+
+
+def native_decoder(model: Any) -> FastDecoder | None:
+    """The native decoder of a model that ``speed_up`` had; None where it does not cover it."""
+    return fast_decoder(model) if isinstance(model, _FastWhisper) else None
+
+
+class _FastWhisper(WhisperForConditionalGeneration):
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        decoder = None
+        argmax = not generation_config.do_sample and not synced_gpus
+        if argmax and _is_covered(generation_config, model_kwargs, input_ids):
+            decoder = fast_decoder(self)
+        if decoder is None:
+            plain: Any = super()
+            return plain._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        pad = generation_config._pad_token_tensor
+        asks = generation_config.return_dict_in_generate
+        with torch.inference_mode():
+            found = greedy(
+                decoder,
+                model_kwargs["encoder_outputs"][0],
+                input_ids,
+                [_quick(processor) for processor in logits_processor],
+                Stop.of(stopping_criteria),
+                pad=0 if pad is None else int(pad),
+                scores=asks and generation_config.output_scores,
+                logits=asks and generation_config.output_logits,
+                streamer=streamer,
+            )
+        if not asks:
+            return found.ids
+        kept: dict[str, Any] = {"scores": tuple(found.scores) or None}
+        kept |= {"sequences": found.ids, "logits": tuple(found.logits) or None}
+        return GenerateEncoderDecoderOutput(**kept)
+
+    def _beam_search(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """transformers' beam search, with our decoder in the place of its cache."""
+        decoder = None
+        beams = generation_config.num_beams
+        if not synced_gpus and _is_covered(generation_config, model_kwargs, input_ids):
+            decoder = fast_decoder(self)
+        if decoder is not None:
+            states = model_kwargs["encoder_outputs"][0][::beams].contiguous()
+            longest = generation_config.max_length
+            name = "cache" if "cache" in model_kwargs else "past_key_values"
+            model_kwargs[name] = Session(decoder, states, longest, beams)
+        plain: Any = super()
+        return plain._beam_search(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus=synced_gpus,
+            **model_kwargs,
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A step of the beam search, and the single token that detects the language, are ours."""
+        session = kwargs.get("cache", kwargs.get("past_key_values"))
+        if session is None and not args and not torch.is_grad_enabled():
+            session = self._detecting(kwargs)
+        if isinstance(session, Session):
+            return Seq2SeqLMOutput(logits=session.step(kwargs["decoder_input_ids"])[:, None])
+        return super().__call__(*args, **kwargs)
+
+    def _detecting(self, given: dict[str, Any]) -> Session | None:
+        """Decoding of what ``detect_language`` asks for, if ``given`` is that."""
+        ids = given.get("decoder_input_ids")
+        rest = given.keys() - {"decoder_input_ids", "use_cache"}
+        if ids is None or ids.shape[1] != 1 or given.get("use_cache") is not False:
+            return None
+        if rest not in ({"encoder_outputs"}, {"input_features"}) or ids.device.type != "cpu":
+            return None
+        decoder = fast_decoder(self)
+        if decoder is None:
+            return None
+        encoded = given.get("encoder_outputs") or self.model.encoder(given["input_features"])
+        return Session(decoder, encoded[0], 1)
+
+
+class _FastEncoder(WhisperEncoder):
+    def forward(
+        self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        native = None
+        config = self.config
+        asks = config.output_attentions or config.output_hidden_states
+        asks = asks or kwargs.get("output_attentions") or kwargs.get("output_hidden_states")
+        frames = 2 * config.max_source_positions
+        if not asks and not torch.is_grad_enabled() and input_features.shape[-1] == frames:
+            native = fast_encoder(self) if input_features.device.type == "cpu" else None
+        if native is None:
+            return super().forward(input_features, attention_mask, **kwargs)
+        states = native(input_features)
+        if kwargs.get("return_dict", True) is False:
+            return (states,)
+        return BaseModelOutput(last_hidden_state=states)
+
+
+# transformers finds classes by these names: as the architecture that save_pretrained writes, and to
+# know what a forward pass can record.
+for _mine, _theirs in (
+    (_FastWhisper, WhisperForConditionalGeneration),
+    (_FastEncoder, WhisperEncoder),
+):
+    for _name in ("__name__", "__qualname__", "__module__"):
+        setattr(_mine, _name, getattr(_theirs, _name))
+
+
+def _is_covered(config: Any, inputs: dict[str, Any], ids: Tensor) -> bool:
+    mask = inputs.get("decoder_attention_mask")
+    states = inputs.get("encoder_outputs")
+    cache = inputs.get("cache", inputs.get("past_key_values"))
+    return bool(
+        not (config.output_attentions or config.output_hidden_states)
+        and config.use_cache is not False
+        and getattr(config, "prefill_chunk_size", None) is None
+        and states is not None
+        and states[0].device.type == ids.device.type == "cpu"
+        and states[0].shape[0] == ids.shape[0] > 0
+        and (mask is None or bool(mask.all()))
+        and inputs.get("decoder_inputs_embeds") is None
+        and inputs.get("decoder_position_ids") is None
+        and (cache is None or cache.get_seq_length() == 0)
+    )
+
+
+def _quick(processor: Any) -> Any:
+    """transformers' two processors that suppress tokens look for them in the whole vocabulary."""
+    if type(processor) is SuppressTokensLogitsProcessor:
+        return SuppressTokens(processor.suppress_tokens.tolist(), ())
+    if type(processor) is SuppressTokensAtBeginLogitsProcessor:
+        quick = SuppressTokens((), processor.begin_suppress_tokens.tolist())
+        quick.set_begin_index(processor.begin_index)
+        return quick
+    return processor

@@ -1,0 +1,182 @@
+"""What the GPU's kernels must do, on a GPU or in Triton's interpreter.
+
+`python tests/cuda_cases.py NAME cpu` runs one case in the interpreter (TRITON_INTERPRET=1, which
+must be set before Triton is imported: that is why these are not tests themselves), `… NAME cuda` on
+a GPU. Small shapes: the interpreter is slow.
+"""
+
+import sys
+
+import torch
+from kernel_helpers import random_scale, random_weight
+from torch import Tensor
+
+from dqw import grids, ops, reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ON_CPU = {
+    "fake_quant": ops._cuda_fake_quant,
+    "fake_quant_backward": ops._cuda_fake_quant_backward,
+    "quant_linear": ops._cuda_quant_linear,
+    "dequantize": ops._cuda_dequantize,
+    "quant_embedding": ops._cuda_quant_embedding,
+}
+
+
+def call(name: str, device: str, *args: object):  # type: ignore[no-untyped-def]
+    """The operator on ``device``; in the interpreter the function that CUDA tensors would reach."""
+    moved = [a.to(device) if isinstance(a, Tensor) else a for a in args]
+    function = ON_CPU[name] if device == "cpu" else getattr(torch.ops.dqw, name)
+    found = function(*moved)
+    return found.cpu() if isinstance(found, Tensor) else tuple(t.cpu() for t in found)
+
+
+def close(got: Tensor, want: Tensor, device: str) -> None:
+    """Equal; the interpreter cuts bfloat16 off where a GPU rounds: one unit in the last place."""
+    if device == "cpu" and got.dtype == torch.bfloat16:
+        torch.testing.assert_close(got, want, rtol=2**-7, atol=0.0)
+    else:
+        assert torch.equal(got, want)
+
+
+def identity(device: str) -> None:
+    """Identity activations give the exact weights, rounded once, whatever kernel serves."""
+    for bits in range(2, 9):
+        levels = grids.levels("apot", bits)
+        for dtype in DTYPES:
+            for granularity in ("channel", "64", "32" if bits % 2 else "96"):
+                rows, cols = 19, 70
+                weight, _ = random_weight(rows, cols, bits, levels)
+                scale, group = random_scale(rows, cols, granularity)
+                w = reference.dequantize(weight, scale, levels, rows, cols, bits, group)
+                for part in (slice(0, 1), slice(62, 70)):
+                    x = torch.eye(cols, dtype=dtype)[part]
+                    y = call("quant_linear", device, x, weight, scale, levels, None, rows, bits,
+                             group, False)  # fmt: skip
+                    close(y, w.T[part].to(dtype), device)
+
+
+def error(device: str) -> None:
+    """At most twice the error of the plain computation in the same dtype, against float64."""
+    shapes = [(1, 33, 1023), (7, 20, 130), (17, 9, 200), (64, 5, 7), (65, 7, 64), (130, 3, 65)]
+    for n, (m, rows, cols) in enumerate(shapes):
+        for dtype in DTYPES:
+            bits, granularity = 2 + (n + 2) % 7, ("channel", "tensor", "64", "24")[n % 4]
+            levels = grids.levels("apot", bits)
+            weight, _ = random_weight(rows, cols, bits, levels)
+            scale, group = random_scale(rows, cols, granularity, 0.1)
+            w = reference.dequantize(weight, scale, levels, rows, cols, bits, group)
+            x, bias = torch.randn(m, cols).to(dtype), torch.randn(rows).to(dtype)
+            exact = x.double() @ w.double().T + bias.double()
+            plain = torch.nn.functional.linear(x, w.to(dtype), bias)
+            y = call("quant_linear", device, x, weight, scale, levels, bias, rows, bits, group,
+                     False)  # fmt: skip
+            off, allowed = (y - exact).abs().max(), 2 * (plain - exact).abs().max()
+            floor = torch.finfo(dtype).eps * exact.abs().max() * (1 if device == "cpu" else 0.5)
+            assert off <= allowed + floor, (m, rows, cols, dtype, off, allowed)
+
+
+def int8(device: str) -> None:
+    """Integer sums: bit for bit the reference's without groups, a few units off with them."""
+    for bits, grid in ((2, "apot"), (4, "apot"), (5, "pot"), (8, "apot")):
+        levels = grids.levels(grid, bits)
+        for m, rows, cols in ((1, 17, 700), (5, 9, 65), (33, 20, 7), (3, 5, 200), (130, 70, 64)):
+            weight, _ = random_weight(rows, cols, bits, levels)
+            scale, group = random_scale(rows, cols, "64" if m == 3 else "channel", 0.1)
+            x, bias = torch.randn(m, cols), torch.randn(rows)
+            args = (x, weight, scale, levels, bias, rows, bits, group, True)
+            want, got = reference.quant_linear(*args), call("quant_linear", device, *args)
+            if group:
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max())
+            else:
+                assert torch.equal(got, want), (bits, m, (got - want).abs().max())
+
+
+def edges(device: str) -> None:
+    """No rows, no columns, other shapes and strides, NaN and infinity, an odd group in int8."""
+    levels = grids.levels("apot", 4)
+    weight, _ = random_weight(9, 40, 4, levels)
+    scale, _ = random_scale(9, 40, "channel")
+    rest = (weight, scale, levels, None, 9, 4, 0)
+    for x in (torch.randn(40), torch.randn(2, 3, 40), torch.randn(40, 5).T, torch.randn(2, 0, 40)):
+        for int8_activations in (False, True):
+            got = call("quant_linear", device, x, *rest, int8_activations)
+            want = reference.quant_linear(x, *rest, int8_activations)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    x = torch.randn(4, 40)
+    x[0, 3], x[1, 39] = float("nan"), float("inf")
+    for int8_activations in (False, True):
+        got = call("quant_linear", device, x, *rest, int8_activations)
+        assert got[0].isnan().all() and not got[1].isfinite().any() and got[2:].isfinite().all()
+    zeros = call("quant_linear", device, torch.zeros(2, 40), *rest, True)
+    assert torch.equal(zeros, torch.zeros(2, 9))
+    none = call("quant_linear", device, torch.randn(3, 40), weight[:0], scale[:0], levels, None, 0,
+                4, 0, False)  # fmt: skip
+    assert none.shape == (3, 0)
+    bias = torch.randn(9)
+    empty = call("quant_linear", device, torch.randn(3, 0), weight[:0], scale, levels, bias, 9, 4,
+                 0, False)  # fmt: skip
+    assert torch.equal(empty, bias.expand(3, 9))
+    for wrong in ({0: weight[:-1]}, {1: torch.ones(9, 2)}, {2: levels[:8]}, {3: torch.ones(8)}):
+        args = [wrong.get(i, value) for i, value in enumerate(rest)]
+        try:
+            call("quant_linear", device, torch.randn(2, 40), *args, False)
+        except ValueError:
+            continue
+        raise AssertionError(wrong)
+
+
+def tables(device: str) -> None:
+    """dequantize and quant_embedding: bit for bit, any group size; an unknown id is NaN."""
+    for bits in range(2, 9):
+        levels = grids.levels("pot", bits)
+        for granularity in ("tensor", "channel", "32", "24"):
+            weight, _ = random_weight(9, 130, bits, levels)
+            scale, group = random_scale(9, 130, granularity)
+            args = (weight, scale, levels, 9, 130, bits, group)
+            assert torch.equal(call("dequantize", device, *args), reference.dequantize(*args))
+            ids = torch.tensor([[3, 0], [8, 3]])
+            want = reference.quant_embedding(ids, *args)
+            assert torch.equal(call("quant_embedding", device, ids, *args), want)
+            odd = call("quant_embedding", device, torch.tensor([9, -1, 8]), *args)
+            assert odd[:2].isnan().all() and torch.equal(odd[2], want[1, 0])
+    assert call("quant_embedding", device, ids[:0], *args).shape == (0, 2, 130)
+
+
+def fake_quant(device: str) -> None:
+    """Forward bit for bit, NaN, infinity and signs too; dx exactly; dscale the same every time."""
+    kinds = [("apot", 4, torch.float32), ("apot", 3, torch.float16), ("pot", 5, torch.float32),
+             ("uniform", 8, torch.bfloat16)]  # fmt: skip
+    for grid, bits, dtype in kinds:
+        bucket, top = grids.bucket(grid, bits), grids.level_max(grid, bits)
+        for rows, cols, granularity in (
+            (3, 7, "channel"), (3, 9, "tensor"), (2, 65, "32"), (1, 130, "64"),
+            (2, 1030, "channel"), (1, 9001, "tensor"),
+        ):  # fmt: skip
+            scale, group = random_scale(rows, cols, granularity, 1 / top)
+            x, grad = torch.randn(rows, cols).to(dtype), torch.randn(rows, cols).to(dtype)
+            x[0, :4] = torch.tensor([0.0, float("inf"), -float("inf"), -0.0])
+            nan = x.clone()
+            nan[0, 5] = float("nan")
+            for value in (x, nan, x.T.contiguous().T):
+                args = (value, scale, bucket, group)
+                got, want = call("fake_quant", device, *args), reference.fake_quant(*args)
+                known = ~value.isnan()
+                close(got[known], want[known], device)
+                assert got[~known].isnan().all()
+                assert torch.equal(got[known].signbit(), want[known].signbit())
+                dx, ds = call("fake_quant_backward", device, grad, *args)
+                want_dx, want_ds = reference.fake_quant_backward(grad, *args)
+                assert torch.equal(dx, want_dx)
+                slack = 1e-4 * top * cols**0.5
+                torch.testing.assert_close(ds, want_ds, rtol=1e-4, atol=slack, equal_nan=True)
+                again = call("fake_quant_backward", device, grad, *args)[1]
+                assert torch.equal(again.nan_to_num(), ds.nan_to_num())
+
+
+CASES = {f.__name__: f for f in (fake_quant, identity, error, int8, edges, tables)}
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    CASES[sys.argv[1]](sys.argv[2])
+    print("same")

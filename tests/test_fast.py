@@ -1,0 +1,368 @@
+"""The native encoder and decoder against the plain model: logits within rounding, same tokens."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_whisper
+from kernel_helpers import instruction_set, needs_library
+from transformers import WhisperForConditionalGeneration
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+from whisper_helpers import tiny
+
+import dqw
+from dqw.convert import set_activations
+from dqw.recipe import QuantConfig, Recipe
+from dqw.whisper.fast import (
+    CROSS_TYPES,
+    Session,
+    coverage,
+    fast_decoder,
+    fast_encoder,
+    uncovered,
+)
+from dqw.whisper.fast_model import native_decoder
+from dqw.whisper.transcribe import transcribe
+
+pytestmark = needs_library
+CHECKS = ("test_schema", "test_faketensor")
+TIERS = ("scalar", "avx2", "avx512")
+
+
+def packed(model, **quant):
+    """``model``, frozen with 4-bit APoT in groups of 64 unless ``quant`` says otherwise."""
+    return dqw.freeze(dqw.quantize(model, Recipe(quant=QuantConfig(**quant))))
+
+
+def plain(model):
+    """The same modules without the native networks."""
+    twin = copy.copy(model)
+    twin.__class__ = WhisperForConditionalGeneration
+    return twin
+
+
+@pytest.fixture(scope="module")
+def small():
+    return packed(make_tiny_whisper())
+
+
+@pytest.fixture(scope="module")
+def speaking(tmp_path_factory):
+    model, processor = tiny(tmp_path_factory.mktemp("tiny"))
+    return packed(model), processor
+
+
+def ids_and_states(clips=2, tokens=9, positions=37, width=64):
+    torch.manual_seed(0)
+    return torch.randint(3, 120, (clips, tokens)), torch.randn(clips, positions, width)
+
+
+def stepwise(session, ids, prompt=4):
+    """Logits of the last prompt token and of every token behind it."""
+    found = [session.step(ids[:, :prompt])]
+    found += [session.step(ids[:, i : i + 1]) for i in range(prompt, ids.shape[1])]
+    return torch.stack(found, dim=1)
+
+
+def reference(model, ids, states, prompt=4):
+    with torch.inference_mode():
+        logits = plain(model)(encoder_outputs=(states,), decoder_input_ids=ids).logits
+    return logits[:, prompt - 1 :]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("prompt", [1, 4, 9])
+def test_logits_are_those_of_the_plain_decoder(small, tier, prompt):
+    ids, states = ids_and_states()
+    with instruction_set(tier):
+        session = Session(fast_decoder(small), states, 16, cross_type="float32")
+        found = stepwise(session, ids, prompt)
+        wanted = reference(small, ids, states, prompt)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group", [0, 32, 64])
+def test_every_packing(bits, group):
+    grid = "uniform" if bits > 6 else "apot"
+    model = packed(
+        make_tiny_whisper(), bits=bits, grid=grid, group_size=group, embedding_bits=min(bits, 6)
+    )
+    ids, states = ids_and_states()
+    found = stepwise(Session(fast_decoder(model), states, 16, cross_type="float32"), ids)
+    wanted = reference(model, ids, states)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_int8_activations_differ_by_their_own_rounding(tier):
+    """Both round each token's activations; which way a tie falls is chance, so the distance to the
+    float model is compared, not the logits."""
+    model = packed(make_tiny_whisper())
+    ids, states = ids_and_states()
+    exact = reference(model, ids, states)
+    set_activations(model, "int8")
+    rounded = (reference(model, ids, states) - exact).abs().mean()
+    with instruction_set(tier):
+        session = Session(fast_decoder(model), states, 16, cross_type="float32")
+        found = (stepwise(session, ids) - exact).abs().mean()
+    assert 0 < found < 1.5 * rounded
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize(("cross", "limit"), [("bfloat16", 4e-3), ("int8", 8e-3)])
+def test_small_caches_cost_little(small, tier, cross, limit):
+    ids, states = ids_and_states()
+    with instruction_set(tier):
+        found = stepwise(Session(fast_decoder(small), states, 16, cross_type=cross), ids)
+    wanted = reference(small, ids, states)
+    error = (found - wanted).abs().max() / wanted.abs().max()
+    assert 1e-6 < error < limit
+
+
+@pytest.mark.parametrize("positions", [1, 15, 16, 33])
+@pytest.mark.parametrize("cross", CROSS_TYPES)
+def test_audio_of_any_length(small, positions, cross):
+    ids, states = ids_and_states(positions=positions)
+    found = stepwise(Session(fast_decoder(small), states, 16, cross_type=cross), ids)
+    wanted = reference(small, ids, states)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_threads_change_nothing(small, threads):
+    ids, states = ids_and_states(clips=3)
+    before = torch.get_num_threads()
+    one = stepwise(Session(fast_decoder(small), states, 16), ids)
+    torch.set_num_threads(threads)
+    try:
+        found = stepwise(Session(fast_decoder(small), states, 16), ids)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found, one)
+
+
+def test_beams_go_on_from_another_and_sequences_leave(small):
+    ids, states = ids_and_states(clips=1)
+    other = ids.flip(1)
+    session = Session(fast_decoder(small), states, 16, per_clip=2, cross_type="float32")
+    session.step(torch.cat([ids[:, :4], other[:, :4]]))
+    session.reorder_cache(torch.tensor([1, 1]))  # both go on from the second
+    both = session.step(torch.cat([ids[:, 4:5], other[:, 4:5]]))
+    session.keep(torch.tensor([1]))
+    last = session.step(ids[:, 5:6])
+    ways = [
+        torch.cat([other[:, :4], ids[:, 4:5]], dim=1),
+        torch.cat([other[:, :4], other[:, 4:5]], dim=1),
+        torch.cat([other[:, :5], ids[:, 5:6]], dim=1),
+    ]
+    for found, way in zip((both[0], both[1], last[0]), ways, strict=True):
+        wanted = reference(small, way, states)[0, -1]
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+# ---- generate and transcribe ----
+
+
+def features(processor, count):
+    random = np.random.default_rng(0)
+    audios = [0.1 * random.standard_normal(4_000 + 2_000 * i) for i in range(count)]
+    return processor.feature_extractor(audios, sampling_rate=16_000, return_tensors="pt")
+
+
+@pytest.mark.parametrize("timestamps", [False, True])
+def test_generate_gives_the_same_tokens(speaking, timestamps):
+    model, processor = speaking
+    batch = features(processor, 5)["input_features"]
+    options = {"language": "en", "return_timestamps": timestamps}
+    found = model.generate(batch, **options)
+    assert torch.equal(found, plain(model).generate(batch, **options))
+    assert len({tuple(row) for row in found.tolist()}) > 1
+
+
+def test_generate_gives_the_same_scores(speaking):
+    model, processor = speaking
+    batch = features(processor, 2)["input_features"]
+    options = {"return_dict_in_generate": True, "output_scores": True, "language": "en"}
+    found, wanted = model.generate(batch, **options), plain(model).generate(batch, **options)
+    assert torch.equal(found.sequences, wanted.sequences)
+    for mine, theirs in zip(found.scores, wanted.scores, strict=True):
+        finite = torch.isfinite(theirs)
+        assert torch.equal(torch.isfinite(mine), finite)
+        running = (mine != 0).any(1)
+        apart = (mine - theirs)[running][finite[running]]
+        assert apart.abs().max() < 0.05  # bfloat16 keys and values
+
+
+def test_sampling_runs_plainly(speaking, monkeypatch):
+    model, processor = speaking
+    batch = features(processor, 2)["input_features"]
+    monkeypatch.setattr(Session, "step", lambda *_: pytest.fail("ran natively"))
+    torch.manual_seed(1)
+    options = {"language": "en", "do_sample": True, "temperature": 0.8}
+    found = model.generate(batch, **options)
+    torch.manual_seed(1)
+    assert torch.equal(found, plain(model).generate(batch, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "return_timestamps": True},
+        {"num_beams": 2, "num_return_sequences": 2},
+    ],
+)
+def test_beams_find_the_same(speaking, options, monkeypatch):
+    model, processor = speaking
+    batch = features(processor, 3)["input_features"]
+    wanted = plain(model).generate(batch, language="en", **options)
+    decoder = plain(model).model.decoder
+    monkeypatch.setattr(decoder, "forward", lambda *_, **__: pytest.fail("ran plainly"))
+    assert torch.equal(model.generate(batch, language="en", **options), wanted)
+
+
+def test_the_language_is_detected_once_for_both(speaking, monkeypatch):
+    model, processor = speaking
+    batch = features(processor, 3)["input_features"]
+    wanted = plain(model).detect_language(batch)
+    monkeypatch.setattr(model.model.decoder, "forward", lambda *_, **__: pytest.fail("ran plainly"))
+    assert torch.equal(model.detect_language(batch), wanted)
+    with torch.inference_mode():
+        states = model.model.encoder(batch).last_hidden_state
+    decoder = fast_decoder(model)
+    assert decoder.cross(states, 0) is decoder.cross(states, 0)
+    assert decoder.cross(states, 0) is not decoder.cross(states.clone(), 0)
+    del states
+    assert decoder._last is None
+
+
+# ---- the encoder ----
+
+
+def encoded(model, batch):
+    with torch.inference_mode():
+        return model.model.encoder(batch).last_hidden_state
+
+
+def plainly_encoded(model, batch):
+    with torch.inference_mode():
+        return WhisperEncoder.forward(model.model.encoder, batch).last_hidden_state
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize(("positions", "heads"), [(50, 2), (33, 4), (1, 1)])
+def test_states_are_those_of_the_plain_encoder(tier, positions, heads):
+    model = packed(make_tiny_whisper(max_source_positions=positions, encoder_attention_heads=heads))
+    batch = torch.randn(2, 80, 2 * positions)
+    with instruction_set(tier):
+        found, wanted = encoded(model, batch), plainly_encoded(model, batch)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("width", [48, 96])
+def test_a_width_that_no_block_divides(width):
+    model = packed(
+        make_tiny_whisper(
+            d_model=width, encoder_attention_heads=1, decoder_attention_heads=1,
+            encoder_ffn_dim=100, decoder_ffn_dim=100, max_source_positions=20,
+        )
+    )  # fmt: skip
+    batch = torch.randn(1, 80, 40)
+    found, wanted = encoded(model, batch), plainly_encoded(model, batch)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+    ids, states = ids_and_states(width=width)
+    found = stepwise(Session(fast_decoder(model), states, 16, cross_type="float32"), ids)
+    wanted = reference(model, ids, states)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+def test_the_encoder_that_is_asked_for_more_runs_plainly(small):
+    batch = torch.randn(1, 80, 3000)
+    encoder = small.model.encoder
+    assert encoder(batch).last_hidden_state.requires_grad  # as in training what stays float
+    with torch.inference_mode():
+        assert len(encoder(batch, output_hidden_states=True).hidden_states) == 3
+        with pytest.raises(ValueError, match="3000"):
+            encoder(batch[:, :, :200])
+    assert fast_encoder(encoder) is not None
+    with pytest.raises(RuntimeError, match="mel bins"):
+        fast_encoder(encoder)(torch.randn(1, 8, 3000))
+
+
+def test_info_says_who_serves_a_folder(small):
+    config = small.config.to_dict()
+    assert coverage(config) == {"encoder": "native", "decoder": "native"}
+    del config["quantization_config"]["plan"]["model.encoder.conv1"]
+    assert coverage(config)["encoder"] == "plain: its conv1 is not packed"
+    del config["quantization_config"]
+    assert "not packed" in coverage(config)["decoder"]
+
+
+def test_transcribe_gives_the_same_text(speaking):
+    model, processor = speaking
+    random = np.random.default_rng(1)
+    audios = [(0.1 * random.standard_normal(n)).astype(np.float32) for n in (9_000, 30_000, 5_000)]
+    for timestamps in (False, True):
+        found = transcribe(model, processor, audios, "en", timestamps=timestamps)
+        assert found == transcribe(plain(model), processor, audios, "en", timestamps=timestamps)
+
+
+def test_a_folder_loads_with_the_fast_decoder(speaking, tmp_path):
+    model, processor = speaking
+    model.save_pretrained(tmp_path)
+    loaded = WhisperForConditionalGeneration.from_pretrained(tmp_path)
+    assert native_decoder(loaded) is not None and native_decoder(plain(loaded)) is None
+    assert uncovered(loaded) == "" and type(loaded) is type(model)
+    assert loaded.config.architectures == ["WhisperForConditionalGeneration"]
+    batch = features(processor, 1)["input_features"]
+    assert torch.equal(loaded.generate(batch), model.generate(batch))
+
+
+def test_a_network_follows_its_model(small):
+    model = copy.deepcopy(small)
+    part = fast_decoder(model)
+    assert fast_decoder(model) is part and part is not fast_decoder(small)
+    set_activations(model, "int8")
+    assert fast_decoder(model) is not part
+    assert "training mode" in uncovered(model.train()) and fast_decoder(model) is None
+    assert "float32" in uncovered(model.eval().to(torch.bfloat16))
+    assert "vocabulary" in uncovered(packed(make_tiny_whisper(), embedding_bits=0))
+    skipped = packed(make_tiny_whisper(), skip=["*decoder.layers.1.fc1"])
+    assert "layers.1.fc1 is not packed" in uncovered(skipped)
+    assert "heads" in uncovered(packed(make_tiny_whisper(decoder_attention_heads=8)))
+
+
+def test_operators_keep_their_schemas(small):
+    ids, states = ids_and_states()
+    decoder, encoder = fast_decoder(small).network.handle, fast_encoder(small.model.encoder)
+    operators = torch.ops.dqw_cpu
+    torch.library.opcheck(
+        operators.encoder, (encoder.network.handle, torch.randn(1, 80, 20)), test_utils=CHECKS
+    )
+    for cross_type in range(3):
+        torch.library.opcheck(
+            operators.decoder_cross, (decoder, states, cross_type), test_utils=CHECKS
+        )
+        session = Session(fast_decoder(small), states, 8, cross_type=CROSS_TYPES[cross_type])
+        integers = [torch.tensor(x, dtype=torch.int32) for x in ([0, 0], [0, 1], [0, 1])]
+        arguments = (
+            decoder, ids[:, 0].contiguous(), integers[0], integers[1], session.sources,
+            session.cache.zero_(), session.cross, session.audio, cross_type, integers[2],
+        )  # fmt: skip
+        torch.library.opcheck(operators.decoder_step, arguments, test_utils=CHECKS)
+
+
+def test_wrong_arguments_are_refused(small):
+    ids, states = ids_and_states()
+    session = Session(fast_decoder(small), states, 4)
+    with pytest.raises(RuntimeError, match="outside the vocabulary"):
+        session.step(torch.full((2, 1), 120))
+    session.step(ids[:, :4])
+    with pytest.raises(RuntimeError, match="outside the cache"):
+        session.step(ids[:, 4:5])
+    with pytest.raises(RuntimeError, match="states must be"):
+        Session(fast_decoder(small), torch.randn(1, 5, 32), 4)
+    with pytest.raises(RuntimeError, match="freed"):
+        torch.ops.dqw_cpu.decoder_cross(10**9, states, 0)
