@@ -128,7 +128,7 @@ def sensitivities(
     probe: Probe,
     progress: Callable[[str], object] | None = None,
 ) -> dict[str, list[Choice]]:
-    """Layer name → its choices, one for each of ``WIDTHS``. ``model`` is float and stays as it is."""
+    """Layer name → its choices, one for each of ``WIDTHS``. The float ``model`` stays as it is."""
     found = {}
     for name, spec in plan.items():
         if progress is not None:
@@ -143,7 +143,7 @@ def sensitivities(
                 with changed(layer, q):
                     cost = probe.kl(encoder_changed=".encoder." in f".{name}") / errors[option]
         found[name] = [
-            Choice(option, stored_bytes(*matrix.shape, option), cost * error)
+            Choice(option, stored_bytes(matrix.shape[0], matrix.shape[1], option), cost * error)
             for option, error in errors.items()
         ]
     return found
@@ -200,7 +200,7 @@ def fit_budget(
     batches: Sequence[Mapping[str, Tensor]],
     say: Callable[[str], object] = print,
 ) -> Recipe:
-    """``recipe`` with an override for each layer, so that the folder takes ``budget`` bytes at most.
+    """``recipe`` with an override for each layer, so that the folder takes at most ``budget`` bytes.
 
     model: float, on any device; batches: as of ``dqw.speech``, of which the first 8 windows are
     used. The plan is said in a few lines. Raises UserError if the budget cannot be met.
@@ -223,9 +223,7 @@ def fit_budget(
     cost = sum(choice.cost for choice in chosen.values())
     say(f"plan: {total / 2**20:.2f} of {budget / 2**20:.2f} MiB, KL of about {cost:.4f} expected")
     overrides = [
-        Override(
-            match=name, bits=c.spec.bits, grid=c.spec.grid, group_size=c.spec.group_size or 0
-        )
+        Override(match=name, bits=c.spec.bits, grid=c.spec.grid, group_size=c.spec.group_size or 0)
         for name, c in chosen.items()
     ]
     quant = replace(recipe.quant, override=[*recipe.quant.override, *overrides])
@@ -240,7 +238,7 @@ def few(batches: Sequence[Mapping[str, Tensor]], windows: int) -> list[dict[str,
 
 
 def kind_of(name: str) -> str:
-    """What a layer is, across depths: "encoder fc1", "decoder encoder_attn k_proj", "embed_tokens"."""
+    """What a layer is, across depths: "encoder fc1", "decoder encoder_attn k_proj"."""
     parts = [p for p in name.removeprefix("model.").split(".") if not p.isdigit() and p != "layers"]
     return " ".join(parts)
 

@@ -189,9 +189,7 @@ def _round(x: Tensor, scale: Tensor, quantizer: FakeQuantize) -> Tensor:
     return ops.fake_quant(column, scales, quantizer.bucket, 0)[:, 0]
 
 
-def _gptq(
-    weight: Tensor, h: Tensor, quantizer: FakeQuantize, size: int
-) -> tuple[Tensor, Tensor]:
+def _gptq(weight: Tensor, h: Tensor, quantizer: FakeQuantize, size: int) -> tuple[Tensor, Tensor]:
     """Step 1: the rounded weight and the scales (rows, groups). Columns are worked as rows."""
     w = weight.T.contiguous()
     cols, rows = w.shape
@@ -232,7 +230,9 @@ def _fit_scales(
     found = scale.clone()
     for start in range(0, rows, 4096):
         part = slice(start, start + 4096)
-        level = ops.quantize(q[part], scale[part].contiguous(), quantizer.bucket, size if size < cols else 0)
+        level = ops.quantize(
+            q[part], scale[part].contiguous(), quantizer.bucket, size if size < cols else 0
+        )
         level = _grouped(level.float(), groups, size)
         target = (_grouped(weight[part] @ h, groups, size) * level).sum(-1)
         normal = torch.empty(len(level), groups, groups, device=h.device)

@@ -1,8 +1,9 @@
 """From a float Whisper to a small folder: what ``dqw compress`` does, as one function.
 
 teacher and student → plan → fake quantization → distillation → freeze → a folder. Without training,
-error-compensating rounding on calibration speech takes distillation's place. The training run lives beside the folder, in OUT.run (checkpoints, labels, logs); the folder itself is written
-under a temporary name and appears whole or not at all.
+error-compensating rounding on calibration speech takes distillation's place. The training run lives
+beside the folder, in OUT.run (checkpoints, labels, logs); the folder itself is written under a
+temporary name and appears whole or not at all.
 """
 
 from __future__ import annotations

@@ -134,9 +134,7 @@ def _search(w: Tensor, group_size: int, spec: QuantSpec, bucket: Tensor) -> Tens
 
 
 @torch.no_grad()
-def search_near(
-    part: Tensor, scale: Tensor, quantizer: FakeQuantize, importance: Tensor
-) -> Tensor:
+def search_near(part: Tensor, scale: Tensor, quantizer: FakeQuantize, importance: Tensor) -> Tensor:
     """The best of 11 scales from 0.8 to 1.2 times ``scale`` (rows, 1) for one group, (rows, 1).
 
     part: the group's weights (rows, columns); importance (columns,) weighs their squared errors.

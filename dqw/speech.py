@@ -48,9 +48,7 @@ def calibration_batches(
     chosen = [items[i * len(items) // wanted] for i in range(wanted)] if wanted < len(items) \
         else list(items)  # fmt: skip
     multilingual = is_multilingual(student)
-    encoder = LabelEncoder(
-        processor.tokenizer, multilingual, student.config.max_target_positions
-    )
+    encoder = LabelEncoder(processor.tokenizer, multilingual, student.config.max_target_positions)
     with tempfile.TemporaryDirectory() as folder:
         made = prepare(
             chosen, encoder, teacher, teacher_processor, recipe.distill, recipe.train,

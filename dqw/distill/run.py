@@ -187,7 +187,7 @@ def _calibrate(
 ) -> None:
     """Round with error compensation on some windows; a resumed run has that behind it."""
     windows, size = config.calibration_clips, 4
-    names = ("input_features", "decoder_input_ids")
+    names = ("input_features", "decoder_input_ids", "decoder_mask")
     batches = []  # made before autocast begins: the mel filters must not run in bf16
     for start in range(0, windows, size):
         # Evenly over the data, which comes source by source.
