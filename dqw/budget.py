@@ -200,7 +200,7 @@ def fit_budget(
     batches: Sequence[Mapping[str, Tensor]],
     say: Callable[[str], object] = print,
 ) -> Recipe:
-    """``recipe`` with an override for each layer, so that the folder takes at most ``budget`` bytes.
+    """``recipe`` with an override a layer, so that the folder takes at most ``budget`` bytes.
 
     model: float, on any device; batches: as of ``dqw.speech``, of which the first 8 windows are
     used. The plan is said in a few lines. Raises UserError if the budget cannot be met.
