@@ -139,7 +139,7 @@ def sensitivities(
         for option in candidates(spec):
             q = rounded(matrix, option)
             errors[option] = float((q - matrix).square().sum())
-            if option.bits == PROBE:
+            if option.bits == PROBE and errors[option]:  # weights of zeros cost nothing
                 with changed(layer, q):
                     cost = probe.kl(encoder_changed=".encoder." in f".{name}") / errors[option]
         found[name] = [

@@ -85,11 +85,12 @@ def round_layer(name: str, module: QuantModule, moment: Moment) -> None:
     quantizer = module.quantizer
     assert quantizer is not None
     before = module.weight.float()
-    free_mean = module.bias is not None or name.endswith("k_proj")
+    bias: Tensor | None = getattr(module, "bias", None)  # an embedding has none
+    free_mean = bias is not None or name.endswith("k_proj")
     h = moment.centred() if free_mean else moment.second
     after = compensated(before, h, quantizer)
-    if module.bias is not None:
-        module.bias += ((before - after) @ moment.mean()).to(module.bias.dtype)
+    if bias is not None:
+        bias += ((before - after) @ moment.mean()).to(bias.dtype)
     module.weight.copy_(after)
 
 
