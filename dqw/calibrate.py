@@ -24,11 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from dqw import ops
-from dqw.embedding import TiedProjection
+from dqw.embedding import QuantEmbedding, TiedProjection
 from dqw.fake_quant import FakeQuantize, search_near
 from dqw.linear import QuantLinear, QuantModule
 
 DAMPING = 0.01  # of H's mean diagonal, as in the paper
+# An embedding's rows are inputs as well, where every column counts alike: base's KL on 2,429
+# held-out tokens is 0.0112 at 0.01, 0.0107 at 0.05, 0.0099 at 0.1, 0.0098 at 0.3 (groups of 32).
+EMBEDDING_DAMPING = 0.15
 BLOCK = 64  # columns whose errors are collected before the rest is updated
 ROWS = 4096  # at most this many rows of one input are taken, evenly spaced
 ROUNDS = 3  # of steps 2 and 3; the first takes 25 % off the error, the second 4 %, the third 2 %
@@ -88,7 +91,8 @@ def round_layer(name: str, module: QuantModule, moment: Moment) -> None:
     bias: Tensor | None = getattr(module, "bias", None)  # an embedding has none
     free_mean = bias is not None or name.endswith("k_proj")
     h = moment.centred() if free_mean else moment.second
-    after = compensated(before, h, quantizer)
+    damping = EMBEDDING_DAMPING if isinstance(module, QuantEmbedding) else DAMPING
+    after = compensated(before, h, quantizer, damping)
     if bias is not None:
         bias += ((before - after) @ moment.mean()).to(bias.dtype)
     module.weight.copy_(after)
@@ -157,13 +161,16 @@ def _doubt(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compensated(weight: Tensor, moment: Tensor, quantizer: FakeQuantize) -> Tensor:
+def compensated(
+    weight: Tensor, moment: Tensor, quantizer: FakeQuantize, damping: float = DAMPING
+) -> Tensor:
     """``weight`` (rows, cols) on the quantizer's grid, so that X Wᵀ moves least; sets its clips.
 
-    moment: XᵀX, (cols, cols). Columns go from left to right: with per-group scales an order by
-    importance would mix the groups. Clips per tensor stay as they are.
+    moment: XᵀX, (cols, cols); damping: share of its mean diagonal added to it. Columns go from left
+    to right: with per-group scales an order by importance would mix the groups. Clips per tensor
+    stay as they are.
     """
-    h = _damped(moment)
+    h = _damped(moment, damping)
     size = quantizer.group_size or weight.shape[1]
     q, scale = _gptq(weight, h, quantizer, size)
     h = h.float()
@@ -175,12 +182,12 @@ def compensated(weight: Tensor, moment: Tensor, quantizer: FakeQuantize) -> Tens
     return quantizer(q)  # the same levels; the scale may be another by its last bit
 
 
-def _damped(moment: Tensor) -> Tensor:
+def _damped(moment: Tensor, damping: float) -> Tensor:
     """H in float64 with its damping. Dead inputs get a unit diagonal."""
     h = moment.double()
     diagonal = h.diagonal()
     dead = diagonal <= 0
-    diagonal += dead + DAMPING * diagonal.mean()
+    diagonal += dead + damping * diagonal.mean()
     return h
 
 
