@@ -83,7 +83,7 @@ def test_logits_are_those_of_the_plain_decoder(small, tier, prompt):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("group", [0, 32, 64])
+@pytest.mark.parametrize("group", [0, 16, 32, 64])
 def test_every_packing(bits, group):
     grid = "uniform" if bits > 6 else "apot"
     model = packed(

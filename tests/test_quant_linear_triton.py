@@ -103,7 +103,7 @@ POINTERS = {"weight_ptr": "*u8", "levels_ptr": "*i16", "row_scale_ptr": "*fp32",
 KINDS = [  # bits, type of x, group size, rows of x; i8 is int8 activations of a float16 layer
     (4, "fp16", 64, 1), (4, "bf16", 64, 16), (4, "bf16", 0, 64), (4, "fp16", 0, 200),
     (4, "fp32", 64, 64), (4, "i8", 0, 1), (6, "i8", 64, 200),
-    (3, "bf16", 32, 8), (6, "fp16", 0, 1), (8, "bf16", 64, 64),
+    (4, "fp16", 16, 1), (4, "i8", 16, 8), (8, "bf16", 16, 64), (3, "bf16", 32, 8), (6, "fp16", 0, 1), (8, "bf16", 64, 64),
 ]  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def test_splits_follow_the_number_of_programs() -> None:
     for m in (1, 8, 16, 17, 64, 65, 1500):
         for rows in (1, 384, 1280, 51865):
             for cols in (1, 384, 1280, 5120):
-                for group in (0, 64):
+                for group in (0, 16, 64):
                     tile = kernel.tiling(m, rows, cols, group, 1, 132)
                     assert tile["BLOCK_M"] in (16, 32, 64, 128)
                     assert m > 64 or tile["BLOCK_M"] >= m
