@@ -140,8 +140,9 @@ def _linear(x_ptr, weight_ptr, scale_ptr, levels_ptr, bias_ptr, row_scale_ptr, y
                     first = (start + step) * 64
                     if GROUP % 64 != 0:
                         first += 32 * half + 16 * quarter
-                    scale = tl.load(scale_ptr + n * scale_stride + first // GROUP,
-                                    mask=n < tl.where(first < cols, rows, 0), other=0.0)  # fmt: skip
+                    mask_n = n < tl.where(first < cols, rows, 0)
+                    at_n = scale_ptr + n * scale_stride + first // GROUP
+                    scale = tl.load(at_n, mask=mask_n, other=0.0)
                     part = _sum(low, high, INT8, PLANES).to(tl.float32)
                     total += part * scale.to(tl.float32)[:, None]
                     low = tl.zeros((BLOCK_N, BLOCK_M), SUMS)
