@@ -48,7 +48,7 @@ def compress(
     bits: Annotated[int | None, typer.Option(help="Bits of Linear weights, 2 to 8.")] = None,
     grid: Annotated[str | None, typer.Option(help="apot, pot or uniform.")] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="32, 64, 128 columns a scale; 0: one scale a row.")
+        int | None, typer.Option(help="16, 32, 64, 128 columns a scale; 0: one scale a row.")
     ] = None,
     embedding_bits: Annotated[
         int | None, typer.Option(help="Bits of the embedding and output projection; 0: float.")

@@ -359,7 +359,7 @@ def _cuda_quant_linear(
     if int8_activations and not fits:
         _say_once(
             f"int8 activations with {cols} columns in groups of {group_size} run on dqw's slow "
-            "PyTorch reference on a GPU: use groups of a multiple of 32."
+            "PyTorch reference on a GPU: use groups of a multiple of 16."
         )
         return reference.quant_linear(
             x, weight, scale, levels, bias, rows, bits, group_size, int8_activations

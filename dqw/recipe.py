@@ -16,7 +16,7 @@ from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig
 from dqw.errors import UserError
 from dqw.grids import check_grid
 
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = (16, 32, 64, 128)
 ACTIVATIONS = ("float", "int8")
 
 
@@ -24,7 +24,7 @@ ACTIVATIONS = ("float", "int8")
 class QuantSpec:
     """How one layer's weight is quantized.
 
-    bits: 2 to 8. grid: apot, pot or uniform. group_size: 32, 64 or 128 columns share a scale
+    bits: 2 to 8. grid: apot, pot or uniform. group_size: 16, 32, 64 or 128 columns share a scale
     (a width it does not divide is padded), or None for one scale a row; per_tensor: one scale in
     all. activations: "float", or "int8" for dynamic int8 per token in the matrix product.
     weight_norm: the clip is learned in units of the weight's standard deviation.
@@ -41,7 +41,8 @@ class QuantSpec:
         check_grid(self.grid, self.bits)
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise UserError(
-                f"group_size is {self.group_size!r}: choose 32, 64, 128, or 0 for one scale a row."
+                f"group_size is {self.group_size!r}: choose {', '.join(map(str, GROUP_SIZES))}, "
+                "or 0 for one scale a row."
             )
         if self.per_tensor and self.group_size is not None:
             raise UserError("per_tensor and group_size exclude each other: give one of them.")

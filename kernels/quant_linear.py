@@ -4,7 +4,7 @@
 
 x (M, cols) float32, float16 or bfloat16, contiguous; weight as in ``dqw.packing``, 2 to 8 bits;
 scale (1, 1), (rows, 1) or (rows, groups) float32 or float16; y (M, rows) in x's dtype.
-group_size is 0 or a multiple of 32 (``supports``). int8_activations: x was rounded by
+group_size is 0 or a multiple of 16 (``supports``). int8_activations: x was rounded by
 ``quantize_rows`` and comes as int8 with its row scales.
 
 Levels, not weights, are multiplied: they are exact in float16 and int8, and in bfloat16 up to 6
@@ -128,16 +128,25 @@ def _linear(x_ptr, weight_ptr, scale_ptr, levels_ptr, bias_ptr, row_scale_ptr, y
                 level = tl.load(levels_ptr + load_codes(at, j, half, mask, BITS))
                 if INT8 or PLANES == 2:
                     level = level.to(tl.int32)
-            low, high = _multiply(level, x, low, high, INT8, PLANES)
-            if GROUP != 0 and (GROUP % 64 != 0 or half == 1):
-                # BLOCKS is 1 here, and the sums so far lie in one group.
-                first = (start + step) * 64 + (32 * half if GROUP % 64 != 0 else 0)
-                scale = tl.load(scale_ptr + n * scale_stride + first // GROUP,
-                                mask=n < tl.where(first < cols, rows, 0), other=0.0)  # fmt: skip
-                part = _sum(low, high, INT8, PLANES).to(tl.float32)
-                total += part * scale.to(tl.float32)[:, None]
-                low = tl.zeros((BLOCK_N, BLOCK_M), SUMS)
-                high = tl.zeros((BLOCK_N, BLOCK_M), SUMS)
+            # A group that ends inside 32 columns: one product for each 16, beside zeros, because
+            # int8 products take no fewer columns.
+            for quarter in tl.static_range(2 if GROUP % 32 != 0 else 1):
+                own = x
+                if GROUP % 32 != 0:
+                    own = tl.where((column // 16 == quarter)[:, None], x, tl.zeros_like(x))
+                low, high = _multiply(level, own, low, high, INT8, PLANES)
+                if GROUP != 0 and (GROUP % 64 != 0 or half == 1):
+                    # BLOCKS is 1 here, and the sums so far lie in one group.
+                    first = (start + step) * 64
+                    if GROUP % 64 != 0:
+                        first += 32 * half + 16 * quarter
+                    mask_n = n < tl.where(first < cols, rows, 0)
+                    at_n = scale_ptr + n * scale_stride + first // GROUP
+                    scale = tl.load(at_n, mask=mask_n, other=0.0)
+                    part = _sum(low, high, INT8, PLANES).to(tl.float32)
+                    total += part * scale.to(tl.float32)[:, None]
+                    low = tl.zeros((BLOCK_N, BLOCK_M), SUMS)
+                    high = tl.zeros((BLOCK_N, BLOCK_M), SUMS)
     if GROUP == 0:
         result = _sum(low, high, INT8, PLANES)
     else:
@@ -200,10 +209,9 @@ def _quantize_rows(x_ptr, q_ptr, scale_ptr, cols, BLOCK: tl.constexpr):
 def supports(cols: int, group_size: int, int8_activations: bool) -> bool:
     """Whether this kernel serves; if not, dequantize and multiply (or the reference) does.
 
-    Groups must not end inside a dot product of 32 columns, and int32 sums hold 65536 products of
-    127 × 128.
+    Groups must not end inside 16 columns, and int32 sums hold 65536 products of 127 × 128.
     """
-    return group_size % 32 == 0 and not (int8_activations and cols > 65536)
+    return group_size % 16 == 0 and not (int8_activations and cols > 65536)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

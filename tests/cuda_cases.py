@@ -44,7 +44,7 @@ def identity(device: str) -> None:
     for bits in range(2, 9):
         levels = grids.levels("apot", bits)
         for dtype in DTYPES:
-            for granularity in ("channel", "64", "32" if bits % 2 else "96"):
+            for granularity in ("channel", "16", "64", "32" if bits % 2 else "96"):
                 rows, cols = 19, 70
                 weight, _ = random_weight(rows, cols, bits, levels)
                 scale, group = random_scale(rows, cols, granularity)
@@ -61,7 +61,7 @@ def error(device: str) -> None:
     shapes = [(1, 33, 1023), (7, 20, 130), (17, 9, 200), (64, 5, 7), (65, 7, 64), (130, 3, 65)]
     for n, (m, rows, cols) in enumerate(shapes):
         for dtype in DTYPES:
-            bits, granularity = 2 + (n + 2) % 7, ("channel", "tensor", "64", "24")[n % 4]
+            bits, granularity = 2 + (n + 2) % 7, ("channel", "16", "tensor", "64", "24")[n % 5]
             levels = grids.levels("apot", bits)
             weight, _ = random_weight(rows, cols, bits, levels)
             scale, group = random_scale(rows, cols, granularity, 0.1)
@@ -80,9 +80,12 @@ def int8(device: str) -> None:
     """Integer sums: bit for bit the reference's without groups, a few units off with them."""
     for bits, grid in ((2, "apot"), (4, "apot"), (5, "pot"), (8, "apot")):
         levels = grids.levels(grid, bits)
-        for m, rows, cols in ((1, 17, 700), (5, 9, 65), (33, 20, 7), (3, 5, 200), (130, 70, 64)):
+        for m, rows, cols, kind in (
+            (1, 17, 700, "channel"), (5, 9, 65, "channel"), (33, 20, 7, "channel"),
+            (3, 5, 200, "64"), (3, 5, 200, "16"), (130, 70, 64, "channel"),
+        ):  # fmt: skip
             weight, _ = random_weight(rows, cols, bits, levels)
-            scale, group = random_scale(rows, cols, "64" if m == 3 else "channel", 0.1)
+            scale, group = random_scale(rows, cols, kind, 0.1)
             x, bias = torch.randn(m, cols), torch.randn(rows)
             args = (x, weight, scale, levels, bias, rows, bits, group, True)
             want, got = reference.quant_linear(*args), call("quant_linear", device, *args)
@@ -130,7 +133,7 @@ def tables(device: str) -> None:
     """dequantize and quant_embedding: bit for bit, any group size; an unknown id is NaN."""
     for bits in range(2, 9):
         levels = grids.levels("pot", bits)
-        for granularity in ("tensor", "channel", "32", "24"):
+        for granularity in ("tensor", "channel", "16", "32", "24"):
             weight, _ = random_weight(9, 130, bits, levels)
             scale, group = random_scale(9, 130, granularity)
             args = (weight, scale, levels, 9, 130, bits, group)
@@ -150,7 +153,7 @@ def fake_quant(device: str) -> None:
     for grid, bits, dtype in kinds:
         bucket, top = grids.bucket(grid, bits), grids.level_max(grid, bits)
         for rows, cols, granularity in (
-            (3, 7, "channel"), (3, 9, "tensor"), (2, 65, "32"), (1, 130, "64"),
+            (3, 7, "channel"), (3, 9, "tensor"), (2, 65, "16"), (2, 65, "32"), (1, 130, "64"),
             (2, 1030, "channel"), (1, 9001, "tensor"),
         ):  # fmt: skip
             scale, group = random_scale(rows, cols, granularity, 1 / top)

@@ -43,7 +43,7 @@ def test_sizes_as_people_write_them() -> None:
             parse_bytes(bad)
 
 
-@pytest.mark.parametrize("group", [None, 32, 64])
+@pytest.mark.parametrize("group", [None, 16, 32, 64])
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_stored_bytes_are_those_of_a_packed_layer(group: int | None, bits: int) -> None:
     spec = QuantSpec(bits=bits, grid="uniform", group_size=group)

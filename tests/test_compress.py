@@ -119,7 +119,7 @@ def test_cut_keeps_first_and_last_and_generates() -> None:
         ("choose 2 to 8", ["--bits", "1", "--ptq-only"]),
         ("choose 2 to 8", ["--bits", "9", "--ptq-only"]),
         ("apot, pot, uniform", ["--grid", "log", "--ptq-only"]),
-        ("choose 32, 64, 128", ["--group-size", "48", "--ptq-only"]),
+        ("choose 16, 32, 64, 128", ["--group-size", "48", "--ptq-only"]),
         ("--data is missing", []),
         ("like 4,4", ["--student-layers", "4", "--ptq-only"]),
         ("the teacher has 2", ["--student-layers", "4,1", "--ptq-only"]),

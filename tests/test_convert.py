@@ -179,7 +179,7 @@ def test_a_group_that_does_not_divide_is_padded() -> None:
     assert layer.scale.shape == (6, 2)
 
 
-@pytest.mark.parametrize("group_size", [None, 32])
+@pytest.mark.parametrize("group_size", [None, 16, 32])
 def test_int8_layer_equals_its_fake_quantization(group_size: int | None) -> None:
     spec = QuantSpec(group_size=group_size, activations="int8")
     layer = dqw.QuantLinear.from_linear(torch.nn.Linear(256, 48), spec)

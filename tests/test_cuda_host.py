@@ -200,6 +200,7 @@ def test_few_rows_reach_this_kernel(library, monkeypatch: pytest.MonkeyPatch) ->
         (torch.float32, 1, 4, 64, False), (torch.float16, 9, 4, 64, False),
         (torch.bfloat16, 8, 7, 64, False), (torch.float16, 8, 7, 64, True),
         (torch.float16, 1, 4, 96, False), (torch.bfloat16, 1, 4, 0, True),
+        (torch.float16, 1, 4, 16, False), (torch.float16, 1, 4, 32, True),
     ):  # fmt: skip
         few = torch.zeros(m, 64, dtype=dtype)
         kind = torch.float16 if group else torch.float32

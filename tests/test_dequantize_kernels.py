@@ -18,7 +18,7 @@ pytestmark = needs_library
 dqw = torch.ops.dqw
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "32", "64", "128", "24"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "16", "32", "64", "128", "24"])
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_equals_the_reference(isa: str, granularity: str) -> None:
     with instruction_set(isa):

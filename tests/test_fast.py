@@ -13,7 +13,7 @@ from whisper_helpers import tiny
 
 import dqw
 from dqw.convert import set_activations
-from dqw.recipe import QuantConfig, Recipe
+from dqw.recipe import Override, QuantConfig, Recipe
 from dqw.whisper.fast import (
     CROSS_TYPES,
     Session,
@@ -83,7 +83,7 @@ def test_logits_are_those_of_the_plain_decoder(small, tier, prompt):
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("group", [0, 32, 64])
+@pytest.mark.parametrize("group", [0, 16, 32, 64])
 def test_every_packing(bits, group):
     grid = "uniform" if bits > 6 else "apot"
     model = packed(
@@ -318,6 +318,17 @@ def test_a_folder_loads_with_the_fast_decoder(speaking, tmp_path):
     assert loaded.config.architectures == ["WhisperForConditionalGeneration"]
     batch = features(processor, 1)["input_features"]
     assert torch.equal(loaded.generate(batch), model.generate(batch))
+
+
+def test_an_embedding_may_have_finer_groups(tmp_path):
+    model, processor = tiny(tmp_path)
+    rule = Override(match="*embed_tokens", group_size=16)
+    packed(model, override=[rule]).save_pretrained(tmp_path / "small")
+    loaded = WhisperForConditionalGeneration.from_pretrained(tmp_path / "small")
+    assert loaded.model.decoder.embed_tokens.group_size == 16 and uncovered(loaded) == ""
+    noise = [np.random.default_rng(1).standard_normal(9_000).astype(np.float32)]
+    found = transcribe(loaded, processor, noise, "en")
+    assert found == transcribe(plain(loaded), processor, noise, "en")
 
 
 def test_a_network_follows_its_model(small):

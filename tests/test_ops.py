@@ -100,7 +100,7 @@ def test_nan_stays_and_infinity_clips() -> None:
     assert y[0, 0].isnan() and torch.allclose(y[0, 1:], torch.tensor([1.0, -1.0, 0.1]))
 
 
-@pytest.mark.parametrize("group_size", [0, 32, 64, 128])
+@pytest.mark.parametrize("group_size", [0, 16, 32, 64, 128])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_identity_activations_give_the_dequantized_weight(bits: int, group_size: int) -> None:
     weight, scale, levels = packed(7, 129, bits, group_size=group_size)

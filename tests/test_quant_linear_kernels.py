@@ -89,7 +89,7 @@ def test_no_sum_saturates(isa: str) -> None:
             for m in (1, 4, 13):
                 x = torch.tensor([127.0, -127.0])[torch.arange(m) % 2, None].repeat(1, cols)
                 exact = x.long() @ level.T
-                for group in (0, 32, 64):
+                for group in (0, 16, 32, 64):
                     scale = torch.ones(rows, cols // group if group else 1)
                     for int8 in (True, False):
                         args = (weight, scale, levels, None, rows, bits, group, int8)
@@ -130,11 +130,14 @@ def test_groups(isa: str, int8: bool) -> None:
         for grid, bits in [*(("apot", b) for b in BITS), ("pot", 6), ("uniform", 5)]:
             levels = grids.levels(grid, bits)
             for granularity, cols in (
+                ("16", 200),
+                ("16", 2100),  # more columns than the gemv has room for scales
                 ("32", 200),
                 ("64", 200),
                 ("128", 320),
                 ("24", 100),
                 ("96", 200),
+                ("48", 200),
             ):
                 for m in (1, 3, 7, 14):
                     weight, level = random_weight(37, cols, bits, levels)
@@ -151,6 +154,25 @@ def test_groups(isa: str, int8: bool) -> None:
                     torch.testing.assert_close(
                         got, want, rtol=0, atol=bound, msg=f"{grid} {bits} {granularity} {m}"
                     )
+
+
+@pytest.mark.parametrize("group", [16, 32, 64])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_int8_sums_of_groups_are_exact(isa: str, group: int) -> None:
+    """Scales that are powers of two, and exact sums of few groups: bit for bit those of int64."""
+    with instruction_set(isa):
+        for bits in BITS:
+            levels = grids.levels("uniform", bits)
+            for m, rows, cols in ((1, 17, 70), (2, 9, 129), (4, 33, 200), (9, 40, 130)):
+                weight, level = random_weight(rows, cols, bits, levels)
+                shape = rows, -(-cols // group)
+                scale = 2.0 ** torch.randint(0, 3, shape).float() / 4
+                x = torch.randint(-126, 127, (m, cols)).float()
+                x[:, 0] = 127.0  # so that q = x
+                unit = scale.repeat_interleave(group, 1)[:, :cols].mul(4).long()
+                want = (x.long() @ (level * unit).T).float() / 4
+                args = (weight, scale.half(), levels, None, rows, bits, group, True)
+                assert torch.equal(dqw.quant_linear(x, *args), want), (bits, m, cols)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -170,7 +192,7 @@ def test_float_is_as_good_as_float32(isa: str) -> None:
                 assert (got - exact).abs().max() <= 2 * (plain - exact).abs().max() + floor
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "channel", "32", "64", "128", "24"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "16", "32", "64", "128", "24"])
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_identity_gives_the_exact_weight(isa: str, granularity: str) -> None:
     with instruction_set(isa):
@@ -209,7 +231,7 @@ def test_half_precision_rounds_once(isa: str, dtype: torch.dtype) -> None:
     with instruction_set(isa):
         levels = grids.levels("apot", 4)
         weight, _ = random_weight(50, 70, 4, levels)
-        for granularity in ("channel", "32"):
+        for granularity in ("channel", "16", "32"):
             scale, group = random_scale(50, 70, granularity, 0.1)
             for m in (1, 4, 13):
                 x, bias = torch.randn(m, 70).to(dtype), torch.randn(50).to(dtype)
@@ -226,7 +248,7 @@ def test_nan_and_infinity_stay_in_their_row(isa: str, int8: bool) -> None:
     with instruction_set(isa):
         levels = grids.levels("uniform", 4)
         weight, _ = random_weight(20, 70, 4, levels)
-        for granularity in ("channel", "32"):
+        for granularity in ("channel", "16", "32"):
             scale, group = random_scale(20, 70, granularity)
             for m in (3, 8):
                 x = torch.randn(m, 70)
@@ -273,7 +295,7 @@ def test_wrong_arguments_are_errors() -> None:
 def test_opcheck(int8: bool) -> None:
     levels = grids.levels("apot", 4)
     weight, _ = random_weight(8, 70, 4, levels)
-    for granularity in ("channel", "32"):
+    for granularity in ("channel", "16", "32"):
         scale, group = random_scale(8, 70, granularity)
         for m in (2, 6):
             args = (torch.randn(m, 70), weight, scale, levels, torch.randn(8), 8, 4, group, int8)

@@ -102,8 +102,8 @@ POINTERS = {"weight_ptr": "*u8", "levels_ptr": "*i16", "row_scale_ptr": "*fp32",
             "ids_ptr": "*i64", "scale_ptr": "*fp16", "parts_ptr": "*fp32"}  # fmt: skip
 KINDS = [  # bits, type of x, group size, rows of x; i8 is int8 activations of a float16 layer
     (4, "fp16", 64, 1), (4, "bf16", 64, 16), (4, "bf16", 0, 64), (4, "fp16", 0, 200),
-    (4, "fp32", 64, 64), (4, "i8", 0, 1), (6, "i8", 64, 200),
-    (3, "bf16", 32, 8), (6, "fp16", 0, 1), (8, "bf16", 64, 64),
+    (4, "fp32", 64, 64), (4, "i8", 0, 1), (6, "i8", 64, 200), (4, "fp16", 16, 1), (4, "i8", 16, 8),
+    (3, "bf16", 32, 8), (6, "fp16", 0, 1), (8, "bf16", 64, 64), (8, "bf16", 16, 64),
 ]  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def test_linear_compiles_without_spills(arch: int, tmp_path, monkeypatch) -> Non
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    for bits, name, group, m in KINDS if arch == 90 else KINDS[:7]:
+    for bits, name, group, m in KINDS if arch == 90 else KINDS[:9]:
         int8 = name == "i8"
         dtype = names.get(name, torch.float16)
         kind = kernel.constants(bits, dtype, group, int8, True)
@@ -184,7 +184,7 @@ def test_splits_follow_the_number_of_programs() -> None:
     for m in (1, 8, 16, 17, 64, 65, 1500):
         for rows in (1, 384, 1280, 51865):
             for cols in (1, 384, 1280, 5120):
-                for group in (0, 64):
+                for group in (0, 16, 64):
                     tile = kernel.tiling(m, rows, cols, group, 1, 132)
                     assert tile["BLOCK_M"] in (16, 32, 64, 128)
                     assert m > 64 or tile["BLOCK_M"] >= m
@@ -192,6 +192,14 @@ def test_splits_follow_the_number_of_programs() -> None:
                     assert tile["SPLIT"] * 128 <= max(cols, 128)
     assert kernel.tiling(1, 512, 2048, 0, 1, 132)["SPLIT"] > 1
     assert kernel.tiling(1, 51865, 512, 0, 1, 132)["SPLIT"] == 1
+
+
+def test_which_groups_the_kernel_takes() -> None:
+    from dqw_kernels import quant_linear as kernel
+
+    for group in (0, 16, 32, 48, 64, 128):
+        assert kernel.supports(512, group, False) and kernel.supports(512, group, True), group
+    assert not kernel.supports(512, 24, False)
 
 
 def test_info_names_the_kernels_and_why() -> None:

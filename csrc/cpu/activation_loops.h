@@ -30,7 +30,8 @@ DQW_INLINE f32 read_some(const void* p, int64_t i, int64_t n) {
 
 // Scales of W rows from n, of groups [g0, g1), as floats; → the step from row to row. Whole rows
 // lie side by side as they do in memory.
-constexpr int64_t kScaleColumns = 2048;  // at most, for the room of `out`: groups have 32 or more
+constexpr int64_t kScaleColumns = 2048;  // at most, for the room of `out`
+constexpr int64_t kMostScales = kScaleColumns / kQuarter;
 DQW_INLINE int64_t load_scales(const Packed& w, int64_t n, int64_t g0, int64_t g1, int64_t groups,
                                float* out) {
     const int64_t rows = w.rows - n < W ? w.rows - n : W;
@@ -45,9 +46,10 @@ DQW_INLINE int64_t load_scales(const Packed& w, int64_t n, int64_t g0, int64_t g
         convert(n * groups, rows * groups, out);
         return groups;
     }
-    constexpr int64_t stride = kScaleColumns / 32;
-    for (int64_t r = 0; r < rows; r++) convert((n + r) * groups + g0, g1 - g0, out + r * stride);
-    return stride;
+    for (int64_t r = 0; r < rows; r++) {
+        convert((n + r) * groups + g0, g1 - g0, out + r * kMostScales);
+    }
+    return kMostScales;
 }
 
 // ---- results ----
@@ -203,8 +205,8 @@ template <Type T>
 void prepare_rows(const Linear& a, const void* source, int64_t begin, int64_t end, bool gemm) {
     const int planes = planes_of(a);
     const int64_t cols = a.w.cols, padded = a.w.blocks * kUnit, rows = (end - begin) * planes;
-    const int64_t group = a.w.group ? a.w.group : cols;
-    const int64_t groups = a.w.group ? (cols + group - 1) / group : 1;
+    const GroupOf group_of(a.w.group);
+    const int64_t groups = a.w.group ? (cols + a.w.group - 1) / a.w.group : 1;
     int8_t* out = a.q + begin * planes * padded;
     for (int64_t r = 0; r < end - begin; r++) {
         const int64_t start = (begin + r) * cols;
@@ -213,10 +215,11 @@ void prepare_rows(const Linear& a, const void* source, int64_t begin, int64_t en
         a.row_scale[begin + r] = range.scale;
         int32_t* row_sum = a.row_sum + (begin + r) * planes * groups;
         for (int64_t g = 0; g < planes * groups; g++) row_sum[g] = 0;
-        for (int64_t b = 0; b < padded; b += 32) {  // a group never ends inside 32 columns
-            alignas(64) int8_t q[3][32];
-            i32 sums[3] = {all_int(0), all_int(0), all_int(0)};
-            for (int64_t i = b; i < b + 32; i += W) {
+        i32 sums[3] = {all_int(0), all_int(0), all_int(0)};  // of a group
+        int64_t group = 0;
+        for (int64_t b = 0; b < padded; b += kQuarter) {  // a group never ends inside a quarter
+            alignas(64) int8_t q[3][kQuarter];
+            for (int64_t i = b; i < b + kQuarter; i += W) {
                 const int64_t n = cols - i;
                 const f32 x = n > 0 ? read_some<T>(source, start + i, n) : zero();
                 if (planes == 1) {
@@ -234,17 +237,24 @@ void prepare_rows(const Linear& a, const void* source, int64_t begin, int64_t en
                     store_bytes(q[p] + (i - b), digit);
                 }
             }
+            const bool last = b + kQuarter >= cols;
+            const int64_t next = last ? group : group_of(b + kQuarter);
             for (int p = 0; p < planes; p++) {
-                if (b < cols) row_sum[p * groups + (a.w.group ? b / group : 0)] += sum_int(sums[p]);
+                if (last ? b < cols : next != group) {
+                    row_sum[p * groups + group] = sum_int(sums[p]);
+                    sums[p] = all_int(0);
+                }
                 if (!gemm) {
                     int8_t* to = out + (r * planes + p) * padded;
-                    __builtin_memcpy(to + 32 * place_of(b / 32, padded / 32), q[p], 32);
+                    to += 32 * place_of(b / 32, padded / 32) + b % 32;
+                    __builtin_memcpy(to, q[p], kQuarter);
                     continue;
                 }
-                for (int64_t i = 0; i < 32; i += 4) {
+                for (int64_t i = 0; i < kQuarter; i += 4) {
                     __builtin_memcpy(out + (b + i) * rows + (r * planes + p) * 4, q[p] + i, 4);
                 }
             }
+            group = next;
         }
         if (gemm || a.w.group == 0 || byte_offset(a.w) == 0) continue;
         for (int p = 0; p < planes; p++) fill_lane_start(a, (begin + r) * planes + p);

@@ -45,12 +45,34 @@ DQW_INLINE float scale_at(const Packed& w, int64_t row, int64_t group) {
     return w.scale_is_half ? half_to_float(((const uint16_t*)w.scale)[i])
                            : ((const float*)w.scale)[i];
 }
-// Scales of columns 64 b … 64 b + 63, if groups are multiples of 32 columns: of each half.
-DQW_INLINE void scales_of_block(const Packed& w, int64_t row, int64_t b, float& first,
-                                float& second) {
-    const int64_t begin = b * 64, last = w.cols - 1;
-    first = scale_at(w, row, begin / w.group);
-    second = scale_at(w, row, (begin + 32 < last ? begin + 32 : last) / w.group);
+
+// The group of a column: a shift where it can be one. Without groups all columns are group 0.
+struct GroupOf {
+    int64_t group;
+    int shift;
+    explicit GroupOf(int64_t group)
+        : group(group),
+          shift(group == 0            ? 62
+                : group & (group - 1) ? -1
+                                      : __builtin_ctzll(group)) {}
+    int64_t operator()(int64_t column) const {
+        return shift >= 0 ? column >> shift : column / group;
+    }
+};
+
+// Scales of block b by quarters, 16 columns each, if groups are multiples of 16 columns.
+constexpr int kQuarter = 16;
+DQW_INLINE void scales_of_block(const Packed& w, const GroupOf& group_of, int64_t row, int64_t b,
+                                float (&scale)[64 / kQuarter]) {
+    int64_t before = -1;
+    float s = 0;
+    for (int i = 0; i < 64 / kQuarter; i++) {
+        const int64_t column = b * 64 + i * kQuarter;
+        const int64_t g = group_of(column < w.cols ? column : w.cols - 1);
+        if (g != before) s = scale_at(w, row, g);
+        scale[i] = s;
+        before = g;
+    }
 }
 
 // Levels of a block as integers: low + 256 * high.
@@ -76,20 +98,23 @@ template <int B>
 struct Weights {
     const Packed& w;
     Levels<B> levels;
-    explicit Weights(const Packed& w) : w(w), levels(w) {}
+    GroupOf group_of;
+    explicit Weights(const Packed& w) : w(w), levels(w), group_of(w.group) {}
     void operator()(int64_t row, int64_t b, f32 (&out)[kVectors]) const {
         i32 level[kVectors];
         levels(w.data + row * w.row_bytes + b * 8 * B, level);
-        if (w.group == 0 || w.group % 64 == 0) {
-            const f32 s = all(scale_at(w, row, w.group == 0 ? 0 : b * 64 / w.group));
-            for (int j = 0; j < kVectors; j++) out[j] = mul(to_float(level[j]), s);
+        if (w.group % kQuarter == 0) {
+            float s[64 / kQuarter];
+            scales_of_block(w, group_of, row, b, s);
+            for (int j = 0; j < kVectors; j++) {
+                out[j] = mul(to_float(level[j]), all(s[j * W / kQuarter]));
+            }
             return;
         }
         float s[64];  // any other group size: a scale for every column
-        const int64_t groups = (w.cols + w.group - 1) / w.group;
         for (int64_t i = 0; i < 64; i++) {
-            const int64_t g = (b * 64 + i) / w.group;
-            s[i] = scale_at(w, row, g < groups ? g : groups - 1);
+            const int64_t column = b * 64 + i;
+            s[i] = scale_at(w, row, group_of(column < w.cols ? column : w.cols - 1));
         }
         for (int j = 0; j < kVectors; j++) out[j] = mul(to_float(level[j]), load(s + j * W));
     }

@@ -22,6 +22,7 @@ void float_rows(const Linear& a, int64_t m0, int64_t begin, int64_t end) {
     constexpr int R = kGemvOutputs;
     const Packed& w = a.w;
     const FloatTable<B> table(w.low);
+    const GroupOf group_of(w.group);
     const int64_t padded = w.blocks * kUnit;
     const float* x = a.x + m0 * padded;
     float sums[M][W];
@@ -46,13 +47,12 @@ void float_rows(const Linear& a, int64_t m0, int64_t begin, int64_t end) {
                         });
                     });
                     if (w.group == 0) return;
-                    float first, second;
+                    float scale[64 / kQuarter];
                     const int64_t row = n + r0 + r.value;
-                    scales_of_block(w, row < w.rows ? row : w.rows - 1, b, first, second);
+                    scales_of_block(w, group_of, row < w.rows ? row : w.rows - 1, b, scale);
                     unroll<kParts * M>([&](auto i) DQW_INLINED {
                         constexpr int p = i.value / M, m = i.value % M;
-                        acc[r.value][m] =
-                            fma(part[p][m], halves<p>(first, second), acc[r.value][m]);
+                        acc[r.value][m] = fma(part[p][m], quarters<p>(scale), acc[r.value][m]);
                     });
                 });
             }
@@ -134,23 +134,13 @@ void int8_rows(const Linear& a, int64_t begin, int64_t end) {
     }
 }
 
-// The group of a column: a shift where it can be one.
-struct GroupOf {
-    int64_t group;
-    int shift;
-    explicit GroupOf(int64_t group)
-        : group(group), shift(group & (group - 1) ? -1 : __builtin_ctzll(group)) {}
-    int64_t operator()(int64_t column) const {
-        return shift >= 0 ? column >> shift : column / group;
-    }
-};
-
 // With groups, one plane of the matrix: the lanes of a part are exact integers, scaled as floats
-// into the total. Split: the scale may change inside a block, so that its halves are parts.
-template <int B, int M, class Dot, bool Split>
+// into the total. Span: so many columns of a block always share a scale. Below 64 the halves of a
+// block are parts of their own; at 16 the lanes of a part have two scales a block.
+template <int B, int M, class Dot, int Span>
 DQW_INLINE void group_sums(const Linear& a, const Table<B>& table, int64_t n, int64_t end,
                            float (&sums)[M][W]) {
-    constexpr int R = kSideBySide<M>, kParts = Split ? 2 : 1;
+    constexpr int R = kSideBySide<M>, kParts = Span < 64 ? 2 : 1;
     constexpr int64_t kStep = kStepBlocks * kUnit;
     const Packed& w = a.w;
     const GroupOf group_of(w.group);
@@ -160,7 +150,7 @@ DQW_INLINE void group_sums(const Linear& a, const Table<B>& table, int64_t n, in
         const int64_t stop = c + kScaleColumns < padded ? c + kScaleColumns : padded;
         const int64_t g0 = group_of(c), own = group_of(stop - 1) + 1;
         const int64_t g1 = own < groups ? own : groups;
-        float scales[W * kScaleColumns / 32 + W];
+        float scales[W * kMostScales + W];
         const int64_t stride = load_scales(w, n, g0, g1, groups, scales);
         for (int64_t r0 = 0; r0 < W && n + r0 < end; r0 += R) {
             const RowPointers<R> rows(w, n + r0);
@@ -171,10 +161,10 @@ DQW_INLINE void group_sums(const Linear& a, const Table<B>& table, int64_t n, in
             f32 acc[M][R];
             unroll<R * M>([&](auto i) DQW_INLINED { acc[i.value / R][i.value % R] = zero(); });
             const auto step = [&](int64_t s, auto blocks) DQW_INLINED {
-                int64_t g[2 * blocks.value];
-                for (int i = 0; i < 2 * blocks.value; i += Split ? 1 : 2) {
-                    g[i] = group_of(s * kStep + 32 * i);
-                    if (Split && g[i] >= g1) g[i] = g1 - 1;  // only fills the last block up
+                int64_t g[4 * blocks.value];  // of every quarter of a block
+                for (int i = 0; i < 4 * blocks.value; i += Span / kQuarter) {
+                    g[i] = group_of(s * kStep + kQuarter * i);
+                    if (Span < 64 && g[i] >= g1) g[i] = g1 - 1;  // only fills the last block up
                     g[i] -= g0;
                 }
                 const int8_t* q = a.q + s * kStep;
@@ -184,7 +174,8 @@ DQW_INLINE void group_sums(const Linear& a, const Table<B>& table, int64_t n, in
                         step_codes<B, blocks.value>(rows.p[r.value] + s * kStepBlocks * 8 * B));
                     f32 scale[2];
                     unroll<kParts>([&](auto i) DQW_INLINED {
-                        scale[i.value] = part_scale<blocks.value>(scale_of[r.value], g, i.value);
+                        scale[i.value] =
+                            part_scale<blocks.value, Span>(scale_of[r.value], g, i.value);
                     });
                     unroll<M>([&](auto m) DQW_INLINED {
                         const int64_t at = m.value * padded;
@@ -195,7 +186,7 @@ DQW_INLINE void group_sums(const Linear& a, const Table<B>& table, int64_t n, in
                             }
                         });
                         unroll<2>([&](auto h) DQW_INLINED {
-                            i32& own = part[Split ? h.value : 0];
+                            i32& own = part[Span < 64 ? h.value : 0];
                             own = Dot::dot(own, v.part[h.value],
                                            load_part<blocks.value>(q + at, h.value));
                         });
@@ -216,15 +207,15 @@ DQW_INLINE void group_sums(const Linear& a, const Table<B>& table, int64_t n, in
     }
 }
 
-template <int B, int M, class Dot, bool Split>
+template <int B, int M, class Dot, int Span>
 void int8_group_rows(const Linear& a, int64_t begin, int64_t end) {
     const int planes = M % 3 ? 1 : planes_of(a), offset = byte_offset(a.w);
     const Table<B> low(a.w.low, offset), high(a.w.high, offset);
     float sums[M][W], upper[M][W];
     for (int64_t n = begin; n < end; n += W) {
-        group_sums<B, M, Dot, Split>(a, low, n, end, sums);
+        group_sums<B, M, Dot, Span>(a, low, n, end, sums);
         if (a.w.wide) {
-            group_sums<B, M, Dot, Split>(a, high, n, end, upper);
+            group_sums<B, M, Dot, Span>(a, high, n, end, upper);
             for (int m = 0; m < M; m++) {
                 store(sums[m], fma(load(upper[m]), all(256.0f), load(sums[m])));
             }
@@ -245,12 +236,15 @@ void run_gemv_int8(const Linear& a, int64_t begin, int64_t end) {
     with_bits(a.w.bits, [&](auto bits) {
         with_rows<kGemvRows>(a.m * planes_of(a), [&](auto m) {
             with_dot<bits.value>(a.w, [&](auto dot) {
-                if (a.w.group % 64) {
-                    int8_group_rows<bits.value, m.value, decltype(dot), true>(a, begin, end);
+                using Dot = decltype(dot);
+                if (a.w.group % 32) {
+                    int8_group_rows<bits.value, m.value, Dot, 16>(a, begin, end);
+                } else if (a.w.group % 64) {
+                    int8_group_rows<bits.value, m.value, Dot, 32>(a, begin, end);
                 } else if (a.w.group) {
-                    int8_group_rows<bits.value, m.value, decltype(dot), false>(a, begin, end);
+                    int8_group_rows<bits.value, m.value, Dot, 64>(a, begin, end);
                 } else {
-                    int8_rows<bits.value, m.value, decltype(dot)>(a, begin, end);
+                    int8_rows<bits.value, m.value, Dot>(a, begin, end);
                 }
             });
         });

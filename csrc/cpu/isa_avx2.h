@@ -285,10 +285,16 @@ DQW_INLINE void store_part(void* p, int part, i32 x) {
 }
 // Where the activations of 32 columns go, counted in 32.
 DQW_INLINE int64_t place_of(int64_t chunk, int64_t) { return chunk; }
-// Scales of the lanes of a step's part, by the groups of the step's columns, 32 each.
-template <int Blocks>
+// By lanes, four columns each: 16 columns of `first`, 16 of `second`.
+DQW_INLINE f32 by_columns(float first, float second) {
+    return _mm256_blend_ps(all(first), all(second), 0xf0);
+}
+// Scales of the lanes of a step's part, by the groups of the step's columns, 16 each; Span of them
+// share one.
+template <int Blocks, int Span>
 DQW_INLINE f32 part_scale(const float* s, const int64_t* group, int part) {
-    return all(s[group[part]]);
+    if constexpr (Span > 16) return all(s[group[2 * part]]);
+    return by_columns(s[group[2 * part]], s[group[2 * part + 1]]);
 }
 
 // The sums of all lanes, of R registers.
@@ -364,10 +370,10 @@ DQW_INLINE i32 widen(Bytes b) {
     const __m128i half = J & 2 ? _mm256_extracti128_si256(x, 1) : _mm256_castsi256_si128(x);
     return _mm256_cvtepi8_epi32(J & 1 ? _mm_srli_si128(half, 8) : half);
 }
-// Lanes of part `p` of a block that belong to its first 32 codes get `first`, the rest `second`.
+// The scales of part P of a block, given for every 16 columns.
 template <int P>
-DQW_INLINE f32 halves(float first, float second) {
-    return all(P == 0 ? first : second);
+DQW_INLINE f32 quarters(const float (&s)[4]) {
+    return by_columns(s[2 * P], s[2 * P + 1]);
 }
 
 // v[i] lane j <-> v[j] lane i.

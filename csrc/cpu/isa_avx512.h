@@ -345,12 +345,19 @@ DQW_INLINE int64_t place_of(int64_t chunk, int64_t chunks) {
     if (chunk / 4 * 4 + 4 > chunks) return chunk;  // the last block, alone
     return chunk - chunk % 4 + (chunk % 4 == 1 ? 2 : chunk % 4 == 2 ? 1 : chunk % 4);
 }
-// Scales of the lanes of a step's part, by the groups of the step's columns, 32 each.
-template <int Blocks>
+// `x` with `*s` in the lanes of `mask`; a lane is four columns.
+DQW_INLINE f32 with_scale(f32 x, __mmask16 mask, const float* s) {
+    return _mm512_mask_broadcastss_ps(x, mask, _mm_load_ss(s));
+}
+// Scales of the lanes of a step's part, by the groups of the step's columns, 16 each; Span of them
+// share one.
+template <int Blocks, int Span>
 DQW_INLINE f32 part_scale(const float* s, const int64_t* group, int part) {
-    const f32 first = all(s[group[part]]);
-    if constexpr (Blocks == 1) return first;
-    return _mm512_mask_broadcastss_ps(first, 0xff00, _mm_load_ss(s + group[2 + part]));
+    f32 x = all(s[group[2 * part]]);
+    if constexpr (Span == 16) x = with_scale(x, 0x00f0, s + group[2 * part + 1]);
+    if constexpr (Blocks == 2) x = with_scale(x, 0xff00, s + group[4 + 2 * part]);
+    if constexpr (Blocks == 2 && Span == 16) x = with_scale(x, 0xf000, s + group[5 + 2 * part]);
+    return x;
 }
 
 // The sums of all lanes, of four registers.
@@ -402,10 +409,11 @@ template <int J>
 DQW_INLINE i32 widen(Bytes b) {
     return _mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(b.part[0], J));
 }
-// Lanes of part `p` of a block that belong to its first 32 codes get `first`, the rest `second`.
+// The scales of part P of a block, given for every 16 columns.
 template <int P>
-DQW_INLINE f32 halves(float first, float second) {
-    return _mm512_insertf32x8(all(first), _mm256_set1_ps(second), 1);
+DQW_INLINE f32 quarters(const float (&s)[4]) {
+    return with_scale(with_scale(with_scale(all(s[0]), 0x00f0, s + 1), 0x0f00, s + 2), 0xf000,
+                      s + 3);
 }
 
 // v[i] lane j <-> v[j] lane i.

@@ -301,9 +301,16 @@ DQW_INLINE void store_part(void* p, int part, i32 x) {
     store_int((char*)p + 32 * part, x);
 }
 DQW_INLINE int64_t place_of(int64_t chunk, int64_t) { return chunk; }
-template <int Blocks>
+// By lanes, four columns each: 16 columns of `first`, 16 of `second`.
+DQW_INLINE f32 by_columns(float first, float second) {
+    return each<f32>([&](int i) { return i < W / 2 ? first : second; });
+}
+// Scales of the lanes of a step's part, by the groups of the step's columns, 16 each; Span of them
+// share one.
+template <int Blocks, int Span>
 DQW_INLINE f32 part_scale(const float* s, const int64_t* group, int part) {
-    return all(s[group[part]]);
+    if constexpr (Span > 16) return all(s[group[2 * part]]);
+    return by_columns(s[group[2 * part]], s[group[2 * part + 1]]);
 }
 template <int R>
 DQW_INLINE void store_sums(int32_t* out, const i32 (&v)[R]) {
@@ -346,8 +353,8 @@ DQW_INLINE i32 widen(Bytes b) {
     return each<i32>([&](int i) { return (int32_t)c[W * J + i]; });
 }
 template <int P>
-DQW_INLINE f32 halves(float first, float second) {
-    return all(P == 0 ? first : second);
+DQW_INLINE f32 quarters(const float (&s)[4]) {
+    return by_columns(s[2 * P], s[2 * P + 1]);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 //
 // Exact where the reference is: int8 sums are integers, float weights are level * scale rounded
 // once. What a tier has no kernel for goes through torch's matmul on the unpacked matrix: many rows
-// without vector instructions, and in int8 group sizes that are no multiple of 32 and rows longer
+// without vector instructions, and in int8 group sizes that are no multiple of 16 and rows longer
 // than the int32 sums allow.
 
 #include "tensors.h"
@@ -210,14 +210,14 @@ Tensor quant_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale_
     const void* source = x.const_data_ptr();
     a.y = y.mutable_data_ptr();
 
-    const bool odd_groups = a.w.group % 32 != 0, too_long = cols > kLongestInt8Row;
+    const bool odd_groups = a.w.group % 16 != 0, too_long = cols > kLongestInt8Row;
     // Float activations as digits of integers, where that is faster.
     if (!int8_activations && !odd_groups && !too_long && a.m <= k.planes_limit &&
         k.takes_planes(a.w)) {
         a.planes = 3;
     }
     const bool int8 = int8_activations || a.planes > 1;
-    // The float gemv has no second plane of levels; no gemv has scales that change inside 32
+    // The float gemv has no second plane of levels; no gemv has scales that change inside 16
     // columns.
     const bool gemv_can = int8 ? !(odd_groups || too_long) : !(odd_groups || a.w.wide);
     const bool gemm_can = k.gemm_int8 && !(int8 && (odd_groups || too_long));

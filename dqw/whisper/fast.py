@@ -99,7 +99,7 @@ def _reason(part: nn.Module, named: list[tuple[str, Any]], heads: int) -> str:
 def _unfit(module: nn.Module) -> str:
     if not isinstance(module, QuantModule) or not module.frozen:
         return "is not packed"
-    if module.group_size % 32 or module.cols > 65536:
+    if module.group_size % 16 or module.cols > 65536:
         return "has groups or rows that the kernels do not take"
     if module.spec.activations != "int8" and level_max(module.spec.grid, module.spec.bits) > 128:
         return "has levels beyond 8 bits"
