@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqw.errors import UserError
 from dqw.recipe import Recipe
+from dqw.whisper.report import model_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,17 +29,6 @@ if TYPE_CHECKING:
     from dqw.whisper.data import Item
 
 Say = Callable[[str], object]
-
-# Files that the size of a model does not count: the tokenizer is the same for every Whisper.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "normalizer.json",
-)
 
 
 @dataclass
@@ -104,7 +94,7 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     folder = save_student(student, processor, job.out, provenance(job, recipe))
     if not job.ptq_only:
         finish(job)
-    say(f"wrote {folder}: {model_mib(folder):.1f} MiB without the tokenizer")
+    say(f"wrote {folder}: {model_bytes(folder) / 2**20:.1f} MiB without the tokenizer")
     return folder
 
 
@@ -315,13 +305,6 @@ asr = pipeline("automatic-speech-recognition", model="{name}")
 
 Without `import dqw` loading stops with a size mismatch.
 """
-
-
-def model_mib(folder: str | Path) -> float:
-    """MiB of all files in ``folder`` but the tokenizer's and the model card."""
-    files = [f for f in Path(folder).iterdir() if f.is_file()]
-    skip = (*_TOKENIZER_FILES, "README.md")
-    return sum(f.stat().st_size for f in files if f.name not in skip) / 2**20
 
 
 @contextlib.contextmanager

@@ -15,10 +15,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from dqw.compress import Job, compress, model_mib
+from dqw.compress import Job, compress
 from dqw.recipe import Recipe
 from dqw.whisper.data import Item, load_items
 from dqw.whisper.files import write_atomic
+from dqw.whisper.report import model_bytes
 
 BASE_FLOAT16_MIB = 138.46  # whisper-base's 72,593,920 parameters as float16
 SMALL_FLOAT16_MIB = 461.07  # whisper-small's 241,734,912
@@ -121,7 +122,9 @@ def measured(demo: Demo, name: str, folder: Path, test: list[Item]) -> dict[str,
     result = evaluate(model, processor, test)
     words, characters = result.scores.wer, result.scores.cer
     row = {
-        "size_mib": round(BASE_FLOAT16_MIB if name == "teacher" else model_mib(folder), 2),
+        "size_mib": round(
+            BASE_FLOAT16_MIB if name == "teacher" else model_bytes(folder) / 2**20, 2
+        ),
         "wer": round(100 * words.rate, 2) if words else None,
         "cer": round(100 * characters.rate, 2) if characters else None,
         "errors": words.errors if words else 0,

@@ -41,8 +41,8 @@ def calibration_batches(
     ``items``. Raises UserError if no clip can be used.
     """
     from dqw.distill.data import Collator, LabelEncoder, SpeechDataset
+    from dqw.distill.pair import is_multilingual
     from dqw.distill.prepare import prepare
-    from dqw.distill.run import is_multilingual
 
     wanted = recipe.distill.calibration_clips or WINDOWS
     chosen = [items[i * len(items) // wanted] for i in range(wanted)] if wanted < len(items) \
@@ -74,7 +74,7 @@ def calibration_batches(
 @contextlib.contextmanager
 def lowered(model: Any) -> Iterator[None]:
     """bfloat16 matrix products within the block, where the machine multiplies it in hardware."""
-    from dqw.distill.run import fast_precision
+    from dqw.distill.arguments import fast_precision
 
     with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_precision() == "bf16"):
         yield

@@ -26,12 +26,12 @@ from dqw.budget import (
     stored_bytes,
 )
 from dqw.cli import app
-from dqw.compress import model_mib
 from dqw.convert import quant_modules
 from dqw.errors import UserError
 from dqw.linear import QuantLinear
 from dqw.recipe import QuantSpec, Recipe
 from dqw.whisper.checkpoint import load_whisper
+from dqw.whisper.report import model_bytes
 
 
 def test_sizes_as_people_write_them() -> None:
@@ -123,7 +123,7 @@ def test_compress_keeps_within_the_budget(tmp_path: Path) -> None:
         code, output = run(f"{budget}KiB", out, "--ptq-only")
         assert code == 0, output
         assert "plan: " in output and "decoder fc1" in output
-        sizes.append(model_mib(out) * 1024)
+        sizes.append(model_bytes(out) / 1024)
         assert sizes[-1] <= budget
     assert sizes[0] < sizes[1]
     bits = {m.spec.bits for m in quant_modules(load_whisper(tmp_path / "220")[0]).values()}
@@ -132,4 +132,4 @@ def test_compress_keeps_within_the_budget(tmp_path: Path) -> None:
     assert code == 1 and "larger --budget" in output
     code, output = run("220KiB", tmp_path / "trained", "--steps", "1", "--batch-size", "2")
     assert code == 0, output
-    assert model_mib(tmp_path / "trained") * 1024 <= 220
+    assert model_bytes(tmp_path / "trained") / 1024 <= 220

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from whisper_helpers import save_tiny, write_tone
 
 from dqw.cli import app
-from dqw.compress import model_mib
 from dqw.convert import quant_modules
 from dqw.whisper.checkpoint import load_whisper
+from dqw.whisper.report import model_bytes
 from dqw.whisper.student import cut_student, kept_layers
 
 FAST = ["--steps", "2", "--batch-size", "2"]
@@ -71,7 +71,7 @@ def test_ptq_writes_a_folder_that_loads(base: Path, tmp_path: Path) -> None:
     assert config["made_by"]["teacher"] == "base"
     assert not [p for p in out.iterdir() if p.suffix in (".bin", ".pt", ".pkl")]
     assert "import dqw" in (out / "README.md").read_text()
-    assert 0 < model_mib(out) < model_mib(base)
+    assert 0 < model_bytes(out) < model_bytes(base)
 
 
 def test_joint_training_moves_weights_and_clips(base: Path, data: Path, tmp_path: Path) -> None:

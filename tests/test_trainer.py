@@ -20,8 +20,8 @@ from dqw.distill.data import Collator, EpochSampler, LabelEncoder, SpeechDataset
 from dqw.distill.labels import is_loop, read_labels, write_labels
 from dqw.distill.losses import IGNORE, cross_entropy, hidden_loss, logits_kl
 from dqw.distill.model import Batch, DistillModel, teacher_pass
+from dqw.distill.pair import is_multilingual
 from dqw.distill.prepare import prepare, windows
-from dqw.distill.run import is_multilingual
 from dqw.distill.stepping import parameter_groups, spec_augment
 from dqw.errors import UserError
 from dqw.recipe import Recipe

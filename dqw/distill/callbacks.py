@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from dqw.distill.checkpoint import write_atomically
 from dqw.distill.progress import Display, Pace, StepReport
+from dqw.whisper.files import write_atomic
 
 if TYPE_CHECKING:
     from dqw.distill.trainer import DistillTrainer
@@ -72,7 +72,7 @@ def cut_log(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    write_atomically(path, "".join(kept))
+    write_atomic(path, "".join(kept))
 
 
 def tensorboard_callback(folder: Path, resumed_step: int | None) -> TrainerCallback | None:

@@ -131,16 +131,6 @@ def load_optimizer(checkpoint: Path, optimizer: Any) -> None:
     optimizer.load_state_dict({"state": state, "param_groups": plain["param_groups"]})
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: the old file or the new one is there, never a half."""
-    work = path.with_name(f".{path.name}.unfinished")
-    with open(work, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    work.rename(path)
-
-
 def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -11,7 +11,6 @@ output_dir/
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,15 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Seq2SeqTrainingArguments
 
 from dqw.calibrate import calibrate
 from dqw.distill import checkpoint as store
+from dqw.distill.arguments import fast_precision, total_steps, training_arguments
 from dqw.distill.callbacks import ReportCallback, cut_log, tensorboard_callback
 from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig
 from dqw.distill.data import Collator, LabelEncoder, SpeechDataset, SpeechItem
 from dqw.distill.guidance import Choice
 from dqw.distill.model import DistillModel
+from dqw.distill.pair import check_models, is_multilingual, settle
 from dqw.distill.prepare import Prepared, prepare
 from dqw.distill.progress import Display, StepReport, display
 from dqw.distill.states import FOLDER as STATES
@@ -108,7 +108,7 @@ def distill(
     kept = keeps_states(config, guidance, train)
     found = _checkpoint(folder, resume)
     shown = _display(progress)
-    _settle(student, teacher, config, train)
+    settle(student, teacher, config, train)
     encoder = LabelEncoder(
         processor.tokenizer, is_multilingual(student), student.config.max_target_positions
     )
@@ -204,108 +204,6 @@ def _calibrate(
     student.eval()
     with torch.autocast(student.device.type, torch.bfloat16, enabled=fast_precision() == "bf16"):
         calibrate(student, heard())
-
-
-def training_arguments(
-    train: TrainConfig, folder: Path, needs_unused: bool
-) -> Seq2SeqTrainingArguments:
-    """`TrainConfig` in transformers' words; `max_steps` is set once the clips are counted."""
-    precision = fast_precision() if train.precision == "auto" else train.precision
-    args = Seq2SeqTrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.accumulate,
-        learning_rate=train.lr,
-        lr_scheduler_type=train.schedule,
-        warmup_steps=train.warmup_steps,
-        max_grad_norm=train.max_grad_norm,
-        max_steps=1,
-        save_strategy="steps",
-        save_steps=train.save_steps or 2**31,
-        logging_steps=train.log_steps,
-        logging_first_step=True,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        use_cpu=not torch.cuda.is_available(),
-        seed=train.seed,
-        dataloader_num_workers=train.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        label_names=["labels"],
-        ddp_find_unused_parameters=needs_unused,
-        ddp_broadcast_buffers=False,
-        disable_tqdm=True,
-        report_to="none",
-    )
-    args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used through torchrun, not DataParallel
-    return args
-
-
-def total_steps(train: TrainConfig, clips: int, processes: int) -> int:
-    """Optimizer steps of a run over `clips` clips by `processes` processes."""
-    batches = math.ceil(clips / (train.batch_size * processes))
-    per_epoch = math.ceil(batches / train.accumulate)
-    return train.steps or max(math.ceil(train.epochs * per_epoch), 1)
-
-
-def fast_precision() -> str:
-    """`bf16` where this machine multiplies it in hardware, else `float32`."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if has_bf16 else "float32"
-
-
-def is_multilingual(model: Any) -> bool:
-    """Whether the model knows languages: its generation config's word, else its vocabulary's size
-    (English-only checkpoints have 51,864 tokens)."""
-    known = getattr(getattr(model, "generation_config", None), "is_multilingual", None)
-    return bool(known) if known is not None else model.config.vocab_size != 51864
-
-
-def check_models(student: Any, teacher: Any, teacher_processor: Any) -> None:
-    """Raise UserError where `teacher` cannot teach `student`."""
-    if student is teacher:
-        raise UserError("student and teacher are one model: load the teacher a second time.")
-    ours, theirs = student.config, teacher.config
-    if ours.vocab_size != theirs.vocab_size:
-        raise UserError(
-            f"the student has {ours.vocab_size} tokens and the teacher {theirs.vocab_size}: choose "
-            "two checkpoints of one vocabulary (51865: tiny to large-v2, multilingual; 51864: .en; "
-            "51866: large-v3 and turbo)."
-        )
-    if is_multilingual(student) != is_multilingual(teacher):
-        raise UserError(
-            "one of student and teacher is English-only, the other multilingual: choose two of a "
-            "kind."
-        )
-    if ours.num_mel_bins != theirs.num_mel_bins and teacher_processor is None:
-        raise UserError(
-            f"the student reads {ours.num_mel_bins} mel bins and the teacher "
-            f"{theirs.num_mel_bins}: give the teacher's own processor."
-        )
-    for key in ("max_source_positions", "max_target_positions"):
-        if getattr(ours, key) > getattr(theirs, key):
-            raise UserError(
-                f"the student's {key} is {getattr(ours, key)}, the teacher's "
-                f"{getattr(theirs, key)}: choose a teacher that hears and writes at least as much."
-            )
-
-
-def _settle(student: Any, teacher: Any, config: DistillConfig, train: TrainConfig) -> None:
-    """Dtypes, and what is frozen."""
-    # A fake-quantized student learns in float32; autocast lowers what may be lowered.
-    student.float()
-    on_cpu = not torch.cuda.is_available()
-    dtype = (
-        teacher.dtype if config.teacher_dtype == "keep" else getattr(torch, config.teacher_dtype)
-    )
-    # CPUs have no fast float16 arithmetic, and the same numbers fit float32.
-    teacher.to(torch.float32 if on_cpu and dtype == torch.float16 else dtype)
-    if train.freeze_encoder:
-        student.model.encoder.requires_grad_(False)
-    if train.freeze_embedding:
-        student.model.decoder.embed_tokens.requires_grad_(False)
 
 
 def _display(progress: str | Callable[[StepReport], object] | Display) -> Display:

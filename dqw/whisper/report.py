@@ -37,7 +37,7 @@ class Part:
 
 @dataclass
 class Report:
-    """`format`: how the folder is stored; `model_bytes`: weights and config on disk;
+    """`format`: how the folder is stored; `model_bytes`: see the function;
     `all_bytes`: with the tokenizer and the rest; `layers`: packed layer -> how it is stored."""
 
     format: str
@@ -56,6 +56,25 @@ class Report:
             total.scales += part.scales
             total.floats += part.floats
         return total
+
+
+# What a model's size does not count: the tokenizer is the same for every Whisper.
+_UNCOUNTED = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "normalizer.json",
+    "README.md",
+}
+
+
+def model_bytes(folder: str | Path) -> int:
+    """Bytes of all files in ``folder`` but the tokenizer's and the model card."""
+    files = [f for f in Path(folder).iterdir() if f.is_file()]
+    return sum(f.stat().st_size for f in files if f.name not in _UNCOUNTED)
 
 
 def inspect_folder(folder: str | Path) -> Report:
@@ -83,11 +102,8 @@ def inspect_folder(folder: str | Path) -> Report:
         for name in weights:
             tensors |= _safetensors(folder / name)
     parts = _parts(tensors, plan)
-    model_bytes = sum(
-        files[folder / name] for name in [*weights, "config.json"] if folder / name in files
-    )
     layers = {name: _spec_words(spec) for name, spec in plan.items()}
-    return Report(form, parts, model_bytes, sum(files.values()), config, layers)
+    return Report(form, parts, model_bytes(folder), sum(files.values()), config, layers)
 
 
 # name -> (element type, number of elements, bytes)

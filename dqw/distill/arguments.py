@@ -1,0 +1,61 @@
+"""A run's settings in the words of transformers: arguments, number of steps, precision."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import Seq2SeqTrainingArguments
+
+from dqw.distill.config import TrainConfig
+
+
+def training_arguments(
+    train: TrainConfig, folder: Path, needs_unused: bool
+) -> Seq2SeqTrainingArguments:
+    """`TrainConfig` in transformers' words; `max_steps` is set once the clips are counted."""
+    precision = fast_precision() if train.precision == "auto" else train.precision
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.accumulate,
+        learning_rate=train.lr,
+        lr_scheduler_type=train.schedule,
+        warmup_steps=train.warmup_steps,
+        max_grad_norm=train.max_grad_norm,
+        max_steps=1,
+        save_strategy="steps",
+        save_steps=train.save_steps or 2**31,
+        logging_steps=train.log_steps,
+        logging_first_step=True,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=not torch.cuda.is_available(),
+        seed=train.seed,
+        dataloader_num_workers=train.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        label_names=["labels"],
+        ddp_find_unused_parameters=needs_unused,
+        ddp_broadcast_buffers=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used through torchrun, not DataParallel
+    return args
+
+
+def total_steps(train: TrainConfig, clips: int, processes: int) -> int:
+    """Optimizer steps of a run over `clips` clips by `processes` processes."""
+    batches = math.ceil(clips / (train.batch_size * processes))
+    per_epoch = math.ceil(batches / train.accumulate)
+    return train.steps or max(math.ceil(train.epochs * per_epoch), 1)
+
+
+def fast_precision() -> str:
+    """`bf16` where this machine multiplies it in hardware, else `float32`."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_bf16 else "float32"
