@@ -172,27 +172,23 @@ DQW_INLINE void group_sums(const Linear& a, const Table<B>& table, int64_t n, in
                 unroll<R>([&](auto r) DQW_INLINED {
                     const auto v = table(
                         step_codes<B, blocks.value>(rows.p[r.value] + s * kStepBlocks * 8 * B));
-                    f32 scale[2];
+                    // Part by part: one scale at a time is in a register.
                     unroll<kParts>([&](auto i) DQW_INLINED {
-                        scale[i.value] =
+                        const f32 scale =
                             part_scale<blocks.value, Span>(scale_of[r.value], g, i.value);
-                    });
-                    unroll<M>([&](auto m) DQW_INLINED {
-                        const int64_t at = m.value * padded;
-                        i32 part[2] = {all_int(0), all_int(0)};
-                        unroll<kParts>([&](auto i) DQW_INLINED {
+                        unroll<M>([&](auto m) DQW_INLINED {
+                            const int64_t at = m.value * padded;
+                            i32 part = all_int(0);
                             if (Dot::has_offset) {
-                                part[i.value] = load_part<blocks.value>(start + at, i.value);
+                                part = load_part<blocks.value>(start + at, i.value);
                             }
-                        });
-                        unroll<2>([&](auto h) DQW_INLINED {
-                            i32& own = part[Span < 64 ? h.value : 0];
-                            own = Dot::dot(own, v.part[h.value],
-                                           load_part<blocks.value>(q + at, h.value));
-                        });
-                        unroll<kParts>([&](auto i) DQW_INLINED {
+                            unroll<2 / kParts>([&](auto j) DQW_INLINED {
+                                constexpr int h = i.value + j.value;
+                                part =
+                                    Dot::dot(part, v.part[h], load_part<blocks.value>(q + at, h));
+                            });
                             f32& sum = acc[m.value][r.value];
-                            sum = fma(to_float(Dot::widen(part[i.value])), scale[i.value], sum);
+                            sum = fma(to_float(Dot::widen(part)), scale, sum);
                         });
                     });
                 });
