@@ -330,3 +330,4 @@ def _progress(total: float) -> Iterator[Any]:
 
 
 import dqw.cli_compress  # noqa: E402, F401  adds compress and demo
+import dqw.cli_study  # noqa: E402, F401  adds study
