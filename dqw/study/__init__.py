@@ -1,4 +1,4 @@
-"""`dqw study NAME`: the questions about bits, grids, matching and guidance, answered by measurement.
+"""`dqw study NAME`: questions about bits, grids, matching and guidance, answered by measurement.
 
 `table.py` says what each study measures, as data; `lab.py` measures one cell of it; `runner.py`
 runs the cells that are not there yet; `stats.py` says which differences are ties; `report.py` and

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from dqw.study import plot
-from dqw.study.stats import Cell, Rate, difference, rate, verdict
-from dqw.study.table import Setting, Study
+from dqw.study.charts import charts, languages
+from dqw.study.stats import Cells, Rate, difference, rate, verdict
+from dqw.study.table import METRICS, Setting, Study
 from dqw.whisper.files import write_atomic
 
-METRICS = ("KL", "WER", "CER")
 _PAIRS = 6  # settings of a group up to which every pair is listed; above, each against the best
-Cells = Mapping[str, Sequence[Cell]]
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;
@@ -38,7 +37,7 @@ def write_report(
         s.name: {m: r for m in METRICS if (r := rate(cells[s.name], m)) is not None}
         for s in settings
     }
-    figure = plot.figure(_charts(study, settings, cells, rates))
+    figure = plot.figure(charts(study, settings, cells, rates))
     write_atomic(out / f"{study.name}.csv", csv_text(study, settings, cells))
     write_atomic(out / f"{study.name}.svg", figure)
     page = out / f"{study.name}.html"
@@ -85,85 +84,6 @@ def _figures(found: Rate | None, times: float, digits: int, counted: bool = Fals
     return [*values, *([str(round(found.total))] if counted else []), str(found.units)]
 
 
-# ---------------------------------------------------------------- plot
-
-
-def _charts(
-    study: Study, settings: Sequence[Setting], cells: Cells, rates: Mapping[str, Mapping[str, Rate]]
-) -> list[plot.Chart]:
-    if study.chart == "layers":
-        shown = [s for s in settings if s.factors["layer"] == "all"]
-        charts = []
-        for bits in sorted({s.factors["bits"] for s in shown}):
-            found = {s: rates[s.name]["KL"] for s in shown if s.factors["bits"] == bits}
-            ranked = sorted(found, key=lambda s: -found[s].value)
-            rows = [(str(s.factors["kind"]), _point(found[s])) for s in ranked]
-            charts.append(plot.dots(f"KL of rounding all layers of a kind to {bits} bits, "
-                                    "nats a token", rows, log=True))  # fmt: skip
-        return charts
-    if study.chart == "lines":
-        shown = [s for s in settings if study.x in s.factors and not s.baseline]
-        charts = [_lines(study, shown, rates, metric) for metric in METRICS
-                  if any(metric in rates[s.name] for s in shown)]  # fmt: skip
-        sizes: dict[str, list[plot.Point]] = {}
-        for s in shown:
-            mib = cells[s.name][0]["mib"]
-            point = plot.Point(mib, mib, mib, float(s.factors[study.x]))
-            sizes.setdefault(_series(study, s), []).append(point)
-        return [*charts, plot.lines("size, MiB", _x_label(study), sizes)]
-    if study.chart == "languages":
-        rows = []
-        for code, metric in _languages(cells):
-            for s in settings:
-                found = rate(cells[s.name], metric, code)
-                if found is not None:
-                    rows.append((f"{code} {metric}: {s.name}", _point(found, 100)))
-        return [plot.dots("errors by language, %", rows)]
-    charts = []
-    for metric in METRICS:
-        found = [(s.name, _point(rates[s.name][metric], 1 if metric == "KL" else 100))
-                 for s in settings if metric in rates[s.name]
-                 and not (metric == "KL" and s.model == "teacher")]  # fmt: skip
-        if found:
-            charts.append(plot.dots(_label(metric), found))
-    return charts
-
-
-def _lines(
-    study: Study,
-    settings: Sequence[Setting],
-    rates: Mapping[str, Mapping[str, Rate]],
-    metric: str,
-) -> plot.Chart:
-    series: dict[str, list[plot.Point]] = {}
-    for s in settings:
-        if metric in rates[s.name]:
-            times = 1 if metric == "KL" else 100
-            point = _point(rates[s.name][metric], times, float(s.factors[study.x]))
-            series.setdefault(_series(study, s), []).append(point)
-    return plot.lines(_label(metric), _x_label(study), series, log=metric == "KL")
-
-
-def _series(study: Study, setting: Setting) -> str:
-    return ", ".join(f"{setting.factors[f]} bits" if f == "bits" else str(setting.factors[f])
-                     for f in study.series)  # fmt: skip
-
-
-def _x_label(study: Study) -> str:
-    return {"ratio": "quantized layers, %"}.get(study.x, study.x)
-
-
-def _label(metric: str) -> str:
-    if metric == "KL":
-        return "KL from the teacher, nats a token"
-    return f"{metric}, %"
-
-
-def _point(found: Rate, times: float = 1, x: float = 0.0) -> plot.Point:
-    low, high = found.interval
-    return plot.Point(times * found.value, times * low, times * high, x)
-
-
 # ---------------------------------------------------------------- page
 
 
@@ -187,8 +107,8 @@ def _page(
         f"Measured on {about['measured on'].rsplit(' ', 1)[0]}.",
     ]
     if study.calibrates:
-        facts.append(f"Calibrated and trained on {about['speech'].rsplit(' ', 1)[0]}."
-                     if trained else f"Calibrated on {about['speech'].rsplit(' ', 1)[0]}.")  # fmt: skip
+        heard = about["speech"].rsplit(" ", 1)[0]
+        facts.append(f"Calibrated {'and trained ' if trained else ''}on {heard}.")
     facts.append(f"Recipe where nothing else is said: {recipe['bits']} bits {recipe['grid']}, "
                  f"{shared}, embedding {recipe['embedding_bits'] or 'float'} bits, convolutions "
                  f"{recipe['conv_bits'] or 'float'} bits.")  # fmt: skip
@@ -320,7 +240,7 @@ def _by_language(settings: Sequence[Setting], cells: Cells) -> list[str]:
     """Errors of each language beside the teacher's, and what the difference is worth."""
     rows = []
     teacher = next(s for s in settings if s.model == "teacher")
-    for code, metric in _languages(cells):
+    for code, metric in languages(cells):
         base = rate(cells[teacher.name], metric, code)
         for s in settings:
             found = rate(cells[s.name], metric, code)
@@ -336,13 +256,6 @@ def _by_language(settings: Sequence[Setting], cells: Cells) -> list[str]:
             rows.append(row)
     head = ["language", "setting", "%", "errors", "relative", "− teacher", "95 % interval", "it is"]
     return ["<h2>By language</h2>", _table(head, rows)]
-
-
-def _languages(cells: Cells) -> list[tuple[str, str]]:
-    from dqw.whisper.scoring import metric_of
-
-    clips = next(iter(cells.values()))[0]["clips"]
-    return [(code, metric_of(code)) for code in sorted({row[0] for row in clips if row[2]})]
 
 
 def _heat(settings: Sequence[Setting], rates: Mapping[str, Mapping[str, Rate]]) -> list[str]:
@@ -385,8 +298,8 @@ def _sizes() -> list[str]:
         }
     )
     note = (
-        "The authors' accounting: embedding and decoder matrices at 8 bits, the rest float16, sizes "
-        "in whole MiB. dqw: bytes of the folder without the tokenizer and config, scales included."
+        "The authors' accounting: embedding and decoder matrices at 8 bits, the rest float16, in "
+        "whole MiB. dqw: bytes of the folder without tokenizer and config, scales included."
     )
     return ["<h2>Sizes, small as the teacher</h2>", _table(head, rows),
             f'<p class="small">{escape(note)}</p>']  # fmt: skip

@@ -160,7 +160,7 @@ def speech(
         return train, spread(test, limit)
     if request.eval_data is None:
         raise UserError(
-            "--eval-data is missing: give transcribed clips to measure on that --data does not hold."
+            "--eval-data is missing: give transcribed clips to measure on, others than --data's."
         )
     if request.data is None and learns:
         raise UserError("--data is missing: give speech to learn or calibrate from.")

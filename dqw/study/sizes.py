@@ -75,8 +75,10 @@ def dqw_bytes(model: Any, recipe: Recipe) -> int:
 def size_table(recipes: dict[str, Recipe]) -> list[list[str]]:
     """Rows of text, the first the heads: the authors' accounting, and dqw under ``recipes``."""
     small = round(2 * sum(p.numel() for p in empty_model(SHAPES["small"]).parameters()) / MIB)
-    table = [["student", "authors' accounting", "× under small float16", *(
-        text for name in recipes for text in (f"dqw, {name}", "× under small float16"))]]  # fmt: skip
+    times = "× under small float16"
+    table = [["student", "authors' accounting", times]]
+    for name in recipes:
+        table[0] += [f"dqw, {name}", times]
     for name in ("base", "tiny"):
         model = empty_model(SHAPES[name])
         theirs = round(authors_bytes(model) / MIB)

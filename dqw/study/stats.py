@@ -19,6 +19,7 @@ from dqw.whisper.scoring import metric_of
 
 DRAWS = 1000
 Cell = Mapping[str, Any]
+Cells = Mapping[str, Sequence[Cell]]  # setting's name → its cells, by seed
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dqw.grids import GRIDS, check_grid
 from dqw.recipe import QuantSpec, Recipe
 
 Changes = Mapping[str, Mapping[str, Any]]  # recipe table → key → value
+METRICS = ("KL", "WER", "CER")
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 RATIOS = (25, 50, 75, 100)
 
@@ -134,7 +135,6 @@ def _matching(scope: Scope) -> list[Setting]:
 
 
 _REVERSED = {"mode": "mutual", "quantize_first": "largest", "distill_first": "smallest"}
-# Distillation losses alone choose: as many layers are distilled as there are.
 _GUIDES: dict[str, dict[str, Any]] = {
     "random": {"mode": "random"},
     "mutual": {"mode": "mutual"},
@@ -279,8 +279,9 @@ STUDIES = {
             "Does mutual guidance choose layers better than chance?",
             "Joint training. The ratio is the share of transformer layers that is quantized; the "
             "others stay float16, so compare within a ratio. Half of the layers are distilled "
-            "wherever a rule chooses them, all where the distillation loss alone chooses. Reversed: "
-            "layers far from the teacher are quantized, layers that rounding spares are distilled.",
+            "wherever a rule chooses them, all where the distillation loss alone chooses. "
+            "Reversed: layers far from the teacher are quantized, layers that rounding spares are "
+            "distilled.",
             _guidance,
             within=("ratio",),
         ),
@@ -288,8 +289,8 @@ STUDIES = {
             "ratio",
             "How do error and size go with the ratio of quantized layers?",
             "Calibrated rounding, no training. Layers whose rounding costs least KL come first, in "
-            "encoder and decoder alike; the others stay float16; the embedding has 8 bits, uniform, "
-            "the convolutions too. From 5 bits on the grid is uniform.",
+            "encoder and decoder alike; the others stay float16; embedding and convolutions have "
+            "8 bits, uniform. From 5 bits on the grid is uniform.",
             _ratio,
             within=("bits",),
             chart="lines",
