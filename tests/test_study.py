@@ -1,4 +1,4 @@
-"""`dqw study`: cells that are kept, ties that are ties, pages and tables that say what was found."""
+"""`dqw study`: cells that are kept, ties that are ties, pages that say what was found."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def speech(tmp_path: Path) -> Path:
     """Four labelled clips in two languages and a manifest."""
     rows = []
     for number, text in enumerate(("hello", "hello wow", "wow", "hello hello")):
-        write_tone(tmp_path / "clips" / f"{number}.wav", 0.4 + 0.1 * number, hertz=300 + 90 * number)
+        write_tone(tmp_path / "clips" / f"{number}.wav", 0.4 + 0.1 * number)
         rows.append({"audio": f"{number}.wav", "text": text, "language": ("en", "ja")[number % 2]})
     manifest = tmp_path / "clips" / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))

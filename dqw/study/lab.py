@@ -53,8 +53,8 @@ def spread(items: Sequence[Any], count: int | None) -> list[Any]:
 class Lab:
     """The models, the speech and the recipe of one study.
 
-    out: where training runs live while they run (OUT/runs); recipe: before a setting's changes.
-    scores: whether words are counted beside KL.
+    train, test: clips to learn from and to measure on, the latter with text and language. out: the
+    study's folder; recipe: before a setting's changes; steps: of each cell that trains.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class Lab:
         status("transcribing")
         processor = self.teacher_processor if model is self.teacher else self.processor
         found = evaluate(model, processor, self.test)
-        languages = [item.language or t.language for item, t in zip(self.test, found.transcripts)]
+        languages = [item.language for item in self.test]
         rows = clip_counts(
             [item.text or "" for item in self.test],
             [transcript.text for transcript in found.transcripts],

@@ -30,9 +30,17 @@ height:auto}.scroll{overflow-x:auto}
 
 
 def write_report(
-    out: Path, study: Study, settings: Sequence[Setting], cells: Cells, about: Mapping[str, Any]
+    out: Path,
+    study: Study,
+    settings: Sequence[Setting],
+    cells: Cells,
+    about: Mapping[str, Any],
+    command: str,
 ) -> Path:
-    """Write OUT/NAME.csv, .svg and .html; the page's path. ``cells``: setting's name → by seed."""
+    """Write OUT/NAME.csv, .svg and .html; returns the page's path.
+
+    about: what OUT/study.json holds; command: what was typed.
+    """
     rates = {
         s.name: {m: r for m in METRICS if (r := rate(cells[s.name], m)) is not None}
         for s in settings
@@ -41,7 +49,7 @@ def write_report(
     write_atomic(out / f"{study.name}.csv", csv_text(study, settings, cells))
     write_atomic(out / f"{study.name}.svg", figure)
     page = out / f"{study.name}.html"
-    write_atomic(page, _page(study, settings, cells, rates, about, figure))
+    write_atomic(page, _page(study, settings, cells, rates, (about, command), figure))
     return page
 
 
@@ -92,9 +100,10 @@ def _page(
     settings: Sequence[Setting],
     cells: Cells,
     rates: Mapping[str, Mapping[str, Rate]],
-    about: Mapping[str, Any],
+    made: tuple[Mapping[str, Any], str],
     figure: str,
 ) -> str:
+    about, command = made
     from dqw.study.runner import machine
 
     recipe = about["recipe"]["quant"]
@@ -120,7 +129,7 @@ def _page(
         f"<h1>{escape(study.question)}</h1>",
         f"<p>{escape(study.how)}</p>",
         f'<p class="small">{escape(" ".join(facts))}<br>'
-        f"<code>dqw study {study.name}{' --quick' if about['quick'] else ''}</code>, "
+        f"<code>{escape(command)}</code>, "
         f"{time.strftime('%Y-%m-%d')}; {escape(machine())}.</p>",
         *_answer(study, settings, rates),
         "<h2>Plot</h2>",

@@ -16,7 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from dqw.whisper.files import write_atomic
 
 DEMO = Path("runs/demo")  # whose weights and speech are the default
 STEPS, QUICK_STEPS = 60, 2
-QUICK_CLIPS = 9
+QUICK_CLIPS = 6
 QUICK_WINDOWS = 8  # of calibration speech
 
 
@@ -82,9 +82,27 @@ def run_study(
     seeds = 1 if request.quick else request.seeds
     cells = [(s, seed) for s in settings for seed in range(seeds if s.phases else 1)]
     run_cells(lab, cells, say)
-    page = write_report(request.out, study, settings, read_cells(request.out, cells), about)
+    found = read_cells(request.out, cells)
+    page = write_report(request.out, study, settings, found, about, command(request))
     say(f"wrote {page}")
     return page
+
+
+def command(request: Request) -> str:
+    """The command line of ``request``, for the page."""
+    given = {
+        "model": request.model,
+        "student": request.student,
+        "student-layers": ",".join(map(str, request.student_layers or ())),
+        "data": request.data,
+        "eval-data": request.eval_data,
+        "language": request.language,
+        "seeds": "" if request.seeds == 3 else request.seeds,
+        "steps": request.steps,
+        "limit": request.limit,
+    }
+    words = [f"--{name} {value}" for name, value in given.items() if value]
+    return " ".join(["dqw study", request.study, *words, *(["--quick"] if request.quick else [])])
 
 
 def find_study(name: str) -> Study:
@@ -130,6 +148,7 @@ def open_lab(study: Study, request: Request, recipe: Recipe, say: Callable[[str]
         kept = config.encoder_layers, max(config.decoder_layers * 2 // 3, 1)
         models = models[0], cut_student(models[0], *kept), *models[2:]
         say(f"student: the teacher's encoder and {kept[1]} of its decoder layers")
+    test = spoken(test, models[1])
     recipe = with_changes(recipe, study.base)
     if request.quick:
         quick = {"train": {"batch_size": 1}, "distill": {"calibration_clips": QUICK_WINDOWS}}
@@ -167,6 +186,20 @@ def speech(
     train = load_items(request.data, request.language) if request.data and learns else []
     test = load_items(request.eval_data, request.language, need_text=True)
     return train, spread(test, limit)
+
+
+def spoken(items: list[Item], model: Any) -> list[Item]:
+    """``items`` with the language of each, which says what is counted: words or characters."""
+    from dqw.distill.run import is_multilingual
+
+    if not is_multilingual(model):
+        return [replace(item, language=item.language or "en") for item in items]
+    for item in items:
+        if item.language is None:
+            raise UserError(
+                f"the clip {item.id} names no language: add it to the data, or give --language."
+            )
+    return items
 
 
 def describe(study: Study, request: Request, lab: Lab) -> dict[str, Any]:

@@ -236,7 +236,7 @@ def _sensitivity(scope: Scope) -> list[Setting]:
         for kind, layers in kinds.items():
             factors: dict[str, str | int] = {"kind": kind, "layer": "all", "bits": bits}
             found.append(Setting(f"{kind}, {bits} bits", factors, layers=tuple(layers)))
-    for bits in scope.widths:
+    for bits in scope.widths[:1] if scope.quick else scope.widths:
         for kind, layers in kinds.items():
             for depth, name in enumerate(layers):
                 if len(layers) > 1:
