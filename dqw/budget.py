@@ -105,8 +105,8 @@ class Probe:
 
     def kl(self, encoder_changed: bool = True) -> float:
         """Mean KL(float ‖ now) of the model as it is now, in nats a token."""
-        total, tokens = map(sum, zip(*self.by_batch(encoder_changed=encoder_changed)))
-        return max(total, 0.0) / tokens
+        pairs = self.by_batch(encoder_changed=encoder_changed)
+        return max(sum(kl for kl, _ in pairs), 0.0) / sum(tokens for _, tokens in pairs)
 
     def by_batch(self, model: Any = None, encoder_changed: bool = True) -> list[tuple[float, int]]:
         """(sum of KL(float ‖ ``model``) over tokens, tokens) of each batch; None: the own model."""

@@ -17,7 +17,7 @@ def charts(
     if study.chart == "layers":
         shown = [s for s in settings if s.factors["layer"] == "all"]
         charts = []
-        for bits in sorted({s.factors["bits"] for s in shown}):
+        for bits in sorted({int(s.factors["bits"]) for s in shown}):
             found = {s: rates[s.name]["KL"] for s in shown if s.factors["bits"] == bits}
             ranked = sorted(found, key=lambda s: -found[s].value)
             rows = [(str(s.factors["kind"]), _point(found[s])) for s in ranked]

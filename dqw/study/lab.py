@@ -1,7 +1,8 @@
 """One cell of a study, from the models and the speech to its measurements.
 
 Everything that several cells share is made once: calibration windows, the teacher's distributions,
-and the student as it is before training.
+and the student as it is before training. KL is taken in float32 on every machine, so that the noise
+of bfloat16 hides no small one.
 """
 
 from __future__ import annotations
@@ -93,14 +94,12 @@ class Lab:
     @cached_property
     def probe(self) -> Probe:
         """The teacher's distributions."""
-        with lowered(self.teacher):
-            return Probe(self.teacher, self.clips)
+        return Probe(self.teacher, self.clips)
 
     @cached_property
     def own_probe(self) -> Probe:
         """The float student's own."""
-        with lowered(self.student):
-            return Probe(self.student, self.clips)
+        return Probe(self.student, self.clips)
 
     @cached_property
     def order(self) -> dict[str, float]:
@@ -226,6 +225,7 @@ class Lab:
             return float_bytes(model, {}) / MIB
         folder = self.out / "runs" / "model"
         shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_student(model, self.processor, folder)
             return model_mib(folder)
@@ -236,8 +236,7 @@ class Lab:
         from dqw.whisper.evaluate import evaluate
         from dqw.whisper.scoring import clip_counts
 
-        with lowered(model):
-            kl = self.probe.by_batch(model)
+        kl = self.probe.by_batch(model)
         status("transcribing")
         processor = self.teacher_processor if model is self.teacher else self.processor
         found = evaluate(model, processor, self.test)
@@ -266,8 +265,7 @@ class Lab:
                 spec = layer_spec(self.recipe, self.student, name, bits)
                 layer = self.student.get_submodule(name)
                 stack.enter_context(changed(layer, rounded(self._matrix(name), spec)))
-            with lowered(self.student):
-                return probe.by_batch(encoder_changed=in_encoder)
+            return probe.by_batch(encoder_changed=in_encoder)
 
 
 def cell_name(setting: Setting, seed: int) -> str:

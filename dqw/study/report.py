@@ -271,8 +271,8 @@ def _heat(settings: Sequence[Setting], rates: Mapping[str, Mapping[str, Rate]]) 
     """A table a width: kinds of layers down, depth across, coloured by KL."""
     body = []
     kinds = list(dict.fromkeys(s.factors["kind"] for s in settings))
-    depths = sorted({s.factors["layer"] for s in settings if s.factors["layer"] != "all"})
-    for bits in sorted({s.factors["bits"] for s in settings}):
+    depths = sorted({int(s.factors["layer"]) for s in settings if s.factors["layer"] != "all"})
+    for bits in sorted({int(s.factors["bits"]) for s in settings}):
         at = {(s.factors["kind"], s.factors["layer"]): 1000 * rates[s.name]["KL"].value
               for s in settings if s.factors["bits"] == bits}  # fmt: skip
         single = [v for (_, depth), v in at.items() if depth != "all"] or [1.0]

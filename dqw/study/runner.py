@@ -75,6 +75,7 @@ def run_study(
     ):
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}: give 1 or more.")
+    check_folder(request.out)
     lab = open_lab(study, request, recipe or shipped_recipe(study.recipe), say)
     settings = study.settings(Scope(lab.student, lab.recipe, request.quick, lab.packed))
     about = describe(study, request, lab)
@@ -121,6 +122,7 @@ def open_lab(study: Study, request: Request, recipe: Recipe, say: Callable[[str]
     """Load the models and list the speech."""
     from dqw.compress import Job, load_models
     from dqw.convert import quant_modules
+    from dqw.distill.run import check_models
     from dqw.whisper.checkpoint import load_whisper
 
     train, test = speech(study, request, say)
@@ -148,6 +150,7 @@ def open_lab(study: Study, request: Request, recipe: Recipe, say: Callable[[str]
         kept = config.encoder_layers, max(config.decoder_layers * 2 // 3, 1)
         models = models[0], cut_student(models[0], *kept), *models[2:]
         say(f"student: the teacher's encoder and {kept[1]} of its decoder layers")
+    check_models(models[1], models[0], models[3])
     test = spoken(test, models[1])
     recipe = with_changes(recipe, study.base)
     if request.quick:
@@ -163,7 +166,7 @@ def speech(
     study: Study, request: Request, say: Callable[[str], object]
 ) -> tuple[list[Item], list[Item]]:
     """Clips to learn from and clips to measure on."""
-    learns = study.calibrates
+    needed = study.calibrates and not (study.name == "languages" and request.student)
     limit = request.limit or (QUICK_CLIPS if request.quick else None)
     if request.data is None and request.eval_data is None:
         from dqw.demo import split
@@ -181,9 +184,11 @@ def speech(
         raise UserError(
             "--eval-data is missing: give transcribed clips to measure on, others than --data's."
         )
-    if request.data is None and learns:
+    if request.data is None and needed:
         raise UserError("--data is missing: give speech to learn or calibrate from.")
-    train = load_items(request.data, request.language) if request.data and learns else []
+    train = []
+    if request.data is not None and study.calibrates:
+        train = load_items(request.data, request.language)
     test = load_items(request.eval_data, request.language, need_text=True)
     return train, spread(test, limit)
 
@@ -223,6 +228,13 @@ def describe(study: Study, request: Request, lab: Lab) -> dict[str, Any]:
     }
 
 
+def check_folder(out: Path) -> None:
+    """Refuse a folder that holds something else."""
+    ours = (out / "study.json").exists()
+    if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is no study's folder: give another --out.")
+
+
 def claim(out: Path, about: dict[str, Any]) -> None:
     """Make ``out`` this study's folder, or check that it is."""
     path = out / "study.json"
@@ -239,8 +251,6 @@ def claim(out: Path, about: dict[str, Any]) -> None:
                     + ": give another --out, or the same settings."
                 )
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is no study's folder: give another --out.")
     write_atomic(path, json.dumps(about, indent=1) + "\n")
 
 

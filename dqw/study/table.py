@@ -193,7 +193,7 @@ def _grids(scope: Scope) -> list[Setting]:
                     continue
                 shared = f"groups of {group}" if group else "per row"
                 quant = {"bits": bits, "embedding_bits": bits, "grid": grid, "group_size": group}
-                factors = {"bits": bits, "scales": shared, "grid": grid}
+                factors: dict[str, str | int] = {"bits": bits, "scales": shared, "grid": grid}
                 found.append(
                     Setting(f"{grid} {bits} bits, {shared}", factors, changes={"quant": quant})
                 )
