@@ -25,7 +25,7 @@ background:#fff}h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}table{b
 collapse;font-size:13px;margin:.6rem 0}th,td{padding:.2rem .6rem;text-align:right;border-bottom:1px
 solid #e5e5e5;white-space:nowrap}th:first-child,td:first-child{text-align:left}.tie{color:#666}
 .better{color:#1a7f37}.worse{color:#b3261e}.small{color:#555;font-size:13px}svg{max-width:100%;
-height:auto}.scroll{overflow-x:auto}
+height:auto}.scroll{overflow-x:auto}.words td,.words th{text-align:left;white-space:normal}
 """
 
 
@@ -166,39 +166,37 @@ def _page(
 def groups(
     study: Study, settings: Sequence[Setting], rates: Mapping[str, Mapping[str, Rate]], metric: str
 ) -> dict[str, dict[str, Rate]]:
-    """Group's name → setting → rate: what is compared with each other."""
+    """Group's name → setting's label in it → rate: what is compared with each other."""
     found: dict[str, dict[str, Rate]] = {}
     for s in settings:
-        if (
-            s.baseline
-            or metric not in rates[s.name]
-            or any(f not in s.factors for f in study.within)
-        ):
-            continue
-        values = [f"{s.factors[f]} {'%' if f == 'ratio' else f}" if f in ("bits", "ratio")
-                  else str(s.factors[f]) for f in study.within]  # fmt: skip
-        found.setdefault(", ".join(values), {})[s.name] = rates[s.name][metric]
+        if not s.baseline and metric in rates[s.name] and all(f in s.factors for f in study.within):
+            group = ", ".join(_named(s, f) for f in study.within)
+            own = [_named(s, f) for f in s.factors if f not in study.within]
+            label = ", ".join(own) if study.within else s.name
+            found.setdefault(group, {})[label] = rates[s.name][metric]
     return {name: row for name, row in found.items() if len(row) > 1}
+
+
+def _named(setting: Setting, factor: str) -> str:
+    units = {"bits": " bits", "ratio": " %"}
+    return f"{setting.factors[factor]}{units.get(factor, '')}"
 
 
 def _answer(
     study: Study, settings: Sequence[Setting], rates: Mapping[str, Mapping[str, Rate]]
 ) -> list[str]:
-    """What the intervals allow to say, one line for each group and metric."""
+    """What the intervals allow to say: the least of each group, and what ties with it."""
     if study.chart in ("layers", "languages"):
         return []
-    body = ["<h2>Answer</h2>", "<ul>"]
+    rows = []
     for metric in METRICS:
         for name, row in groups(study, settings, rates, metric).items():
             best, ties, worse = verdict(row)
-            words = f"least {metric}: {best} ({_value(row[best], metric)})"
-            words += f"; tied with it: {', '.join(ties)}" if ties else "; no ties"
-            if worse:
-                gaps = (f"{w} ({_gap(difference(row[w], row[best]).value, metric)})" for w in worse)
-                words += f"; worse: {', '.join(gaps)}"
-            where = f"<b>{escape(name)}</b>, " if name else ""
-            body.append(f"<li>{where}{escape(words)}.</li>")
-    return [*body, "</ul>"]
+            gaps = [f"{w} ({_gap(difference(row[w], row[best]).value, metric)})" for w in worse]
+            least = f"{best} ({_value(row[best], metric)})"
+            rows.append([metric, name, least, ", ".join(ties) or "–", ", ".join(gaps) or "–"])
+    head = ["by", "among", "least", "ties with it", "worse, and by how much"]
+    return ["<h2>Answer</h2>", f'<div class="words">{_table(head, rows)}</div>']
 
 
 def _settings_table(
@@ -224,16 +222,16 @@ def _comparisons(
     body = []
     for metric in METRICS:
         rows = []
-        for group in groups(study, settings, rates, metric).values():
-            names = list(group)
-            best = min(names, key=lambda n, g=group: g[n].value)
-            pairs = list(combinations(names, 2)) if len(names) <= _PAIRS else \
-                [(n, best) for n in names if n != best]  # fmt: skip
+        for name, group in groups(study, settings, rates, metric).items():
+            best = min(group, key=lambda n, g=group: g[n].value)
+            pairs = list(combinations(group, 2)) if len(group) <= _PAIRS else \
+                [(n, best) for n in group if n != best]  # fmt: skip
             for first, second in pairs:
-                rows.append([first, second, *_compared(group[first], group[second], metric)])
+                gap = _compared(group[first], group[second], metric)
+                rows.append([name, first, second, *gap])
         if rows:
             body.append(f"<details><summary>Differences in {metric}, pair by pair</summary>")
-            head = ["first", "second", "first − second", "95 % interval", "first is"]
+            head = ["among", "first", "second", "first − second", "95 % interval", "first is"]
             body += [_table(head, rows), "</details>"]
     return body
 
@@ -323,15 +321,15 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _value(found: Rate, metric: str) -> str:
-    return f"{found.value:.4f}" if metric == "KL" else f"{100 * found.value:.2f} %"
+    return f"{found.value:.3g}" if metric == "KL" else f"{100 * found.value:.2f} %"
 
 
 def _gap(value: float, metric: str) -> str:
-    return f"{value:+.4f}" if metric == "KL" else f"{100 * value:+.2f}"
+    return f"{value:+.3g}" if metric == "KL" else f"{100 * value:+.2f}"
 
 
 def _with_interval(found: Rate, metric: str) -> str:
     low, high = found.interval
     if metric == "KL":
-        return f"{found.value:.4f} ({low:.4f} to {high:.4f})"
+        return f"{found.value:.3g} ({low:.3g} to {high:.3g})"
     return f"{100 * found.value:.2f} ({100 * low:.2f} to {100 * high:.2f})"
