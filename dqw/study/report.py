@@ -170,7 +170,7 @@ def groups(
     found: dict[str, dict[str, Rate]] = {}
     for s in settings:
         if not s.baseline and metric in rates[s.name] and all(f in s.factors for f in study.within):
-            group = ", ".join(_named(s, f) for f in study.within)
+            group = ", ".join(_named(s, f) for f in study.within) or "all"
             own = [_named(s, f) for f in s.factors if f not in study.within]
             label = ", ".join(own) if study.within else s.name
             found.setdefault(group, {})[label] = rates[s.name][metric]
