@@ -18,11 +18,13 @@ def charts(
         shown = [s for s in settings if s.factors["layer"] == "all"]
         charts = []
         for bits in sorted({int(s.factors["bits"]) for s in shown}):
-            found = {s: rates[s.name]["KL"] for s in shown if s.factors["bits"] == bits}
-            ranked = sorted(found, key=lambda s: -found[s].value)
-            rows = [(str(s.factors["kind"]), _point(found[s])) for s in ranked]
-            charts.append(plot.dots(f"KL of rounding all layers of a kind to {bits} bits, "
-                                    "nats a token", rows, log=True))  # fmt: skip
+            rows = [
+                (str(s.factors["kind"]), _point(rates[s.name]["KL"]))
+                for s in shown
+                if s.factors["bits"] == bits
+            ]
+            title = f"KL of rounding all layers of a kind to {bits} bits, nats a token"
+            charts.append(plot.dots(title, sorted(rows, key=lambda row: -row[1].y), log=True))
         return charts
     if study.chart == "lines":
         shown = [s for s in settings if study.x in s.factors and not s.baseline]
