@@ -46,11 +46,11 @@ def charts(
         return [plot.dots("errors by language, %", rows)]
     charts = []
     for metric in METRICS:
-        found = [(s.name, _point(rates[s.name][metric], 1 if metric == "KL" else 100))
+        points = [(s.name, _point(rates[s.name][metric], 1 if metric == "KL" else 100))
                  for s in settings if metric in rates[s.name]
                  and not (metric == "KL" and s.model == "teacher")]  # fmt: skip
-        if found:
-            charts.append(plot.dots(_label(metric), found))
+        if points:
+            charts.append(plot.dots(_label(metric), points))
     return charts
 
 

@@ -128,8 +128,10 @@ class Lab:
         if setting.layers:
             plan = {n: layer_spec(self.recipe, self.student, n, int(setting.factors["bits"]))
                     for n in setting.layers}  # fmt: skip
-            shapes = {n: self._matrix(n).shape for n in plan}
-            size = sum(stored_bytes(*shapes[n], spec) for n, spec in plan.items())
+            size = 0
+            for name, spec in plan.items():
+                matrix = self._matrix(name)
+                size += stored_bytes(matrix.shape[0], matrix.shape[1], spec)
             kl = self._rounded_kl(setting.layers, int(setting.factors["bits"]))
             return {"mib": size / MIB, "kl": kl, "clips": []}
         if setting.model == "teacher":

@@ -223,7 +223,7 @@ def _comparisons(
     for metric in METRICS:
         rows = []
         for name, group in groups(study, settings, rates, metric).items():
-            best = min(group, key=lambda n, g=group: g[n].value)
+            best, _, _ = verdict(group)
             pairs = list(combinations(group, 2)) if len(group) <= _PAIRS else \
                 [(n, best) for n in group if n != best]  # fmt: skip
             for first, second in pairs:
@@ -268,17 +268,17 @@ def _by_language(settings: Sequence[Setting], cells: Cells) -> list[str]:
 def _heat(settings: Sequence[Setting], rates: Mapping[str, Mapping[str, Rate]]) -> list[str]:
     """A table a width: kinds of layers down, depth across, coloured by KL."""
     body = []
-    kinds = list(dict.fromkeys(s.factors["kind"] for s in settings))
+    kinds = list(dict.fromkeys(str(s.factors["kind"]) for s in settings))
     depths = sorted({int(s.factors["layer"]) for s in settings if s.factors["layer"] != "all"})
     for bits in sorted({int(s.factors["bits"]) for s in settings}):
-        at = {(s.factors["kind"], s.factors["layer"]): 1000 * rates[s.name]["KL"].value
+        at = {(str(s.factors["kind"]), str(s.factors["layer"])): 1000 * rates[s.name]["KL"].value
               for s in settings if s.factors["bits"] == bits}  # fmt: skip
         single = [v for (_, depth), v in at.items() if depth != "all"] or [1.0]
         low, high = max(min(single), 1e-4), max(single)
         rows = []
         for kind in kinds:
-            row = [escape(str(kind))]
-            for depth in [*depths, "all"]:
+            row = [escape(kind)]
+            for depth in (*map(str, depths), "all"):
                 value = at.get((kind, depth))
                 if value is None:
                     row.append("<td>")

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Request:
 
 
 def run_study(
-    request: Request, recipe: Recipe | None = None, say: Callable[[str], object] = print
+    request: Request, recipe: Recipe | None = None, say: Callable[[str], None] = print
 ) -> Path:
     """Measure what is missing and write the page, whose path is returned.
 
@@ -118,7 +119,7 @@ def shipped_recipe(name: str) -> Recipe:
     return Recipe.from_toml(str(files("dqw") / "recipes" / f"{name}.toml"))
 
 
-def open_lab(study: Study, request: Request, recipe: Recipe, say: Callable[[str], object]) -> Lab:
+def open_lab(study: Study, request: Request, recipe: Recipe, say: Callable[[str], None]) -> Lab:
     """Load the models and list the speech."""
     from dqw.compress import Job, load_models
     from dqw.convert import quant_modules
@@ -163,7 +164,7 @@ def open_lab(study: Study, request: Request, recipe: Recipe, say: Callable[[str]
 
 
 def speech(
-    study: Study, request: Request, say: Callable[[str], object]
+    study: Study, request: Request, say: Callable[[str], None]
 ) -> tuple[list[Item], list[Item]]:
     """Clips to learn from and clips to measure on."""
     needed = study.calibrates and not (study.name == "languages" and request.student)
@@ -265,7 +266,7 @@ def run_cells(lab: Lab, cells: list[tuple[Setting, int]], say: Callable[[str], o
         for setting, seed in todo:
             status(setting.name)
             start = time.monotonic()
-            made = lab.measure(setting, seed, lambda at, n=setting.name: status(f"{n}: {at}"))
+            made = lab.measure(setting, seed, partial(_at, status, setting.name))
             row = {"setting": setting.name, "seed": seed, **made}
             row["seconds"] = round(time.monotonic() - start, 1)
             write_atomic(cell_path(lab.out, setting, seed), json.dumps(row) + "\n")
@@ -273,6 +274,10 @@ def run_cells(lab: Lab, cells: list[tuple[Setting, int]], say: Callable[[str], o
             advance()
             if not setting.layers:
                 say(one_line(setting, seed, row))
+
+
+def _at(status: Callable[[str], None], name: str, where: str) -> None:
+    status(f"{name}: {where}")
 
 
 def cell_path(out: Path, setting: Setting, seed: int) -> Path:
