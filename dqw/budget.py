@@ -51,10 +51,10 @@ class Choice:
     cost: float
 
 
-def candidates(spec: QuantSpec) -> list[QuantSpec]:
+def candidates(spec: QuantSpec, widths: Sequence[int] = WIDTHS) -> list[QuantSpec]:
     """``spec`` at every width. From 5 bits on, with groups, uniform has less error than APoT."""
     wide = "uniform" if spec.group_size else spec.grid
-    return [replace(spec, bits=b, grid=wide if b >= 5 else spec.grid) for b in WIDTHS]
+    return [replace(spec, bits=b, grid=wide if b >= 5 else spec.grid) for b in widths]
 
 
 def stored_bytes(rows: int, cols: int, spec: QuantSpec) -> int:
@@ -72,42 +72,48 @@ def rounded(matrix: Tensor, spec: QuantSpec) -> Tensor:
 
 
 class Probe:
-    """A float model's next-token distributions on ``batches``, to compare changed weights with.
+    """A float model's next-token distributions on ``batches``, to compare changed weights with, or
+    other models. A batch's ``teacher_features``, where it has them, are what the float model hears.
 
     Encoder outputs are kept, so a change in the decoder does not run the encoder again.
     """
 
     def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]]) -> None:
         self.model, self.batches = model.eval(), batches
-        self.heard = self._hear()
-        self.target = self._predict(self.heard)
+        self.heard = self._hear(model, "teacher_features")
+        self.target = self._predict(model, self.heard)
 
     @torch.no_grad()
-    def _hear(self) -> list[Tensor]:
-        encoder, device = self.model.model.encoder, self.model.device
-        return [encoder(b["input_features"].to(device)).last_hidden_state for b in self.batches]
+    def _hear(self, model: Any, name: str = "input_features") -> list[Tensor]:
+        encoder, device = model.model.encoder, model.device
+        features = [b.get(name, b["input_features"]).to(device) for b in self.batches]
+        return [encoder(x).last_hidden_state for x in features]
 
     @torch.no_grad()
-    def _predict(self, heard: list[Tensor]) -> list[Tensor]:
+    def _predict(self, model: Any, heard: list[Tensor]) -> list[Tensor]:
         """Log-probabilities of every batch, (tokens, vocabulary) float32."""
         found = []
         for batch, states in zip(self.batches, heard):
             ids, real = batch["decoder_input_ids"], batch.get("decoder_mask")
-            last = self.model.model.decoder(
+            last = model.model.decoder(
                 input_ids=ids.to(states.device), encoder_hidden_states=states, use_cache=False
             ).last_hidden_state
             rows = last.flatten(0, 1) if real is None else last[real.to(last.device)]
             with torch.autocast(rows.device.type, enabled=False):
-                found.append(self.model.proj_out(rows.float()).log_softmax(-1))
+                found.append(model.proj_out(rows.float()).log_softmax(-1))
         return found
 
     def kl(self, encoder_changed: bool = True) -> float:
         """Mean KL(float ‖ now) of the model as it is now, in nats a token."""
-        now = self._predict(self._hear() if encoder_changed else self.heard)
-        total = sum(
-            float((t.exp() * (t - n)).sum(dtype=torch.float64)) for t, n in zip(self.target, now)
-        )
-        return max(total, 0.0) / sum(len(t) for t in self.target)
+        pairs = self.by_batch(encoder_changed=encoder_changed)
+        return max(sum(kl for kl, _ in pairs), 0.0) / sum(tokens for _, tokens in pairs)
+
+    def by_batch(self, model: Any = None, encoder_changed: bool = True) -> list[tuple[float, int]]:
+        """(sum of KL(float ‖ ``model``) over tokens, tokens) of each batch; None: the own model."""
+        model = self.model if model is None else model.eval()
+        now = self._predict(model, self._hear(model) if encoder_changed else self.heard)
+        pairs = [(t.to(n.device), n) for t, n in zip(self.target, now)]
+        return [(float((t.exp() * (t - n)).sum(dtype=torch.float64)), len(t)) for t, n in pairs]
 
 
 @contextmanager

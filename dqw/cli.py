@@ -329,4 +329,5 @@ def _progress(total: float) -> Iterator[Any]:
         yield advance
 
 
-import dqw.cli_compress  # noqa: E402, F401  adds compress and demo
+import dqw.cli_compress  # noqa: E402  adds compress and demo
+import dqw.cli_study  # noqa: E402, F401  adds study

@@ -40,28 +40,13 @@ def calibration_batches(
     ``recipe.distill.calibration_clips`` windows (96 if it is 0), from clips evenly spaced over
     ``items``. Raises UserError if no clip can be used.
     """
-    from dqw.distill.data import Collator, LabelEncoder, SpeechDataset
-    from dqw.distill.pair import is_multilingual
-    from dqw.distill.prepare import prepare
-
     wanted = recipe.distill.calibration_clips or WINDOWS
     chosen = [items[i * len(items) // wanted] for i in range(wanted)] if wanted < len(items) \
         else list(items)  # fmt: skip
-    multilingual = is_multilingual(student)
-    encoder = LabelEncoder(processor.tokenizer, multilingual, student.config.max_target_positions)
-    with tempfile.TemporaryDirectory() as folder:
-        made = prepare(
-            chosen, encoder, teacher, teacher_processor, recipe.distill, recipe.train,
-            Path(folder) / "labels.jsonl",
-            window=float(processor.feature_extractor.chunk_length),
-            progress=lambda done, total: say(f"teacher labels {done}/{total}")
-            if done == total else None,
-        )  # fmt: skip
     joined = replace(recipe.distill.augment, concatenate=0.8, noise=0.0, speed=0.0)
-    dataset = SpeechDataset(
-        made.examples, encoder, processor.feature_extractor, augment=joined, seed=recipe.train.seed
+    dataset, collate = _dataset(
+        chosen, recipe, joined, student, teacher, processor, teacher_processor, say
     )
-    collate = Collator(pad=encoder.end)
     count = min(wanted, len(dataset)) if wanted < len(items) else min(wanted, 2 * len(dataset))
     names = ("input_features", "decoder_input_ids", "decoder_mask")
     batches = []
@@ -69,6 +54,59 @@ def calibration_batches(
         batch = collate([dataset[key] for key in range(start, min(start + BATCH, count))])
         batches.append({name: batch[name] for name in names})
     return batches
+
+
+def clip_batches(
+    items: Sequence[SpeechItem],
+    recipe: Recipe,
+    student: Any,
+    teacher: Any,
+    processor: Any,
+    teacher_processor: Any,
+    say: Callable[[str], object],
+) -> list[dict[str, Tensor]]:
+    """The same of every clip by itself, in order, and ``teacher_features`` where the two models
+    hear with other mel bins. Clips that no window holds are left out."""
+    alone = replace(recipe.distill.augment, concatenate=0.0, noise=0.0, speed=0.0)
+    dataset, collate = _dataset(
+        items, recipe, alone, student, teacher, processor, teacher_processor, say
+    )
+    return [collate([dataset[key]]) for key in range(len(dataset))]
+
+
+def _dataset(
+    items: Sequence[SpeechItem],
+    recipe: Recipe,
+    augment: Any,
+    student: Any,
+    teacher: Any,
+    processor: Any,
+    teacher_processor: Any,
+    say: Callable[[str], object],
+) -> tuple[Any, Callable[[list[dict[str, Any]]], dict[str, Tensor]]]:
+    """Windows of ``items`` with their tokens, and what stacks some to a batch."""
+    from dqw.distill.data import Collator, LabelEncoder, SpeechDataset
+    from dqw.distill.pair import is_multilingual
+    from dqw.distill.prepare import prepare
+
+    encoder = LabelEncoder(
+        processor.tokenizer, is_multilingual(student), student.config.max_target_positions
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        made = prepare(
+            items, encoder, teacher, teacher_processor, recipe.distill, recipe.train,
+            Path(folder) / "labels.jsonl",
+            window=float(processor.feature_extractor.chunk_length),
+            progress=lambda done, total: say(f"teacher labels {done}/{total}")
+            if done == total else None,
+        )  # fmt: skip
+    other = student.config.num_mel_bins != teacher.config.num_mel_bins
+    extractor = teacher_processor.feature_extractor if other else None
+    dataset = SpeechDataset(
+        made.examples, encoder, processor.feature_extractor, extractor,
+        augment=augment, seed=recipe.train.seed,
+    )  # fmt: skip
+    return dataset, Collator(pad=encoder.end)
 
 
 @contextlib.contextmanager

@@ -117,24 +117,38 @@ def score(
     seed: int = 0,
 ) -> Scores:
     """Score clip by clip aligned `references` and `hypotheses`; the three have one length."""
-    normalize = Normalizers(spelling)
     counts: dict[str, list[np.ndarray]] = {}
-    for reference, hypothesis, language in zip(references, hypotheses, languages, strict=True):
-        row = _count(normalize(reference, language), normalize(hypothesis, language), language)
+    rows = clip_counts(references, hypotheses, languages, spelling)
+    for row, language in zip(rows, languages, strict=True):
         counts.setdefault(language or "?", []).append(row)
     rates = {
-        code: _rate(counts[code], _metric(code), seed)
+        code: _rate(counts[code], metric_of(code), seed)
         for code in sorted(counts, key=lambda code: (-len(counts[code]), code))
     }
 
     def overall(metric: str) -> Rate | None:
-        rows = [row for code, found in counts.items() if _metric(code) == metric for row in found]
+        rows = [row for code, found in counts.items() if metric_of(code) == metric for row in found]
         return _rate(rows, metric, seed) if rows else None
 
     return Scores(rates, overall("WER"), overall("CER"))
 
 
-def _metric(language: str) -> str:
+def clip_counts(
+    references: Sequence[str],
+    hypotheses: Sequence[str],
+    languages: Sequence[str | None],
+    spelling: dict[str, str] | None = None,
+) -> list[np.ndarray]:
+    """[substitutions, deletions, insertions, units] of each clip; units 0: an empty reference."""
+    normalize = Normalizers(spelling)
+    return [
+        _count(normalize(reference, language), normalize(hypothesis, language), language)
+        for reference, hypothesis, language in zip(references, hypotheses, languages, strict=True)
+    ]
+
+
+def metric_of(language: str | None) -> str:
+    """What a language is scored in: "CER" or "WER"."""
     return "CER" if language in CHARACTER_LANGUAGES else "WER"
 
 

@@ -1,0 +1,341 @@
+"""Runs the cells of a study that are not there yet, and writes its pages.
+
+OUT/
+  study.json             what is measured on what; a rerun with other settings is refused
+  cells/NAME.SEED.json   one finished cell, whole or not there
+  runs/                  logs of training cells, and checkpoints of the one that runs
+  NAME.csv NAME.svg NAME.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from dqw.errors import UserError
+from dqw.recipe import Recipe
+from dqw.study.lab import Lab, cell_name, forget_runs, spread, with_changes
+from dqw.study.table import STUDIES, Scope, Setting, Study
+from dqw.whisper.data import Item, load_items
+from dqw.whisper.files import write_atomic
+
+DEMO = Path("runs/demo")  # whose weights and speech are the default
+STEPS, QUICK_STEPS = 60, 2
+QUICK_CLIPS = 6
+QUICK_WINDOWS = 8  # of calibration speech
+
+
+@dataclass
+class Request:
+    """One call of `dqw study`: names as the user gave them.
+
+    model: the teacher, float; None: whisper-base from the Python package index. student,
+    student_layers: as for `dqw compress`. data, eval_data: speech to learn (or calibrate) from and
+    to measure on; None: the demo's clips. limit: measure on at most this many clips. steps: of
+    every training cell; None: 60, or 2 with ``quick``.
+    """
+
+    study: str
+    out: Path
+    model: str | None = None
+    student: str | None = None
+    student_layers: tuple[int, int] | None = None
+    data: str | None = None
+    eval_data: str | None = None
+    language: str | None = None
+    seeds: int = 3
+    steps: int | None = None
+    limit: int | None = None
+    quick: bool = False
+
+
+def run_study(
+    request: Request, recipe: Recipe | None = None, say: Callable[[str], None] = print
+) -> Path:
+    """Measure what is missing and write the page, whose path is returned.
+
+    recipe: in place of the study's own. Raises UserError before any long work where it can be
+    known: an unknown study, models that do not fit, no data, a folder of other settings.
+    """
+    from dqw.study.report import write_report
+
+    study = find_study(request.study)
+    for name, value in (
+        ("seeds", request.seeds),
+        ("steps", request.steps),
+        ("limit", request.limit),
+    ):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}: give 1 or more.")
+    check_folder(request.out)
+    lab = open_lab(study, request, recipe or shipped_recipe(study.recipe), say)
+    settings = study.settings(Scope(lab.student, lab.recipe, request.quick, lab.packed))
+    about = describe(study, request, lab)
+    claim(request.out, about)
+    seeds = 1 if request.quick else request.seeds
+    cells = [(s, seed) for s in settings for seed in range(seeds if s.phases else 1)]
+    run_cells(lab, cells, say)
+    found = read_cells(request.out, cells)
+    page = write_report(request.out, study, settings, found, about, command(request))
+    say(f"wrote {page}")
+    return page
+
+
+def command(request: Request) -> str:
+    """The command line of ``request``, for the page."""
+    given = {
+        "model": request.model,
+        "student": request.student,
+        "student-layers": ",".join(map(str, request.student_layers or ())),
+        "data": request.data,
+        "eval-data": request.eval_data,
+        "language": request.language,
+        "seeds": "" if request.seeds == 3 else request.seeds,
+        "steps": request.steps,
+        "limit": request.limit,
+    }
+    words = [f"--{name} {value}" for name, value in given.items() if value]
+    return " ".join(["dqw study", request.study, *words, *(["--quick"] if request.quick else [])])
+
+
+def find_study(name: str) -> Study:
+    if name not in STUDIES:
+        raise UserError(f"study {name!r} is not known: choose one of {', '.join(STUDIES)}.")
+    return STUDIES[name]
+
+
+def shipped_recipe(name: str) -> Recipe:
+    from importlib.resources import files
+
+    return Recipe.from_toml(str(files("dqw") / "recipes" / f"{name}.toml"))
+
+
+def open_lab(study: Study, request: Request, recipe: Recipe, say: Callable[[str], None]) -> Lab:
+    """Load the models and list the speech."""
+    from dqw.compress import Job, load_models
+    from dqw.convert import quant_modules
+    from dqw.distill.pair import check_models
+    from dqw.whisper.checkpoint import load_whisper
+
+    train, test = speech(study, request, say)
+    model = request.model
+    if model is None:
+        from dqw.whisper.samples import fetch_base_model
+
+        model = str(fetch_base_model(DEMO / "whisper-base", say))
+    packed = None
+    if study.name == "languages" and request.student:
+        say(f"student: {request.student}")
+        packed = load_whisper(request.student)
+        if not quant_modules(packed[0]):
+            packed = None
+    student = None if packed else request.student
+    models = load_models(
+        Job(model, request.out, student=student, student_layers=request.student_layers), say
+    )
+    if packed:
+        models = models[0], packed[0], packed[1], models[3]
+    elif study.cut and not (request.student or request.student_layers):
+        from dqw.whisper.student import cut_student
+
+        config = models[0].config
+        kept = config.encoder_layers, max(config.decoder_layers * 2 // 3, 1)
+        models = models[0], cut_student(models[0], *kept), *models[2:]
+        say(f"student: the teacher's encoder and {kept[1]} of its decoder layers")
+    check_models(models[1], models[0], models[3])
+    test = spoken(test, models[1])
+    recipe = with_changes(recipe, study.base)
+    if request.quick:
+        quick = {"train": {"batch_size": 1}, "distill": {"calibration_clips": QUICK_WINDOWS}}
+        recipe = with_changes(recipe, quick)
+    if request.language:
+        recipe = with_changes(recipe, {"train": {"language": request.language}})
+    steps = request.steps or (QUICK_STEPS if request.quick else STEPS)
+    return Lab(models, train, test, recipe, request.out, steps, say)
+
+
+def speech(
+    study: Study, request: Request, say: Callable[[str], None]
+) -> tuple[list[Item], list[Item]]:
+    """Clips to learn from and clips to measure on."""
+    needed = study.calibrates and not (study.name == "languages" and request.student)
+    limit = request.limit or (QUICK_CLIPS if request.quick else None)
+    if request.data is None and request.eval_data is None:
+        from dqw.demo import split
+        from dqw.whisper.samples import fetch_speech_samples
+
+        manifest = fetch_speech_samples(DEMO / "speech", say)
+        train, test = split(load_items(manifest, request.language))
+        if not train or not test:
+            raise UserError(
+                f"the demo's speech has no '{request.language}' clips to learn from and to measure "
+                "on: give --data and --eval-data."
+            )
+        return train, spread(test, limit)
+    if request.eval_data is None:
+        raise UserError(
+            "--eval-data is missing: give transcribed clips to measure on, others than --data's."
+        )
+    if request.data is None and needed:
+        raise UserError("--data is missing: give speech to learn or calibrate from.")
+    train = []
+    if request.data is not None and study.calibrates:
+        train = load_items(request.data, request.language)
+    test = load_items(request.eval_data, request.language, need_text=True)
+    return train, spread(test, limit)
+
+
+def spoken(items: list[Item], model: Any) -> list[Item]:
+    """``items`` with the language of each, which says what is counted: words or characters."""
+    from dqw.distill.pair import is_multilingual
+
+    if not is_multilingual(model):
+        return [replace(item, language=item.language or "en") for item in items]
+    for item in items:
+        if item.language is None:
+            raise UserError(
+                f"the clip {item.id} names no language: add it to the data, or give --language."
+            )
+    return items
+
+
+def describe(study: Study, request: Request, lab: Lab) -> dict[str, Any]:
+    """What the cells hold for: a rerun must agree on all of it."""
+
+    def digest(items: list[Item]) -> str:
+        text = repr([(item.id, item.text, item.language) for item in items])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    layers = [lab.student.config.encoder_layers, lab.student.config.decoder_layers]
+    return {
+        "study": study.name,
+        "model": Path(request.model or "whisper-base").name,
+        "student": Path(request.student or request.model or "whisper-base").name,
+        "layers": layers,
+        "speech": f"{len(lab.train)} clips {digest(lab.train)}",
+        "measured on": f"{len(lab.test)} clips {digest(lab.test)}",
+        "steps": lab.steps,
+        "quick": request.quick,
+        "recipe": lab.recipe.to_dict(),
+    }
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that holds something else."""
+    ours = (out / "study.json").exists()
+    if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is no study's folder: give another --out.")
+
+
+def claim(out: Path, about: dict[str, Any]) -> None:
+    """Make ``out`` this study's folder, or check that it is."""
+    path = out / "study.json"
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            raise UserError(f"{path} is not JSON: give another --out, or remove it.") from None
+        for key, value in about.items():
+            if before.get(key) != value:
+                raise UserError(
+                    f"{out} holds cells of another {key} "
+                    + (f"({before.get(key)!r}, now {value!r})" if key != "recipe" else "")
+                    + ": give another --out, or the same settings."
+                )
+        return
+    write_atomic(path, json.dumps(about, indent=1) + "\n")
+
+
+def run_cells(lab: Lab, cells: list[tuple[Setting, int]], say: Callable[[str], object]) -> None:
+    """Measure the cells that ``lab.out`` lacks, each written whole when it is done."""
+    todo = [cell for cell in cells if not cell_path(lab.out, *cell).exists()]
+    if len(todo) < len(cells):
+        say(f"{len(cells) - len(todo)} of {len(cells)} cells are there already")
+    if not todo:
+        return
+    with _progress(len(todo)) as (status, advance):
+        for setting, seed in todo:
+            status(setting.name)
+            start = time.monotonic()
+            made = lab.measure(setting, seed, partial(_at, status, setting.name))
+            row = {"setting": setting.name, "seed": seed, **made}
+            row["seconds"] = round(time.monotonic() - start, 1)
+            write_atomic(cell_path(lab.out, setting, seed), json.dumps(row) + "\n")
+            forget_runs(lab, setting, seed)
+            advance()
+            if not setting.layers:
+                say(one_line(setting, seed, row))
+
+
+def _at(status: Callable[[str], None], name: str, where: str) -> None:
+    status(f"{name}: {where}")
+
+
+def cell_path(out: Path, setting: Setting, seed: int) -> Path:
+    return out / "cells" / f"{cell_name(setting, seed)}.json"
+
+
+def read_cells(out: Path, cells: list[tuple[Setting, int]]) -> dict[str, list[dict[str, Any]]]:
+    """Setting's name → its cells, by seed. Raises UserError for a file that is no cell."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for setting, seed in cells:
+        path = cell_path(out, setting, seed)
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+            row["kl"], row["clips"], row["mib"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged: remove it, and it is measured again.") from None
+        found.setdefault(setting.name, []).append(row)
+    return found
+
+
+def one_line(setting: Setting, seed: int, row: dict[str, Any]) -> str:
+    from dqw.study.stats import counts
+
+    parts = [f"{setting.name}, seed {seed}" if setting.phases else setting.name]
+    for metric in ("KL", "WER", "CER"):
+        total, units = counts(row, metric).sum(0)
+        if units and metric == "KL":
+            parts.append(f"KL {total / units:.4f}")
+        elif units:
+            parts.append(f"{metric} {100 * total / units:.2f} % ({total:.0f}/{units:.0f})")
+    return "  ".join([*parts, f"{row['mib']:.1f} MiB", f"{row['seconds']:.0f} s"])
+
+
+def machine() -> str:
+    """Where and with what a page was made."""
+    from importlib.metadata import version
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("dqw", "torch", "transformers"))
+    return f"{platform.machine()}, {os.cpu_count()} cores; {packages}"
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
+    """Yields status(text) and advance(): a bar on stderr with cells done and the time left."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from dqw.cli import err
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    bar = Progress(
+        *columns, TextColumn("cells"), TimeRemainingColumn(), console=err, transient=True
+    )
+    with bar:
+        task = bar.add_task("", total=total)
+        yield lambda text: bar.update(task, description=text), lambda: bar.advance(task)

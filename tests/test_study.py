@@ -1,0 +1,332 @@
+"""`dqw study`: cells that are kept, ties that are ties, pages that say what was found."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from speech_helpers import one_thread  # noqa: F401  a fixture
+from typer.testing import CliRunner
+from whisper_helpers import save_tiny, write_tone
+
+from dqw.cli import app
+from dqw.recipe import Recipe
+from dqw.study import STUDIES, lab
+from dqw.study.plot import Axis, Point, dots, figure, lines
+from dqw.study.runner import shipped_recipe
+from dqw.study.sizes import SHAPES, authors_bytes, dqw_bytes, empty_model, size_table
+from dqw.study.stats import difference, rate, verdict
+from dqw.study.table import Scope
+from dqw.whisper.scoring import clip_counts, score
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return save_tiny(tmp_path / "base")
+
+
+@pytest.fixture
+def speech(tmp_path: Path) -> Path:
+    """Four labelled clips in two languages and a manifest."""
+    rows = []
+    for number, text in enumerate(("hello", "hello wow", "wow", "hello hello")):
+        write_tone(tmp_path / "clips" / f"{number}.wav", 0.4 + 0.1 * number)
+        rows.append({"audio": f"{number}.wav", "text": text, "language": ("en", "ja")[number % 2]})
+    manifest = tmp_path / "clips" / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifest
+
+
+@pytest.fixture(autouse=True)
+def small_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model has groups of 32 at most, and a few windows calibrate it."""
+    monkeypatch.setattr("dqw.study.runner.QUICK_WINDOWS", 2)
+
+
+def study(name: str, base: Path, speech: Path, out: Path, *more: object) -> tuple[int, str]:
+    """Exit code and everything printed."""
+    given = ["--model", base, "--data", speech, "--eval-data", speech, "--out", out, "--quick"]
+    result = CliRunner().invoke(app, ["study", name, *map(str, given), *map(str, more)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def cell(kl: list[tuple[float, int]], clips: list[tuple[str, int, int]] = [], seed: int = 0):  # noqa: B006
+    return {"setting": "x", "seed": seed, "kl": kl, "clips": clips}
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_a_difference_within_its_interval_is_a_tie() -> None:
+    dice = np.random.default_rng(1)
+    noise = dice.normal(1.0, 0.5, 60)
+    same = rate([cell([(v, 10) for v in noise])], "KL")
+    near = rate([cell([(v + e, 10) for v, e in zip(noise, dice.normal(0, 0.1, 60))])], "KL")
+    far = rate([cell([(v + 0.1, 10) for v in noise])], "KL")
+    assert same and near and far
+    assert difference(near, same).tie
+    # Far is beyond by less than the rates' own intervals: it is the pairing that tells.
+    gap = difference(far, same)
+    assert not gap.tie and gap.value == pytest.approx(0.01)
+    assert far.value < same.interval[1]
+    assert not difference(same, far).tie and difference(same, far).value < 0
+    best, ties, worse = verdict({"same": same, "far": far, "again": same})
+    assert (best, ties, worse) == ("same", ["again"], ["far"])
+
+
+def test_rates_are_of_the_whole_corpus_and_know_words_from_characters() -> None:
+    clips = [("en", 1, 4), ("en", 0, 16), ("ja", 3, 6), ("en", 9, 0)]
+    words = rate([cell([(0.5, 1)], clips)], "WER")
+    assert words and words.value == 0.05 and words.units == 20
+    characters = rate([cell([(0.5, 1)], clips)], "CER", "ja")
+    assert characters and characters.value == 0.5
+    assert rate([cell([(0.5, 1)], clips)], "CER", "zh") is None
+
+
+def test_seeds_widen_the_interval() -> None:
+    kl = [(float(v), 10) for v in np.random.default_rng(0).normal(5, 1, 40)]
+    other = [(v + 4, n) for v, n in kl]
+    one = rate([cell(kl)], "KL")
+    two = rate([cell(kl), cell(other, seed=1)], "KL")
+    assert one and two and two.value == pytest.approx(one.value + 0.2)
+    width = [high - low for low, high in (one.interval, two.interval)]
+    assert width[1] > 2 * width[0]
+
+
+def test_clip_counts_are_what_score_adds_up() -> None:
+    texts, heard, codes = ["a b c", "d e"], ["a x c", "d e f"], ["en", "en"]
+    counts = clip_counts(texts, heard, codes)
+    total = score(texts, heard, codes).wer
+    assert total and total.errors == sum(int(row[:3].sum()) for row in counts) == 2
+    assert [int(row[3]) for row in counts] == [3, 2]
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_the_authors_sizes_come_out_as_published() -> None:
+    """Against a Whisper with weights too: what has none must be counted alike."""
+    assert sum(p.numel() for p in empty_model(SHAPES["base"]).parameters()) == 72_593_920
+    assert sum(p.numel() for p in empty_model(SHAPES["tiny"]).parameters()) == 37_760_640
+    assert authors_bytes(empty_model(SHAPES["tiny"])) == 29_358_336 + 2 * 8_402_304
+    table = size_table({"4 bits": shipped_recipe("default")})
+    assert table[1][:3] == ["base", "89 MiB", "5.18"]
+    assert table[2][:3] == ["tiny", "44 MiB", "10.48"]
+
+
+def test_dqw_bytes_are_those_of_a_folder(base: Path, tmp_path: Path) -> None:
+    from dqw.whisper.checkpoint import load_whisper
+
+    out = tmp_path / "packed"
+    result = CliRunner().invoke(
+        app, ["compress", "--teacher", str(base), "--ptq-only", "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    model, _ = load_whisper(base)
+    header = 8 + int.from_bytes((out / "model.safetensors").read_bytes()[:8], "little")
+    stored = (out / "model.safetensors").stat().st_size - header
+    assert abs(dqw_bytes(model, Recipe()) - stored) < 0.002 * stored
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_every_setting_has_a_recipe_and_a_name_of_its_own() -> None:
+    from conftest import make_tiny_whisper
+
+    model = make_tiny_whisper()
+    for study in STUDIES.values():
+        recipe = lab.with_changes(shipped_recipe(study.recipe), study.base)
+        for quick in (True, False):
+            settings = study.settings(Scope(model, recipe, quick))
+            names = [lab.cell_name(s, 0) for s in settings]
+            assert len(set(names)) == len(names) > 1, study.name
+            for setting in settings:
+                for phase in [{}, *(p.changes for p in setting.phases)]:
+                    lab.with_changes(recipe, setting.changes, phase).plan(model)
+    guides = STUDIES["guidance"].settings(Scope(model, Recipe(), False))
+    reverse = next(s for s in guides if s.name == "reversed, 25 %")
+    told = lab.with_changes(Recipe(), reverse.changes).guidance
+    assert (told.mode, told.quantize_first, told.distill_first) == ("mutual", "largest", "smallest")
+    assert told.quantize_ratio == 0.25
+
+
+# ---------------------------------------------------------------- charts
+
+
+def test_charts_are_xml_and_keep_inside() -> None:
+    from xml.etree import ElementTree
+
+    points = [Point(y, y / 2, 2 * y, x) for x, y in ((2, 1.0), (3, 0.1), (4, 0.003))]
+    drawn = figure([lines("a < b", "bits", {"one & two": points}, log=True),
+                    dots("c", [("row", points[0]), ("zero", Point(0, 0, 0))])])  # fmt: skip
+    root = ElementTree.fromstring(drawn)
+    places = [float(e.get("cx")) for e in root.iter("{http://www.w3.org/2000/svg}circle")]
+    assert len(places) == 5 and all(0 < x < 760 for x in places)
+    assert Axis([0.0, 3.0], 0, 100, False).ticks() == [0, 1, 2, 3]
+    assert Axis([0.01, 10.0], 0, 100, True).ticks() == [0.01, 0.1, 1, 10]
+
+
+# ---------------------------------------------------------------- whole studies
+
+
+def test_sensitivity_is_resumable_and_names_layers(
+    base: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    code, printed = study("sensitivity", base, speech, out)
+    assert code == 0, printed
+    found = rows(out / "sensitivity.csv")
+    layer = [r for r in found if r["setting"] == "model.decoder.layers.1.fc1, 3 bits"]
+    assert len(layer) == 1 and float(layer[0]["kl"]) > 0 and layer[0]["layer"] == "1"
+    every = {r["bits"]: float(r["kl"]) for r in found
+             if r["kind"] == "decoder embed_tokens" and r["layer"] == "all"}  # fmt: skip
+    assert every["3"] > every["4"] > 0
+    page = (out / "sensitivity.html").read_text(encoding="utf-8")
+    assert "<svg" in page and "decoder embed_tokens" in page and "3 bits" in page
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")  # self-contained
+
+    gone = out / "cells" / "model.decoder.layers.1.fc1-3-bits.0.json"
+    kept = {p: p.stat().st_mtime_ns for p in (out / "cells").iterdir() if p != gone}
+    before = json.loads(gone.read_text())
+    gone.unlink()
+    (out / "cells" / (gone.name + ".part")).write_text("{")  # a kill in the middle of writing
+    code, printed = study("sensitivity", base, speech, out)
+    assert code == 0 and f"{len(kept)} of {len(kept) + 1} cells" in printed, printed
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    assert json.loads(gone.read_text())["kl"] == before["kl"]
+
+    code, printed = study("sensitivity", base, speech, out, "--limit", 2)
+    assert code == 1 and "another measured on" in printed
+    gone.write_text("{}")
+    code, printed = study("sensitivity", base, speech, out)
+    assert code == 1 and "is damaged" in printed
+
+
+def test_grids_compares_within_bits_and_scales(base: Path, speech: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed = study("grids", base, speech, out)
+    assert code == 0, printed
+    found = {r["setting"]: r for r in rows(out / "grids.csv")}
+    assert set(found) >= {"float teacher", "apot 4 bits, per row", "pot 4 bits, groups of 64"}
+    assert float(found["float teacher"]["kl"]) == pytest.approx(0, abs=1e-6)
+    packed = float(found["uniform 4 bits, per row"]["mib"])
+    assert packed < 0.5 * float(found["float teacher"]["mib"])
+    assert float(found["uniform 4 bits, per row"]["kl"]) < float(found["pot 4 bits, per row"]["kl"])
+    assert found["apot 4 bits, per row"]["words"] == "2" and found["float teacher"]["cer_errors"]
+    page = (out / "grids.html").read_text(encoding="utf-8")
+    assert "<td>KL</td><td>4 bits, per row</td>" in page and "Differences in KL" in page
+    assert 'class="tie">tie' in page or 'class="worse">worse' in page
+
+
+def test_ratio_quantizes_the_share_it_says(base: Path, speech: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed = study("ratio", base, speech, out)
+    assert code == 0, printed
+    found = {r["setting"]: float(r["mib"]) for r in rows(out / "ratio.csv")}
+    none, half, whole = (found[n] for n in ("0 %", "4 bits, 50 %", "4 bits, 100 %"))
+    assert none > half > whole and (none - half) / (none - whole) == pytest.approx(0.5, abs=0.1)
+    assert set(json.loads((out / "order.json").read_text())) == {
+        f"model.{stack}.layers.{i}" for stack in ("encoder", "decoder") for i in range(2)
+    }
+
+
+def test_languages_beside_the_teacher(base: Path, speech: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed = study("languages", base, speech, out)
+    assert code == 0, printed
+    found = rows(out / "languages.csv")
+    assert {r["language"] for r in found} == {"all", "en", "ja"}
+    page = (out / "languages.html").read_text(encoding="utf-8")
+    assert "en WER" in page and "ja CER" in page and "By language" in page
+    packed = tmp_path / "packed"
+    options = ["compress", "--teacher", base, "--ptq-only", "--out", packed]
+    assert CliRunner().invoke(app, [str(o) for o in options]).exit_code == 0
+    again = tmp_path / "again"
+    code, printed = study("languages", base, speech, again, "--student", packed)
+    assert code == 0, printed
+    assert {r["setting"] for r in rows(again / "languages.csv")} == {"float teacher", "student"}
+
+
+@pytest.mark.parametrize("name", ["paper", "matching", "guidance", "ablation"])
+def test_studies_that_train(name: str, base: Path, speech: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, printed = study(name, base, speech, out, "--steps", 1)
+    assert code == 0, printed
+    found = rows(out / f"{name}.csv")
+    assert all(float(r["kl"]) >= 0 for r in found)
+    assert "Answer" in (out / f"{name}.html").read_text(encoding="utf-8")
+    assert not list((out / "runs").glob("*/checkpoint-*"))
+    if name == "paper":
+        assert "5.18" in (out / "paper.html").read_text(encoding="utf-8")
+        sizes = {r["setting"]: float(r["mib"]) for r in found}
+        assert sizes["distilled, uniform 8 bits"] < sizes["distilled, float"]
+    if name == "ablation":
+        logs = list((out / "runs").glob("one-after-the-other.0-*/log.jsonl"))
+        assert len(logs) == 2
+        assert "kl" in logs[0].read_text()
+
+
+def test_seeds_are_cells_of_their_own(
+    base: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More seeds later: the first ones are not run again."""
+    from dqw.study import runner, table
+    from dqw.study.runner import Request, run_study
+
+    joint = table.Setting("jointly", phases=table.JOINT)
+    few = table.Study("few", "?", "!", lambda scope: [joint, table.UNTRAINED])
+    monkeypatch.setitem(runner.STUDIES, "few", few)
+    recipe = Recipe.from_dict(
+        {"train": {"batch_size": 1, "lr": 0.01}, "distill": {"calibration_clips": 2}}
+    )
+    for seeds in (1, 2):
+        request = Request("few", tmp_path / "out", str(base), data=str(speech),
+                          eval_data=str(speech), seeds=seeds, steps=1)  # fmt: skip
+        run_study(request, recipe, lambda line: None)
+    names = sorted(p.name for p in (tmp_path / "out" / "cells").iterdir())
+    assert names == ["calibrated-rounding-no-training.0.json", "jointly.0.json", "jointly.1.json"]
+    both = [json.loads((tmp_path / "out" / "cells" / n).read_text())["kl"] for n in names[1:]]
+    assert both[0] != both[1]
+    assert "2 seeds" in (tmp_path / "out" / "few.html").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("choose one of paper, matching", ["best"]),
+        ("give 1 or more", ["grids", "--seeds", "0"]),
+        ("give 1 or more", ["grids", "--limit", "0"]),
+        ("--eval-data is missing", ["grids", "--data", "SPEECH"]),
+        ("--data is missing", ["grids", "--eval-data", "SPEECH"]),
+        ("no study's folder", ["sensitivity", "--out", "USED", "--eval-data", "SPEECH"]),
+        ("like 4,4", ["matching", "--student-layers", "4", "--eval-data", "SPEECH"]),
+        ("is not known", ["grids", "--recipe", "nice"]),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    words: str, options: list[str], base: Path, speech: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").write_text("precious")
+    given = {"SPEECH": str(speech), "USED": str(tmp_path / "used")}
+    arguments = ["study", *(given.get(o, o) for o in options), "--model", str(base)]
+    if "--out" not in options:
+        arguments += ["--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1 and "Traceback" not in result.output, result.output
+    assert words in result.output and result.output.strip().startswith("Error: "), result.output
+    assert torch.is_grad_enabled() and not (tmp_path / "out").exists()
