@@ -79,7 +79,7 @@ class Study:
     how: str
     settings: Callable[[Scope], list[Setting]]
     within: tuple[str, ...] = ()
-    recipe: str = "default"
+    recipe: str = "joint"
     base: Changes = field(default_factory=dict)
     cut: bool = False
     calibrates: bool = True
