@@ -146,6 +146,26 @@ def quant_linear(
     return y.to(x.dtype).reshape(*x.shape[:-1], rows)
 
 
+def quant_linears(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    levels: Tensor,
+    biases: list[Tensor | None],
+    rows: list[int],
+    bits: int,
+    group_size: int,
+    gelu: bool,
+) -> list[Tensor]:
+    """One product a layer, each by whatever serves ``quant_linear`` on the device; with ``gelu``
+    the exact one after it. x (..., cols) → (..., rows[i]) of each layer."""
+    ys = [
+        torch.ops.dqw.quant_linear(x, w, s, levels, b, n, bits, group_size, False)
+        for w, s, b, n in zip(weights, scales, biases, rows, strict=True)
+    ]
+    return [torch.nn.functional.gelu(y) for y in ys] if gelu else ys
+
+
 def quant_embedding(
     ids: Tensor,
     weight: Tensor,

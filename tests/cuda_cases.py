@@ -11,15 +11,15 @@ import torch
 from kernel_helpers import random_scale, random_weight
 from torch import Tensor
 
-from dqw import grids, ops, reference
+from dqw import grids, ops_cuda, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ON_CPU = {
-    "fake_quant": ops._cuda_fake_quant,
-    "fake_quant_backward": ops._cuda_fake_quant_backward,
-    "quant_linear": ops._cuda_quant_linear,
-    "dequantize": ops._cuda_dequantize,
-    "quant_embedding": ops._cuda_quant_embedding,
+    "fake_quant": ops_cuda.fake_quant,
+    "fake_quant_backward": ops_cuda.fake_quant_backward,
+    "quant_linear": ops_cuda.quant_linear,
+    "dequantize": ops_cuda.dequantize,
+    "quant_embedding": ops_cuda.quant_embedding,
 }
 
 

@@ -20,7 +20,7 @@ from kernel_helpers import random_scale, random_weight
 from torch import Tensor
 from torch.nn import functional as F
 
-from dqw import grids, ops, reference
+from dqw import grids, ops_cuda, reference
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "cuda"
@@ -183,17 +183,17 @@ def test_few_rows_reach_this_kernel(library, monkeypatch: pytest.MonkeyPatch) ->
         return gemv(library, x, parts, levels, bits, group, gelu)
 
     monkeypatch.setattr(torch.ops, "dqw_cuda", SimpleNamespace(gemv=kernel), raising=False)
-    monkeypatch.setattr(ops, "_gemv_reason", "")
+    monkeypatch.setattr(ops_cuda, "gemv_reason", "")
     levels, cols, rows = grids.levels("apot", 4), 136, [24, 9, 16]
     packed = [aligned(random_weight(n, cols, 4, levels)[0]) for n in rows]
     scale, biases = [scales(n, cols, 64) for n in rows], [torch.randn(24), None, torch.randn(16)]
     x = torch.randn(2, 3, cols).half()
-    got = ops._cuda_quant_linears(x, packed, scale, levels, biases, rows, 4, 64, True)
+    got = ops_cuda.quant_linears(x, packed, scale, levels, biases, rows, 4, 64, True)
     assert calls == [3]
     for y, w, s, b, n in zip(got, packed, scale, biases, rows, strict=True):
         want = reference.quant_linear(x.float(), w, s, levels, b, n, 4, 64, False)
         torch.testing.assert_close(y, F.gelu(want).half(), rtol=2e-3, atol=3e-2)
-        alone = ops._cuda_quant_linear(x, w, s, levels, b, n, 4, 64, False)
+        alone = ops_cuda.quant_linear(x, w, s, levels, b, n, 4, 64, False)
         torch.testing.assert_close(alone, want.half(), rtol=2e-3, atol=3e-2)
     assert calls == [3, 1, 1, 1]
     for dtype, m, bits, group, where in (
@@ -205,8 +205,8 @@ def test_few_rows_reach_this_kernel(library, monkeypatch: pytest.MonkeyPatch) ->
         few = torch.zeros(m, 64, dtype=dtype)
         kind = torch.float16 if group else torch.float32
         args = ([aligned(torch.zeros(64, dtype=torch.uint8))], [torch.ones(1, 1, dtype=kind)])
-        assert ops._gemv_serves(few, *args, bits, group) == where, (dtype, m, bits, group)
-        assert not ops._gemv_serves(few[:, :63], *args, bits, group)
+        assert ops_cuda.gemv_serves(few, *args, bits, group) == where, (dtype, m, bits, group)
+        assert not ops_cuda.gemv_serves(few[:, :63], *args, bits, group)
 
 
 # ---- compiled for GPUs ----
