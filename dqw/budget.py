@@ -20,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from dqw import grids, ops
+from dqw.bars import progress_bar
 from dqw.errors import UserError
 from dqw.fake_quant import least_squares_scale
+from dqw.hf import POSITIONS, sinusoidal_positions
 from dqw.packing import packed_bytes
 from dqw.recipe import Override, QuantSpec, Recipe
+from dqw.speech import lowered, spread
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 PROBE = 3  # bits at which a layer's KL is measured
@@ -193,9 +196,20 @@ def allocate(choices: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
 
 
 def float_bytes(model: nn.Module, plan: Mapping[str, QuantSpec]) -> int:
-    """Bytes of everything that the plan leaves float16, each tensor once."""
+    """Bytes of everything that the plan leaves float16, each tensor once.
+
+    With a plan, without the encoder's positions where they are the formula, which a packed folder
+    does not hold; a model on the meta device is taken to have them.
+    """
+    formula = bool(plan) and (
+        model.device.type == "meta" or sinusoidal_positions(model) is not None
+    )
     packed = {id(model.get_submodule(name).weight) for name in plan}
-    seen = {id(p): p.numel() for p in model.state_dict(keep_vars=True).values()}
+    seen = {
+        id(p): p.numel()
+        for name, p in model.state_dict(keep_vars=True).items()
+        if not (formula and name == POSITIONS)
+    }
     return 2 * sum(count for key, count in seen.items() if key not in packed)
 
 
@@ -211,9 +225,6 @@ def fit_budget(
     model: float, on any device; batches: as of ``dqw.speech``, of which the first 8 windows are
     used. The plan is said in a few lines. Raises UserError if the budget cannot be met.
     """
-    from dqw.compress import progress_bar
-    from dqw.speech import lowered
-
     start = time.monotonic()
     plan = recipe.plan(model)
     with lowered(model):
@@ -239,8 +250,7 @@ def fit_budget(
 def few(batches: Sequence[Mapping[str, Tensor]], windows: int) -> list[dict[str, Tensor]]:
     """About ``windows`` windows: whole batches, evenly spaced over all."""
     size = max(len(batches[0]["decoder_input_ids"]), 1)
-    count = min(max(windows // size, 1), len(batches))
-    return [dict(batches[i * len(batches) // count]) for i in range(count)]
+    return [dict(batch) for batch in spread(batches, max(windows // size, 1))]
 
 
 def kind_of(name: str) -> str:

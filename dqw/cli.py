@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
+from dqw.bars import err
 from dqw.errors import UserError
-
-err = Console(stderr=True, highlight=False)
 
 
 class _Group(TyperGroup):

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from dqw.cli import app, err
-from dqw.errors import UserError
 
 _COMPRESS_EXAMPLES = (
     "Examples: dqw compress --teacher openai/whisper-small --student openai/whisper-base "
@@ -43,12 +42,20 @@ def compress(
         typer.Option(help="Only clips in this language; clips that name none are taken for it."),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="A TOML file, or one that ships: default, paper-base, paper-tiny.")
-    ] = "default",
+        str | None,
+        typer.Option(
+            help="A TOML file, or one that ships: default (the student is a copy of the teacher), "
+            "joint (any other), paper-base, paper-tiny."
+        ),
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of Linear weights, 2 to 8.")] = None,
     grid: Annotated[str | None, typer.Option(help="apot, pot or uniform.")] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="16, 32, 64, 128 columns a scale; 0: one scale a row.")
+        int | None,
+        typer.Option(
+            help="16, 32, 64, 128 columns a scale; 0: one scale a row. A recipe's overrides, such "
+            "as the default's 16 for the embedding, stay."
+        ),
     ] = None,
     embedding_bits: Annotated[
         int | None, typer.Option(help="Bits of the embedding and output projection; 0: float.")
@@ -82,8 +89,10 @@ def compress(
     from dqw.compress import compress as run
     from dqw.whisper.student import parse_layers
 
+    # What default trains, the decoder alone, is not enough for a student that is no copy.
+    is_copy = student in (None, teacher) and not student_layers
     chosen = load_recipe(
-        recipe,
+        recipe or ("default" if is_copy else "joint"),
         quant={
             "bits": bits,
             "grid": grid,
@@ -134,19 +143,9 @@ def load_recipe(name: str, **overrides: dict[str, Any]) -> Any:
 
     The embedding follows ``bits`` unless the recipe or ``embedding_bits`` says otherwise.
     """
-    from importlib.resources import files
-
     from dqw.recipe import Recipe
 
-    shipped = files("dqw") / "recipes" / f"{name}.toml"
-    path = Path(name)
-    if not path.suffix and shipped.is_file():
-        recipe = Recipe.from_toml(str(shipped))
-    elif path.suffix != ".toml":
-        names = sorted(f.name[:-5] for f in (files("dqw") / "recipes").iterdir())
-        raise UserError(f"recipe {name!r} is not known: give a TOML file or {', '.join(names)}.")
-    else:
-        recipe = Recipe.from_toml(path)
+    recipe = Recipe.from_toml(name) if name.endswith(".toml") else Recipe.shipped(name)
     data = recipe.to_dict()
     for table, values in overrides.items():
         given = {key: value for key, value in values.items() if value is not None}

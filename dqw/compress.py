@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dqw.bars import progress_bar
 from dqw.errors import UserError
 from dqw.recipe import Recipe
 from dqw.whisper.report import model_bytes
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
+    from dqw.distill.pair import Pair
     from dqw.whisper.data import Item
 
 Say = Callable[[str], object]
@@ -74,14 +76,13 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
         say(f"data: {len(items)} clips, {seconds / 60:.1f} min")
     elif not job.ptq_only or job.budget:
         raise UserError("--data is missing: give a manifest.jsonl, an audio folder or a dataset.")
-    teacher, student, processor, teacher_processor = load_models(job, say)
+    pair = load_models(job, say)
+    student = pair.student
     batches: list[dict[str, Tensor]] = []
     if items and (job.ptq_only or job.budget):
         from dqw.speech import calibration_batches
 
-        batches = calibration_batches(
-            items, recipe, student, teacher, processor, teacher_processor, say
-        )
+        batches = calibration_batches(items, recipe, pair, say)
     if job.budget:
         from dqw.budget import fit_budget
 
@@ -90,8 +91,8 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     if job.ptq_only and batches:
         calibrate_student(student, batches, say)
     if not job.ptq_only:
-        train(job, recipe, student, teacher, processor, items, teacher_processor)
-    folder = save_student(student, processor, job.out, provenance(job, recipe))
+        train(job, recipe, pair, items)
+    folder = save_student(student, pair.processor, job.out, provenance(job, recipe))
     if not job.ptq_only:
         finish(job)
     say(f"wrote {folder}: {model_bytes(folder) / 2**20:.1f} MiB without the tokenizer")
@@ -118,18 +119,12 @@ def check_output(job: Job) -> None:
         raise UserError(f"{run} holds an unfinished run: add --resume to go on, or remove it.")
 
 
-def load_models(
-    job: Job, say: Say
-) -> tuple[
-    WhisperForConditionalGeneration,
-    WhisperForConditionalGeneration,
-    WhisperProcessor,
-    WhisperProcessor,
-]:
-    """Teacher and student (float32, on the CPU), the student's processor and the teacher's."""
+def load_models(job: Job, say: Say) -> Pair:
+    """The float models. Raises UserError where the teacher cannot teach the student."""
     import copy
 
     from dqw.convert import quant_modules
+    from dqw.distill.pair import Pair, check_models
     from dqw.whisper.checkpoint import load_whisper
     from dqw.whisper.student import cut_student
 
@@ -147,13 +142,8 @@ def load_models(
         student = copy.deepcopy(teacher)
     if quant_modules(student):
         raise UserError("the student is quantized already: give a float checkpoint.")
-    a, b = teacher.config, student.config
-    if a.vocab_size != b.vocab_size:
-        raise UserError(
-            f"teacher and student have vocabularies of {a.vocab_size} and {b.vocab_size} tokens: "
-            "take both multilingual, or both English-only, and of one generation."
-        )
-    return teacher, student, processor, teacher_processor
+    check_models(student, teacher, teacher_processor)
+    return Pair(teacher, student, processor, teacher_processor)
 
 
 def quantize_student(student: WhisperForConditionalGeneration, recipe: Recipe, say: Say) -> None:
@@ -184,16 +174,8 @@ def calibrate_student(
     say(f"rounded on {clips} windows of speech in {time.monotonic() - start:.0f} s")
 
 
-def train(
-    job: Job,
-    recipe: Recipe,
-    student: WhisperForConditionalGeneration,
-    teacher: WhisperForConditionalGeneration,
-    processor: WhisperProcessor,
-    items: list[Item],
-    teacher_processor: WhisperProcessor | None = None,
-) -> None:
-    """Distil ``teacher`` into the quantized ``student``, in place; resumable in ``job.run``."""
+def train(job: Job, recipe: Recipe, pair: Pair, items: list[Item]) -> None:
+    """Distil the teacher into the quantized student, in place; resumable in ``job.run``."""
     from dqw.distill import distill
 
     run = job.run
@@ -210,16 +192,16 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     settings.write_text(wanted, encoding="utf-8")
     distill(
-        student,
-        teacher,
-        processor,
+        pair.student,
+        pair.teacher,
+        pair.processor,
         items,
         run,
         recipe.distill,
         guidance=recipe.guidance,
         train=recipe.train,
         resume=job.resume,
-        teacher_processor=teacher_processor,
+        teacher_processor=pair.teacher_processor,
     )
 
 
@@ -305,22 +287,3 @@ asr = pipeline("automatic-speech-recognition", model="{name}")
 
 Without `import dqw` loading stops with a size mismatch.
 """
-
-
-@contextlib.contextmanager
-def progress_bar(what: str, total: int):  # type: ignore[no-untyped-def]
-    """A rich progress bar on stderr that a callback with one name advances."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
-    with bar:
-        task = bar.add_task(what, total=total)
-        yield lambda name: bar.update(task, advance=1)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def run_demo(out: Path, console: Any) -> dict[str, Any]:
     train, test = split(load_items(fetch_speech_samples(out / "speech", demo.say)))
     manifest = out / "speech" / "train.jsonl"
     write_manifest(manifest, train)
-    recipe = Recipe.from_toml(str(files("dqw") / "recipes" / "demo.toml"))
+    recipe = Recipe.shipped("demo")
 
     demo.say(f"{len(train)} clips to train on, {len(test)} others to measure on")
     summary = {"teacher": measured(demo, "teacher", demo.base, test)}

@@ -7,6 +7,7 @@ as a plan, layer name → ``QuantSpec``. The plan is what a packed folder's conf
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,15 @@ class Recipe:
     distill: DistillConfig = field(default_factory=DistillConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    @classmethod
+    def shipped(cls, name: str) -> "Recipe":
+        """A recipe that comes with dqw. Raises UserError that lists them for an unknown name."""
+        folder = files("dqw") / "recipes"
+        if not (folder / f"{name}.toml").is_file():
+            names = ", ".join(sorted(f.name[:-5] for f in folder.iterdir() if ".toml" in f.name))
+            raise UserError(f"recipe {name!r} is not known: give a TOML file or {names}.")
+        return cls.from_toml(str(folder / f"{name}.toml"))
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "Recipe":

@@ -20,19 +20,21 @@ from dqw.recipe import Recipe
 
 if TYPE_CHECKING:
     from dqw.distill.data import SpeechItem
+    from dqw.distill.pair import Pair
 
 WINDOWS = 96  # where the recipe names no number
 BATCH = 4
 
 
+def spread(items: Sequence[Any], count: int | None) -> list[Any]:
+    """At most ``count`` of ``items``, evenly spaced; None: all."""
+    if count is None or count >= len(items):
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def calibration_batches(
-    items: Sequence[SpeechItem],
-    recipe: Recipe,
-    student: Any,
-    teacher: Any,
-    processor: Any,
-    teacher_processor: Any,
-    say: Callable[[str], object],
+    items: Sequence[SpeechItem], recipe: Recipe, pair: Pair, say: Callable[[str], object]
 ) -> list[dict[str, Tensor]]:
     """Batches of at most 4 windows: input_features (batch, mel, 3000), decoder_input_ids and
     decoder_mask (batch, length), on the CPU.
@@ -41,12 +43,8 @@ def calibration_batches(
     ``items``. Raises UserError if no clip can be used.
     """
     wanted = recipe.distill.calibration_clips or WINDOWS
-    chosen = [items[i * len(items) // wanted] for i in range(wanted)] if wanted < len(items) \
-        else list(items)  # fmt: skip
-    joined = replace(recipe.distill.augment, concatenate=0.8, noise=0.0, speed=0.0)
-    dataset, collate = _dataset(
-        chosen, recipe, joined, student, teacher, processor, teacher_processor, say
-    )
+    joined = replace(recipe.distill.augment, concatenate=0.8, noise=0.0, speed=0.0, redraw=True)
+    dataset, collate = _dataset(spread(items, wanted), recipe, joined, pair, say)
     count = min(wanted, len(dataset)) if wanted < len(items) else min(wanted, 2 * len(dataset))
     names = ("input_features", "decoder_input_ids", "decoder_mask")
     batches = []
@@ -57,20 +55,12 @@ def calibration_batches(
 
 
 def clip_batches(
-    items: Sequence[SpeechItem],
-    recipe: Recipe,
-    student: Any,
-    teacher: Any,
-    processor: Any,
-    teacher_processor: Any,
-    say: Callable[[str], object],
+    items: Sequence[SpeechItem], recipe: Recipe, pair: Pair, say: Callable[[str], object]
 ) -> list[dict[str, Tensor]]:
     """The same of every clip by itself, in order, and ``teacher_features`` where the two models
     hear with other mel bins. Clips that no window holds are left out."""
     alone = replace(recipe.distill.augment, concatenate=0.0, noise=0.0, speed=0.0)
-    dataset, collate = _dataset(
-        items, recipe, alone, student, teacher, processor, teacher_processor, say
-    )
+    dataset, collate = _dataset(items, recipe, alone, pair, say)
     return [collate([dataset[key]]) for key in range(len(dataset))]
 
 
@@ -78,10 +68,7 @@ def _dataset(
     items: Sequence[SpeechItem],
     recipe: Recipe,
     augment: Any,
-    student: Any,
-    teacher: Any,
-    processor: Any,
-    teacher_processor: Any,
+    pair: Pair,
     say: Callable[[str], object],
 ) -> tuple[Any, Callable[[list[dict[str, Any]]], dict[str, Tensor]]]:
     """Windows of ``items`` with their tokens, and what stacks some to a batch."""
@@ -90,20 +77,20 @@ def _dataset(
     from dqw.distill.prepare import prepare
 
     encoder = LabelEncoder(
-        processor.tokenizer, is_multilingual(student), student.config.max_target_positions
+        pair.processor.tokenizer,
+        is_multilingual(pair.student),
+        pair.student.config.max_target_positions,
     )
     with tempfile.TemporaryDirectory() as folder:
         made = prepare(
-            items, encoder, teacher, teacher_processor, recipe.distill, recipe.train,
+            items, encoder, pair.teacher, pair.teacher_processor, recipe.distill, recipe.train,
             Path(folder) / "labels.jsonl",
-            window=float(processor.feature_extractor.chunk_length),
+            window=float(pair.processor.feature_extractor.chunk_length),
             progress=lambda done, total: say(f"teacher labels {done}/{total}")
             if done == total else None,
         )  # fmt: skip
-    other = student.config.num_mel_bins != teacher.config.num_mel_bins
-    extractor = teacher_processor.feature_extractor if other else None
     dataset = SpeechDataset(
-        made.examples, encoder, processor.feature_extractor, extractor,
+        made.examples, encoder, pair.processor.feature_extractor, pair.teacher_extractor,
         augment=augment, seed=recipe.train.seed,
     )  # fmt: skip
     return dataset, Collator(pad=encoder.end)

@@ -7,7 +7,8 @@ import torch
 from conftest import make_tiny_whisper
 
 import dqw
-from dqw.calibrate import calibrate, compensated
+from dqw.calibrate import EMBEDDING_DAMPING, Moment, calibrate, compensated, round_layer
+from dqw.embedding import QuantEmbedding
 from dqw.fake_quant import FakeQuantize
 from dqw.recipe import QuantSpec
 
@@ -40,6 +41,16 @@ def test_dead_inputs_and_few_rows_are_no_trouble() -> None:
     x[:, 7] = 0
     quantizer = FakeQuantize(QuantSpec(group_size=None), w)
     assert compensated(w, x.T @ x, quantizer).isfinite().all()
+
+
+def test_an_embedding_is_damped_more_because_its_rows_are_inputs() -> None:
+    x, table = inputs(256, 64), torch.nn.Embedding(40, 64)
+    layer = QuantEmbedding.from_embedding(table, QuantSpec(group_size=32))
+    quantizer = FakeQuantize(QuantSpec(group_size=32), table.weight)
+    want = compensated(table.weight.detach().clone(), x.T @ x, quantizer, EMBEDDING_DAMPING)
+    less = compensated(table.weight.detach().clone(), x.T @ x, quantizer)
+    round_layer("embed_tokens", layer, Moment(x.T @ x, x.sum(0), len(x)))
+    assert torch.equal(layer.weight, want) and not torch.equal(want, less)
 
 
 def test_a_whole_model_comes_closer_to_its_float_self() -> None:

@@ -74,6 +74,19 @@ def test_ptq_writes_a_folder_that_loads(base: Path, tmp_path: Path) -> None:
     assert 0 < model_bytes(out) < model_bytes(base)
 
 
+def test_the_default_recipe_depends_on_the_student(base: Path, tmp_path: Path) -> None:
+    """A student that is no copy needs its encoder trained, which `default` leaves alone."""
+    for name, options in (("copy", []), ("cut", ["--student-layers", "1,1"])):
+        out = tmp_path / name
+        code, output = dqw("compress", "--teacher", base, "--ptq-only", "--out", out, *options)
+        assert code == 0, output
+    groups = [
+        dict(quant_modules(load_whisper(tmp_path / name)[0]))["model.decoder.embed_tokens"].spec
+        for name in ("copy", "cut")
+    ]
+    assert [spec.group_size for spec in groups] == [16, 64]
+
+
 def test_joint_training_moves_weights_and_clips(base: Path, data: Path, tmp_path: Path) -> None:
     ptq, out = tmp_path / "ptq", tmp_path / "student"
     assert dqw("compress", "--teacher", base, "--ptq-only", "--out", ptq)[0] == 0
@@ -152,7 +165,7 @@ def test_other_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
     _, processor = load_whisper(base)
     processor.save_pretrained(other)
     options = ("--student", other, "--ptq-only", "--out", tmp_path / "out")
-    refused("vocabularies of", "--teacher", base, *options)
+    refused("choose two checkpoints of one vocabulary", "--teacher", base, *options)
 
 
 def test_no_space_left_leaves_nothing(

@@ -17,7 +17,6 @@ from dqw.cli import app
 from dqw.recipe import Recipe
 from dqw.study import STUDIES, lab
 from dqw.study.plot import Axis, Point, dots, figure, lines
-from dqw.study.runner import shipped_recipe
 from dqw.study.sizes import SHAPES, authors_bytes, dqw_bytes, empty_model, size_table
 from dqw.study.stats import difference, rate, verdict
 from dqw.study.table import Scope
@@ -119,7 +118,7 @@ def test_the_authors_sizes_come_out_as_published() -> None:
     assert sum(p.numel() for p in empty_model(SHAPES["base"]).parameters()) == 72_593_920
     assert sum(p.numel() for p in empty_model(SHAPES["tiny"]).parameters()) == 37_760_640
     assert authors_bytes(empty_model(SHAPES["tiny"])) == 29_358_336 + 2 * 8_402_304
-    table = size_table({"4 bits": shipped_recipe("default")})
+    table = size_table({"4 bits": Recipe.shipped("default")})
     assert table[1][:3] == ["base", "89 MiB", "5.18"]
     assert table[2][:3] == ["tiny", "44 MiB", "10.48"]
 
@@ -135,7 +134,7 @@ def test_dqw_bytes_are_those_of_a_folder(base: Path, tmp_path: Path) -> None:
     model, _ = load_whisper(base)
     header = 8 + int.from_bytes((out / "model.safetensors").read_bytes()[:8], "little")
     stored = (out / "model.safetensors").stat().st_size - header
-    assert abs(dqw_bytes(model, shipped_recipe("default")) - stored) < 0.002 * stored
+    assert abs(dqw_bytes(model, Recipe.shipped("default")) - stored) < 0.002 * stored
 
 
 # ---------------------------------------------------------------- settings
@@ -146,7 +145,7 @@ def test_every_setting_has_a_recipe_and_a_name_of_its_own() -> None:
 
     model = make_tiny_whisper()
     for study in STUDIES.values():
-        recipe = lab.with_changes(shipped_recipe(study.recipe), study.base)
+        recipe = lab.with_changes(Recipe.shipped(study.recipe), study.base)
         for quick in (True, False):
             settings = study.settings(Scope(model, recipe, quick))
             names = [lab.cell_name(s, 0) for s in settings]

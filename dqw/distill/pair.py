@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dqw.distill.config import DistillConfig, TrainConfig
 from dqw.errors import UserError
+
+
+class Pair(NamedTuple):
+    """Two Whispers and the processor of each: what `dqw compress` loads."""
+
+    teacher: Any
+    student: Any
+    processor: Any
+    teacher_processor: Any
+
+    @property
+    def teacher_extractor(self) -> Any:
+        """The teacher's feature extractor, where it hears with other mel bins; else None."""
+        same = self.student.config.num_mel_bins == self.teacher.config.num_mel_bins
+        return None if same else self.teacher_processor.feature_extractor
 
 
 def is_multilingual(model: Any) -> bool:

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from dqw.calibrate import calibrate
 from dqw.distill import checkpoint as store
-from dqw.distill.arguments import fast_precision, total_steps, training_arguments
+from dqw.distill.arguments import total_steps, training_arguments
 from dqw.distill.callbacks import ReportCallback, cut_log, tensorboard_callback
 from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig
 from dqw.distill.data import Collator, LabelEncoder, SpeechDataset, SpeechItem
 from dqw.distill.guidance import Choice
 from dqw.distill.model import DistillModel
-from dqw.distill.pair import check_models, is_multilingual, settle
+from dqw.distill.pair import Pair, check_models, is_multilingual, settle
 from dqw.distill.prepare import Prepared, prepare
 from dqw.distill.progress import Display, StepReport, display
 from dqw.distill.states import FOLDER as STATES
@@ -36,6 +36,7 @@ from dqw.distill.states import StatesDataset, keep_states, keeps_states
 from dqw.distill.stepping import seed_step
 from dqw.distill.trainer import DistillTrainer
 from dqw.errors import UserError
+from dqw.speech import lowered, spread
 
 CACHED_CLIPS = 2000  # about 1 GB of float16 features at 80 mels
 
@@ -128,7 +129,7 @@ def distill(
         made.examples,
         encoder,
         processor.feature_extractor,
-        teacher_processor.feature_extractor if teacher_processor is not None else None,
+        Pair(teacher, student, processor, teacher_processor or processor).teacher_extractor,
         augment=config.augment,
         seed=train.seed,
         cache=train.cache_features == "always"
@@ -186,23 +187,23 @@ def _calibrate(
     student: Any, dataset: SpeechDataset, collate: Collator, config: DistillConfig, shown: Display
 ) -> None:
     """Round with error compensation on some windows; a resumed run has that behind it."""
-    windows, size = config.calibration_clips, 4
+    size = 4
+    # Evenly over the data, which comes source by source; each window once, if they are few.
+    keys = spread(range(len(dataset)), config.calibration_clips)
     names = ("input_features", "decoder_input_ids", "decoder_mask")
     batches = []  # made before autocast begins: the mel filters must not run in bf16
-    for start in range(0, windows, size):
-        # Evenly over the data, which comes source by source.
-        keys = [k * len(dataset) // windows for k in range(start, min(start + size, windows))]
-        made = collate([dataset[key] for key in keys])
+    for start in range(0, len(keys), size):
+        made = collate([dataset[key] for key in keys[start : start + size]])
         batches.append({name: made[name].to(student.device) for name in names})
 
     def heard() -> Iterator[dict[str, Tensor]]:
         for done, batch in enumerate(batches):
-            shown.count("error compensation, windows heard", done * size, windows)
+            shown.count("error compensation, windows heard", done * size, len(keys))
             yield batch
         shown.note("error compensation: rounding")
 
     student.eval()
-    with torch.autocast(student.device.type, torch.bfloat16, enabled=fast_precision() == "bf16"):
+    with lowered(student):
         calibrate(student, heard())
 
 

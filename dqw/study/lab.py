@@ -20,8 +20,9 @@ from dqw.budget import PROBE, Probe, changed, float_bytes, rounded, stored_bytes
 from dqw.calibrate import calibrate
 from dqw.compress import save_student
 from dqw.convert import quant_modules, quantize
+from dqw.distill.pair import Pair
 from dqw.recipe import Recipe
-from dqw.speech import calibration_batches, clip_batches, lowered
+from dqw.speech import calibration_batches, clip_batches, lowered, spread
 from dqw.study.table import Changes, Setting, layer_spec
 from dqw.whisper.data import Item
 from dqw.whisper.files import write_atomic
@@ -45,13 +46,6 @@ def with_changes(recipe: Recipe, *changes: Changes) -> Recipe:
     return Recipe.from_dict(data, "the study's settings")
 
 
-def spread(items: Sequence[Any], count: int | None) -> list[Any]:
-    """At most ``count`` of ``items``, evenly spaced; None: all."""
-    if count is None or count >= len(items):
-        return list(items)
-    return [items[i * len(items) // count] for i in range(count)]
-
-
 class Lab:
     """The models, the speech and the recipe of one study.
 
@@ -61,7 +55,7 @@ class Lab:
 
     def __init__(
         self,
-        models: tuple[Any, Any, Any, Any],
+        pair: Pair,
         train: list[Item],
         test: list[Item],
         recipe: Recipe,
@@ -69,7 +63,7 @@ class Lab:
         steps: int,
         say: Say,
     ) -> None:
-        self.teacher, self.student, self.processor, self.teacher_processor = models
+        self.pair, self.teacher, self.student = pair, pair.teacher, pair.student
         self.train, self.test, self.recipe = train, test, recipe
         self.out, self.steps, self.say = out, steps, say
         self.packed = bool(quant_modules(self.student))
@@ -79,18 +73,12 @@ class Lab:
 
     @cached_property
     def calibration(self) -> list[dict[str, Any]]:
-        return calibration_batches(
-            self.train, self.recipe, self.student, self.teacher, self.processor,
-            self.teacher_processor, self.say,
-        )  # fmt: skip
+        return calibration_batches(self.train, self.recipe, self.pair, self.say)
 
     @cached_property
     def clips(self) -> list[dict[str, Any]]:
         """The evaluation clips that KL is taken on, one a batch."""
-        return clip_batches(
-            spread(self.test, KL_CLIPS), self.recipe, self.student, self.teacher, self.processor,
-            self.teacher_processor, self.say,
-        )  # fmt: skip
+        return clip_batches(spread(self.test, KL_CLIPS), self.recipe, self.pair, self.say)
 
     @cached_property
     def probe(self) -> Probe:
@@ -205,11 +193,10 @@ class Lab:
         folder.mkdir(parents=True, exist_ok=True)
         if shared.exists():
             shutil.copy(shared, labels)
-        other = self.student.config.num_mel_bins != self.teacher.config.num_mel_bins
         distill(
             model,
             self.teacher,
-            self.processor,
+            self.pair.processor,
             self.train,
             folder,
             recipe.distill,
@@ -217,7 +204,7 @@ class Lab:
             train=recipe.train,
             resume=True,
             progress=lambda report: status(f"step {report.step}/{report.total}"),
-            teacher_processor=self.teacher_processor if other else None,
+            teacher_processor=self.pair.teacher_processor,
         )
         if labels.exists():
             shutil.copy(labels, shared)
@@ -230,8 +217,8 @@ class Lab:
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_student(model, self.processor, folder)
-            return model_bytes(folder) / 2**20
+            save_student(model, self.pair.processor, folder)
+            return model_bytes(folder) / MIB
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -241,7 +228,7 @@ class Lab:
 
         kl = self.probe.by_batch(model)
         status("transcribing")
-        processor = self.teacher_processor if model is self.teacher else self.processor
+        processor = self.pair.teacher_processor if model is self.teacher else self.pair.processor
         found = evaluate(model, processor, self.test)
         languages = [item.language for item in self.test]
         rows = clip_counts(

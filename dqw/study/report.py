@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import platform
 import time
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -11,6 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from dqw.recipe import Recipe
 from dqw.study import plot
 from dqw.study.charts import charts, languages
 from dqw.study.stats import Cells, Rate, difference, rate, verdict
@@ -104,8 +107,6 @@ def _page(
     figure: str,
 ) -> str:
     about, command = made
-    from dqw.study.runner import machine
-
     recipe = about["recipe"]["quant"]
     shared = f"groups of {recipe['group_size']}" if recipe["group_size"] else "one scale a row"
     trained = any(s.phases for s in settings)
@@ -113,11 +114,11 @@ def _page(
     facts = [
         f"Model {about['model']}; student {about['student']}, "
         f"{about['layers'][0]} + {about['layers'][1]} layers.",
-        f"Measured on {about['measured on'].rsplit(' ', 1)[0]}.",
+        f"Measured on {about['measured on']['clips']} clips.",
     ]
     if study.calibrates:
-        heard = about["speech"].rsplit(" ", 1)[0]
-        facts.append(f"Calibrated {'and trained ' if trained else ''}on {heard}.")
+        learned = f"Calibrated {'and trained ' if trained else ''}on"
+        facts.append(f"{learned} {about['speech']['clips']} clips.")
     facts.append(f"Recipe where nothing else is said: {recipe['bits']} bits {recipe['grid']}, "
                  f"{shared}, embedding {recipe['embedding_bits'] or 'float'} bits, convolutions "
                  f"{recipe['conv_bits'] or 'float'} bits.")  # fmt: skip
@@ -161,6 +162,14 @@ def _page(
         + "\n".join(body)
         + "\n</html>\n"
     )
+
+
+def machine() -> str:
+    """Where and with what a page was made."""
+    from importlib.metadata import version
+
+    packages = ", ".join(f"{name} {version(name)}" for name in ("dqw", "torch", "transformers"))
+    return f"{platform.machine()}, {os.cpu_count()} cores; {packages}"
 
 
 def groups(
@@ -295,13 +304,12 @@ def _heat(settings: Sequence[Setting], rates: Mapping[str, Mapping[str, Rate]]) 
 
 
 def _sizes() -> list[str]:
-    from dqw.study.runner import shipped_recipe
     from dqw.study.sizes import size_table
 
     head, *rows = size_table(
         {
-            "the same layers at 8 bits": shipped_recipe("paper-base"),
-            "4 bits": shipped_recipe("default"),
+            "the same layers at 8 bits": Recipe.shipped("paper-base"),
+            "4 bits": Recipe.shipped("default"),
         }
     )
     note = (

@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dqw.bars import Bar, progress_bar
 from dqw.errors import UserError
 from dqw.recipe import Recipe
-from dqw.study.lab import Lab, cell_name, forget_runs, spread, with_changes
+from dqw.speech import spread
+from dqw.study.lab import Lab, cell_name, forget_runs, with_changes
 from dqw.study.table import STUDIES, Scope, Setting, Study
 from dqw.whisper.data import Item, load_items
 from dqw.whisper.files import write_atomic
@@ -77,7 +75,7 @@ def run_study(
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}: give 1 or more.")
     check_folder(request.out)
-    lab = open_lab(study, request, recipe or shipped_recipe(study.recipe), say)
+    lab = open_lab(study, request, recipe or Recipe.shipped(study.recipe), say)
     settings = study.settings(Scope(lab.student, lab.recipe, request.quick, lab.packed))
     about = describe(study, request, lab)
     claim(request.out, about)
@@ -113,12 +111,6 @@ def find_study(name: str) -> Study:
     return STUDIES[name]
 
 
-def shipped_recipe(name: str) -> Recipe:
-    from importlib.resources import files
-
-    return Recipe.from_toml(str(files("dqw") / "recipes" / f"{name}.toml"))
-
-
 def open_lab(study: Study, request: Request, recipe: Recipe, say: Callable[[str], None]) -> Lab:
     """Load the models and list the speech."""
     from dqw.compress import Job, load_models
@@ -139,20 +131,20 @@ def open_lab(study: Study, request: Request, recipe: Recipe, say: Callable[[str]
         if not quant_modules(packed[0]):
             packed = None
     student = None if packed else request.student
-    models = load_models(
+    pair = load_models(
         Job(model, request.out, student=student, student_layers=request.student_layers), say
     )
     if packed:
-        models = models[0], packed[0], packed[1], models[3]
+        pair = pair._replace(student=packed[0], processor=packed[1])
+        check_models(pair.student, pair.teacher, pair.teacher_processor)
     elif study.cut and not (request.student or request.student_layers):
         from dqw.whisper.student import cut_student
 
-        config = models[0].config
+        config = pair.teacher.config
         kept = config.encoder_layers, max(config.decoder_layers * 2 // 3, 1)
-        models = models[0], cut_student(models[0], *kept), *models[2:]
+        pair = pair._replace(student=cut_student(pair.teacher, *kept))
         say(f"student: the teacher's encoder and {kept[1]} of its decoder layers")
-    check_models(models[1], models[0], models[3])
-    test = spoken(test, models[1])
+    test = spoken(test, pair.student)
     recipe = with_changes(recipe, study.base)
     if request.quick:
         quick = {"train": {"batch_size": 1}, "distill": {"calibration_clips": QUICK_WINDOWS}}
@@ -160,7 +152,7 @@ def open_lab(study: Study, request: Request, recipe: Recipe, say: Callable[[str]
     if request.language:
         recipe = with_changes(recipe, {"train": {"language": request.language}})
     steps = request.steps or (QUICK_STEPS if request.quick else STEPS)
-    return Lab(models, train, test, recipe, request.out, steps, say)
+    return Lab(pair, train, test, recipe, request.out, steps, say)
 
 
 def speech(
@@ -211,9 +203,9 @@ def spoken(items: list[Item], model: Any) -> list[Item]:
 def describe(study: Study, request: Request, lab: Lab) -> dict[str, Any]:
     """What the cells hold for: a rerun must agree on all of it."""
 
-    def digest(items: list[Item]) -> str:
+    def listed(items: list[Item]) -> dict[str, Any]:
         text = repr([(item.id, item.text, item.language) for item in items])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return {"clips": len(items), "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
     layers = [lab.student.config.encoder_layers, lab.student.config.decoder_layers]
     return {
@@ -221,8 +213,8 @@ def describe(study: Study, request: Request, lab: Lab) -> dict[str, Any]:
         "model": Path(request.model or "whisper-base").name,
         "student": Path(request.student or request.model or "whisper-base").name,
         "layers": layers,
-        "speech": f"{len(lab.train)} clips {digest(lab.train)}",
-        "measured on": f"{len(lab.test)} clips {digest(lab.test)}",
+        "speech": listed(lab.train),
+        "measured on": listed(lab.test),
         "steps": lab.steps,
         "quick": request.quick,
         "recipe": lab.recipe.to_dict(),
@@ -262,22 +254,22 @@ def run_cells(lab: Lab, cells: list[tuple[Setting, int]], say: Callable[[str], o
         say(f"{len(cells) - len(todo)} of {len(cells)} cells are there already")
     if not todo:
         return
-    with _progress(len(todo)) as (status, advance):
+    with progress_bar("", len(todo), "cells") as bar:
         for setting, seed in todo:
-            status(setting.name)
+            bar.say(setting.name)
             start = time.monotonic()
-            made = lab.measure(setting, seed, partial(_at, status, setting.name))
+            made = lab.measure(setting, seed, _within(bar, setting.name))
             row = {"setting": setting.name, "seed": seed, **made}
             row["seconds"] = round(time.monotonic() - start, 1)
             write_atomic(cell_path(lab.out, setting, seed), json.dumps(row) + "\n")
             forget_runs(lab, setting, seed)
-            advance()
+            bar()
             if not setting.layers:
                 say(one_line(setting, seed, row))
 
 
-def _at(status: Callable[[str], None], name: str, where: str) -> None:
-    status(f"{name}: {where}")
+def _within(bar: Bar, name: str) -> Callable[[str], None]:
+    return lambda where: bar.say(f"{name}: {where}")
 
 
 def cell_path(out: Path, setting: Setting, seed: int) -> Path:
@@ -309,33 +301,3 @@ def one_line(setting: Setting, seed: int, row: dict[str, Any]) -> str:
         elif units:
             parts.append(f"{metric} {100 * total / units:.2f} % ({total:.0f}/{units:.0f})")
     return "  ".join([*parts, f"{row['mib']:.1f} MiB", f"{row['seconds']:.0f} s"])
-
-
-def machine() -> str:
-    """Where and with what a page was made."""
-    from importlib.metadata import version
-
-    packages = ", ".join(f"{name} {version(name)}" for name in ("dqw", "torch", "transformers"))
-    return f"{platform.machine()}, {os.cpu_count()} cores; {packages}"
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """Yields status(text) and advance(): a bar on stderr with cells done and the time left."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    from dqw.cli import err
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    bar = Progress(
-        *columns, TextColumn("cells"), TimeRemainingColumn(), console=err, transient=True
-    )
-    with bar:
-        task = bar.add_task("", total=total)
-        yield lambda text: bar.update(task, description=text), lambda: bar.advance(task)

@@ -60,16 +60,13 @@ def authors_bytes(model: Any) -> int:
 
 
 def dqw_bytes(model: Any, recipe: Recipe) -> int:
-    """What a folder of dqw holds: codes, scales and tables, float16 for the rest but the encoder's
-    positions, which are a formula."""
+    """What a folder of dqw holds: codes, scales and tables, float16 for the rest."""
     plan = recipe.plan(model)
     packed = 0
     for name, spec in plan.items():
         weight = model.get_submodule(name).weight
         packed += stored_bytes(weight.shape[0], weight[0].numel(), spec)
-    return (
-        packed + float_bytes(model, plan) - 2 * model.model.encoder.embed_positions.weight.numel()
-    )
+    return packed + float_bytes(model, plan)
 
 
 def size_table(recipes: dict[str, Recipe]) -> list[list[str]]:
