@@ -37,6 +37,10 @@ def main(
     ] = "whisper",
     bits: Annotated[str, typer.Option(help="2 to 8, or several such as 3,4.")] = "4",
     grid: Annotated[str, typer.Option(help="apot, pot or uniform.")] = "apot",
+    group_sizes: Annotated[
+        str,
+        typer.Option(help="quant_linear, embedding: columns a scale, beside one scale a row."),
+    ] = "64",
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -109,6 +113,7 @@ def main(
         shapes=options.parse_shapes(shapes),
         bits=options.parse_bits(bits, grid),
         grid=grid,
+        group_sizes=options.parse_groups(group_sizes),
         dtype=options.choose(
             "--dtype",
             dtype or ("float16" if device == "cuda" else "float32"),

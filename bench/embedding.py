@@ -15,7 +15,7 @@ def groups(shape: Shape, o: Options) -> list[list[Problem]]:
     return [
         [
             Problem("embedding", *shape, bits, o.grid, group, "float", "float32", o.device)
-            for group in (0, 64)
+            for group in (0, *o.group_sizes)
         ]
         for bits in o.bits
     ]

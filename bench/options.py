@@ -7,6 +7,7 @@ import torch
 
 from dqw.errors import UserError
 from dqw.grids import check_grid
+from dqw.recipe import GROUP_SIZES
 
 OPS = ("quant_linear", "fake_quant", "embedding", "train_step")
 DTYPES = {
@@ -19,13 +20,15 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Options:
-    """``shapes``: (M, K, N) of each problem; None means Whisper's own."""
+    """``shapes``: (M, K, N) of each problem; None means Whisper's own. ``group_sizes``: columns a
+    scale, timed beside one scale a row."""
 
     ops: tuple[str, ...] = OPS
     device: str = "cpu"
     shapes: tuple[Shape, ...] | None = None
     bits: tuple[int, ...] = (4,)
     grid: str = "apot"
+    group_sizes: tuple[int, ...] = (64,)
     dtype: str = "float32"
     peers: tuple[str, ...] | None = None
     threads: int = 1
@@ -73,6 +76,14 @@ def parse_bits(text: str, grid: str) -> tuple[int, ...]:
     for width in bits:
         check_grid(grid, width)
     return bits
+
+
+def parse_groups(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(part) for part in text.split(",") if part.strip().isdecimal())
+    if len(sizes) != text.count(",") + 1 or not set(sizes) <= set(GROUP_SIZES):
+        known = ", ".join(map(str, GROUP_SIZES))
+        raise UserError(f"--group-sizes {text!r} is not understood: give one or more of {known}.")
+    return sizes
 
 
 def parse_peers(text: str, known: tuple[str, ...]) -> tuple[str, ...] | None:

@@ -35,7 +35,7 @@ def groups(shape: Shape, o: Options) -> list[list[Problem]]:
     """Candidates of one shape, all timed beside the same peers."""
     found = []
     for bits in o.bits:
-        kinds = (("int8", 0), ("int8", 64), ("float", 0), ("float", 64))
+        kinds = [(a, group) for a in ("int8", "float") for group in (0, *o.group_sizes)]
         found.append(
             [
                 Problem("quant_linear", *shape, bits, o.grid, group, activations, o.dtype, o.device)

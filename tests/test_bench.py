@@ -125,10 +125,10 @@ def test_the_json_has_every_field_and_the_csv_its_columns(op: str, tmp_path: Pat
 
 
 def test_int8_and_groups_are_rows_of_their_own(tmp_path: Path) -> None:
-    bench(json_file=tmp_path / "a.json", bits="3,4")
+    bench(json_file=tmp_path / "a.json", bits="3,4", group_sizes="16,64")
     report = json.loads((tmp_path / "a.json").read_text())
     kinds = {(r["bits"], r["activations"], r["group_size"]) for r in report["rows"]}
-    assert kinds == {(b, a, g) for b in (3, 4) for a in ("int8", "float") for g in (0, 64)}
+    assert kinds == {(b, a, g) for b in (3, 4) for a in ("int8", "float") for g in (0, 16, 64)}
 
 
 def test_numbers_follow_from_seconds() -> None:
@@ -191,6 +191,8 @@ def test_a_peer_that_fails_is_named_and_the_rest_go_on(monkeypatch) -> None:
         ({"shapes": "0,64,64"}, "M,K,N"),
         ({"bits": "9"}, "choose 2 to 8"),
         ({"bits": "four"}, "2 to 8"),
+        ({"group_sizes": "48"}, "one or more of 16"),
+        ({"group_sizes": "16,"}, "one or more of 16"),
         ({"op": "softmax"}, "choose one of"),
         ({"op": "all"}, "--op"),
         ({"peers": "tensorrt"}, "choose one of"),
