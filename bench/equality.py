@@ -8,6 +8,7 @@ model's first choice too, and the largest difference between logits.
 
 import copy
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,13 +29,15 @@ def main(
 
     import dqw
     from dqw.convert import round_float_rest
-    from dqw.recipe import QuantConfig, Recipe
+    from dqw.recipe import Recipe
     from dqw.whisper.checkpoint import load_whisper, quiet_transformers
     from dqw.whisper.data import load_items
 
     items = load_items(data, limit=limit)
     learning, processor = load_whisper(model)
-    dqw.quantize(learning, Recipe(quant=QuantConfig(bits=bits, embedding_bits=bits)))
+    recipe = Recipe.shipped("default")
+    quant = replace(recipe.quant, bits=bits, embedding_bits=bits)
+    dqw.quantize(learning, replace(recipe, quant=quant))
     round_float_rest(learning)
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
         dqw.freeze(copy.deepcopy(learning)).save_pretrained(Path(folder))
