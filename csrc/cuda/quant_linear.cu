@@ -4,8 +4,8 @@
 //   x (m, cols) float16 or bfloat16 · weights packed · scales float32 (rows, 1) or (1, 1), with
 //   groups float16 (rows, groups) · levels int16 · biases in x's dtype, empty where there is none
 //
-// dqw/ops_cuda.py decides when this kernel serves; what it cannot do is an error here. PyTorch's stable
-// ABI: one build for every torch from 2.10 on.
+// dqw/ops_cuda.py decides when this kernel serves; what it cannot do is an error here. PyTorch's
+// stable ABI: one build for every torch from 2.10 on.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
