@@ -1,4 +1,4 @@
-"""Audio to what Whisper's encoder reads: the log-mel spectrogram of transformers' feature extractor.
+"""Audio to what Whisper's encoder reads: the log-mel spectrogram, as transformers makes it.
 
 Window of 25 ms every 10 ms, mel bins on Slaney's scale, log10, the loudest 8 decades kept. A clip
 is padded with zeros to the model's window; only frames that hear the clip are computed, since

@@ -37,7 +37,7 @@ class Skeleton(nn.Module):
         self.model.encoder.conv1 = nn.Conv1d(shapes.num_mel_bins, shapes.d_model, 3, padding=1)
         self.model.encoder.conv2 = nn.Conv1d(shapes.d_model, shapes.d_model, 3, 2, padding=1)
         self.model.decoder = _part(shapes, "decoder", shapes.max_target_positions)
-        self.model.decoder.embed_tokens = nn.Embedding(shapes.vocab_size, shapes.d_model)
+        self.model.decoder.embed_tokens = _table(shapes.vocab_size, shapes.d_model)
         self.proj_out = nn.Linear(shapes.d_model, shapes.vocab_size, bias=False)
         self.proj_out.weight = self.model.decoder.embed_tokens.weight
 
@@ -60,8 +60,14 @@ def _part(config: Any, name: str, positions: int) -> Any:
     ]
     part.layers = nn.ModuleList(layers)
     part.layer_norm = nn.LayerNorm(config.d_model)
-    part.embed_positions = nn.Embedding(positions, config.d_model)
+    part.embed_positions = _table(positions, config.d_model)
     return part
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """With a weight of its own nn.Embedding draws no random one, for which torch would import its
+    compiler (1.5 s, 100 MB)."""
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
 def _layer(width: int, inner: int, crosses: bool) -> nn.Module:
