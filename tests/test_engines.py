@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_helpers import needs_library
+from speech_helpers import one_thread  # noqa: F401
 from test_fast import packed
 from transformers import WhisperForConditionalGeneration
 from transformers.generation import WhisperTimeStampLogitsProcessor
@@ -101,10 +102,17 @@ def test_windows_move_as_those_of_transformers():
         )  # fmt: skip
         recording = Recording(torch.zeros(80, frames), 3000, first)
         recording.at = at
-        assert recording.take(tokens) == int(moved) == recording.at - at
+        assert recording.take(tokens) == min(int(moved), int(left))
+        assert recording.at - at == int(moved)
         assert [s.tokens for s in recording.stretches] == [s["tokens"].tolist() for s in segments]
-        found = [(round(s.start, 4), round(s.end, 4)) for s in recording.stretches]
-        assert found == [(round(float(s["start"]), 4), round(float(s["end"]), 4)) for s in segments]
+        # Their float32 falls one tick short of the end of 86 of the 3000 lengths.
+        for ours, theirs in zip(recording.stretches, segments, strict=True):
+            assert ours.start == pytest.approx(float(theirs["start"]), abs=1e-6)
+            assert (
+                -1e-6
+                < ours.end - float(theirs["end"])
+                < (0.0201 if ours.tokens == tokens else 1e-6)
+            )
         kinds.add((len(segments) > 1, int(moved) == int(left)))
     assert len(kinds) > 2
 
@@ -181,7 +189,8 @@ def test_the_command_imports_no_transformers(folder, tmp_path):
     arguments = ["transcribe", *map(str, audio), "--model", str(folder), "--language", "en"]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"},
+        capture_output=True, text=True,
+        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
     assert str(audio[1]) in done.stdout

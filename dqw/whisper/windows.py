@@ -43,7 +43,7 @@ class Recording:
         return torch.nn.functional.pad(part, (0, self.frames - part.shape[1]))
 
     def take(self, tokens: list[int]) -> int:
-        """Keep what was heard in the window and move it; returns by how many frames."""
+        """Keep what was heard in the window and move it; returns how many frames were heard."""
         left = min(self.features.shape[1] - self.at, self.frames)
         is_time = [token >= self.first for token in tokens]
         cuts = [i for i in range(1, len(tokens)) if is_time[i - 1] and is_time[i]]
@@ -58,12 +58,12 @@ class Recording:
             if not all_heard:
                 moved = round((tokens[begin - 1] - self.first) * _TICK / _FRAME)
         else:
-            end = int(left * _FRAME / _TICK) + self.first
+            end = self.first + left // 2
             times = [token for token in tokens if token > self.first]
             self._keep(self.first, times[-1] if times else end, tokens)
         moved = moved or left
         self.at += moved
-        return moved
+        return min(moved, left)  # a model may hear times in the padding
 
     def _keep(self, start: int, end: int, tokens: list[int]) -> None:
         offset = self.at * _FRAME
