@@ -82,7 +82,7 @@ class PlainEngine:
     def detect(self, states: Tensor) -> list[int]:
         from transformers.modeling_outputs import BaseModelOutput
 
-        encoded: Any = BaseModelOutput(last_hidden_state=states)  # type: ignore[arg-type]
+        encoded: Any = BaseModelOutput(last_hidden_state=states)
         return self.model.detect_language(encoder_outputs=encoded).tolist()
 
     def generate(self, states: Tensor, languages: Sequence[str | None], **options: Any) -> Tensor:
@@ -90,7 +90,7 @@ class PlainEngine:
 
         if getattr(self.settings, "is_multilingual", True):
             options["language"] = list(languages)
-        encoded: Any = BaseModelOutput(last_hidden_state=states)  # type: ignore[arg-type]
+        encoded: Any = BaseModelOutput(last_hidden_state=states)
         generate: Any = self.model.generate
         with quiet_transformers():
             return generate(

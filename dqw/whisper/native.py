@@ -32,13 +32,13 @@ class Skeleton(nn.Module):
         shapes.__dict__.update(config)
         self.config = shapes
         self.generation_config = SimpleNamespace()
-        self.model = nn.Module()
-        self.model.encoder = _part(shapes, "encoder", shapes.max_source_positions)
-        self.model.encoder.conv1 = nn.Conv1d(shapes.num_mel_bins, shapes.d_model, 3, padding=1)
-        self.model.encoder.conv2 = nn.Conv1d(shapes.d_model, shapes.d_model, 3, 2, padding=1)
-        self.model.decoder = _part(shapes, "decoder", shapes.max_target_positions)
-        self.model.decoder.embed_tokens = _table(shapes.vocab_size, shapes.d_model)
-        self.proj_out = nn.Linear(shapes.d_model, shapes.vocab_size, bias=False)
+        self.model: Any = nn.Module()
+        encoder = self.model.encoder = _part(shapes, "encoder", shapes.max_source_positions)
+        encoder.conv1 = nn.Conv1d(shapes.num_mel_bins, shapes.d_model, 3, padding=1)
+        encoder.conv2 = nn.Conv1d(shapes.d_model, shapes.d_model, 3, 2, padding=1)
+        decoder = self.model.decoder = _part(shapes, "decoder", shapes.max_target_positions)
+        decoder.embed_tokens = _table(shapes.vocab_size, shapes.d_model)
+        self.proj_out: Any = nn.Linear(shapes.d_model, shapes.vocab_size, bias=False)
         self.proj_out.weight = self.model.decoder.embed_tokens.weight
 
     def get_input_embeddings(self) -> Any:

@@ -8,7 +8,7 @@ move together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,9 @@ class Transcript:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+_Run = Callable[[Sequence["_Clip"]], Iterable[tuple[int, "Transcript"]]]
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def iter_transcripts(
         raise UserError(f"{len(codes)} languages for {len(audios)} audios; give one for each")
     # Longest first: rows of a batch end together, and too little memory shows at once.
     order = sorted(range(len(audios)), key=lambda i: -_seconds_hint(audios[i]))
-    batches = {decoder.long: list[_Clip](), decoder.short: list[_Clip]()}
+    batches: dict[_Run, list[_Clip]] = {decoder.long: [], decoder.short: []}
     for index in order:
         source = audios[index]
         audio = load_audio(source, SAMPLE_RATE if isinstance(source, np.ndarray) else None)
@@ -143,7 +146,7 @@ def iter_transcripts(
             decoder.heard(clip.seconds)
             yield index, Transcript("", clip.language, clip.seconds)
             continue
-        run = decoder.long if clip.seconds > decoder.window else decoder.short
+        run: _Run = decoder.long if clip.seconds > decoder.window else decoder.short
         batches[run].append(clip)
         if len(batches[run]) == batch_size:
             yield from run(batches[run])
