@@ -33,13 +33,15 @@ class Skeleton(nn.Module):
         self.config = shapes
         self.generation_config = SimpleNamespace()
         self.model: Any = nn.Module()
-        encoder = self.model.encoder = _part(shapes, "encoder", shapes.max_source_positions)
+        encoder: Any = _part(shapes, "encoder", shapes.max_source_positions)
         encoder.conv1 = nn.Conv1d(shapes.num_mel_bins, shapes.d_model, 3, padding=1)
         encoder.conv2 = nn.Conv1d(shapes.d_model, shapes.d_model, 3, 2, padding=1)
-        decoder = self.model.decoder = _part(shapes, "decoder", shapes.max_target_positions)
+        decoder: Any = _part(shapes, "decoder", shapes.max_target_positions)
         decoder.embed_tokens = _table(shapes.vocab_size, shapes.d_model)
-        self.proj_out: Any = nn.Linear(shapes.d_model, shapes.vocab_size, bias=False)
-        self.proj_out.weight = self.model.decoder.embed_tokens.weight
+        self.model.encoder, self.model.decoder = encoder, decoder
+        projection: Any = nn.Linear(shapes.d_model, shapes.vocab_size, bias=False)
+        projection.weight = decoder.embed_tokens.weight
+        self.proj_out = projection
 
     def get_input_embeddings(self) -> Any:
         return self.model.decoder.embed_tokens
@@ -47,7 +49,7 @@ class Skeleton(nn.Module):
     def get_output_embeddings(self) -> Any:
         return self.proj_out
 
-    def set_output_embeddings(self, projection: nn.Module) -> None:
+    def set_output_embeddings(self, projection: Any) -> None:
         self.proj_out = projection
 
 
