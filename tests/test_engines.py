@@ -12,6 +12,7 @@ import torch
 from kernel_helpers import needs_library
 from speech_helpers import one_thread  # noqa: F401
 from test_fast import packed
+from tokenizers import Tokenizer
 from transformers import WhisperForConditionalGeneration
 from transformers.generation import WhisperTimeStampLogitsProcessor
 from transformers.models.whisper.modeling_whisper import sinusoids as their_sinusoids
@@ -22,6 +23,7 @@ from dqw.whisper.checkpoint import load_whisper, save_processor
 from dqw.whisper.decoding import LoopGuard, SuppressTokens, TimestampRules
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
 from dqw.whisper.native import sinusoids
+from dqw.whisper.tokenizer import Pieces
 from dqw.whisper.transcribe import iter_transcripts, transcribe
 from dqw.whisper.windows import Recording
 
@@ -135,6 +137,16 @@ def test_timestamp_rules_are_those_of_transformers(tmp_path):
             given = scores.clone()
             assert torch.equal(ours(ids, scores), theirs(ids, scores))
             assert torch.equal(scores, given)
+
+
+def test_pieces_are_those_of_the_tokenizer(folder):
+    """Any tokens: halves of letters, specials, none."""
+    path = folder / "tokenizer.json"
+    ours, theirs = Pieces(path), Tokenizer.from_file(str(path))
+    random = np.random.default_rng(0)
+    words = theirs.encode("hello wörld, 世界 🎉").ids
+    for tokens in ([], words, words[:-2], *random.integers(0, len(ours.pieces), (200, 12))):
+        assert ours.text(tokens) == theirs.decode(list(tokens), skip_special_tokens=True)
 
 
 def test_positions_are_those_of_transformers():

@@ -29,6 +29,7 @@ from dqw.whisper.fast import (
 )
 from dqw.whisper.features import LogMel
 from dqw.whisper.native import Skeleton, load
+from dqw.whisper.tokenizer import Pieces
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
@@ -108,10 +109,10 @@ class PlainEngine:
 class NativeEngine:
     """A packed folder on the native encoder and decoder; see ``open_engine``."""
 
-    def __init__(self, model: Skeleton, settings: Any, log_mel: LogMel, tokenizer: Any) -> None:
+    def __init__(self, model: Skeleton, settings: Any, log_mel: LogMel, pieces: Pieces) -> None:
         self.model, self.settings = model, settings
         self.positions: int = model.config.max_target_positions
-        self.log_mel, self.tokenizer = log_mel, tokenizer
+        self.log_mel, self.pieces = log_mel, pieces
 
     def encode(self, features: Tensor) -> Tensor:
         encoder = fast_encoder(self.model.model.encoder)
@@ -132,7 +133,7 @@ class NativeEngine:
         raise NotImplementedError("beams need transformers' generate: take a PlainEngine")
 
     def text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return self.pieces.text(tokens)
 
 
 def open_engine(name_or_path: str | Path, beam_size: int = 1) -> Engine:
@@ -166,11 +167,8 @@ def _open_native(folder: Path) -> NativeEngine | None:
     model = load(folder, config)
     if uncovered(model) or encoder_uncovered(model.model.encoder):
         return None
-
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return NativeEngine(model, settings, LogMel.of(extractor), tokenizer)
+    pieces = Pieces(folder / "tokenizer.json")
+    return NativeEngine(model, settings, LogMel.of(extractor), pieces)
 
 
 def _settings(folder: Path) -> Any:
