@@ -77,9 +77,13 @@ class Pieces:
         ids: dict[str, int] = stored["model"]["vocab"]
         special = {token["id"] for token in stored["added_tokens"] if token["special"]}
         ids = {**ids, **{token["content"]: token["id"] for token in stored["added_tokens"]}}
-        self.pieces = [""] * (max(ids.values()) + 1)
+        pieces = [""] * (max(ids.values()) + 1)
         for piece, number in ids.items():
-            self.pieces[number] = "" if number in special else piece
+            pieces[number] = "" if number in special else piece
+        # Strings made anew once the rest is gone: the old ones would hold its memory (16 MB).
+        whole = "\n".join(pieces)
+        del stored, ids, pieces
+        self.pieces = whole.split("\n")
 
     def text(self, tokens: Sequence[int]) -> str:
         """Special tokens are left out; bytes that are no UTF-8 become U+FFFD."""
