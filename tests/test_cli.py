@@ -137,7 +137,7 @@ def test_ctrl_c_ends_with_130_and_no_traceback(model, audio, monkeypatch):
     def stop(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dqw.whisper.checkpoint.load_whisper", stop)
+    monkeypatch.setattr("dqw.whisper.engines.load_whisper", stop)
     result = dqw_("transcribe", audio[0], "--model", model)
     assert result.exit_code == 130 and result.stderr == "Error: interrupted\n"
 

@@ -80,10 +80,11 @@ def test_timestamps_lie_within_the_clip(whisper):
 
 
 def test_segments_from_tokens(whisper):
+    from dqw.whisper.engines import PlainEngine
     from dqw.whisper.transcribe import _Decoder
 
-    model, processor = whisper
-    decoder = _Decoder(model, processor, "transcribe", 1, True)
+    _, processor = whisper
+    decoder = _Decoder(PlainEngine(*whisper), "transcribe", 1, True)
     first = processor.tokenizer.convert_tokens_to_ids(TIMES[0])
     word = processor.tokenizer(" world", add_special_tokens=False).input_ids
     segments = decoder._segments([first, *word, first + 20, first + 25, *word], 0.9)

@@ -75,12 +75,14 @@ struct Encoder {
         first = convolutions.take<float>(frames * d);
         normed = p.take<float>(positions * d);
         q = p.take<float>(positions * d);
+        // Nothing of attention is wanted any more where fc1 writes.
+        Pieces mlp = p;
+        hidden = mlp.take<float>(positions * inner);
         k = p.take<float>(positions * d);
         v = p.take<float>(positions * d);
-        hidden = p.take<float>(positions * inner);
         keys = p.take<float>(padded() * d);
         values = p.take<float>(padded() * d);
-        return std::max(p.used, convolutions.used);
+        return std::max({p.used, mlp.used, convolutions.used});
     }
 
     void operator()(Member& me) const {

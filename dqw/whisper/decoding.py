@@ -1,4 +1,7 @@
-"""What decoding adds to transformers' generate: a loop guard, and a quick way to suppress tokens.
+"""What decoding asks of the scores: suppressed tokens, rules of timestamps, no endless loops.
+
+Each is (ids so far, scores (sequences, vocabulary)) → scores, as transformers' logits processors
+are, and serves `generate` as one.
 
 The loop guard stops a decoder that repeats itself ("1.1.1.1…"), and the copies are cut. A tail
 counts as a loop when a piece of 1 to 32 tokens stands in it at least 4 times over, and in at least
@@ -11,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import LogitsProcessor
 
 _LONGEST = 32
 _COPIES = 4
@@ -19,7 +21,7 @@ _SPAN = 32
 _EVERY = 8  # steps between two looks; a look costs a copy from the device
 
 
-class SuppressTokens(LogitsProcessor):
+class SuppressTokens:
     """Makes `always` impossible, and `first` as the first token after the prompt.
 
     The same scores as transformers' two processors, which look for the ids in the whole vocabulary
@@ -41,7 +43,46 @@ class SuppressTokens(LogitsProcessor):
         return scores
 
 
-class LoopGuard(LogitsProcessor):
+class TimestampRules:
+    """Whisper's grammar of timestamps: tokens from `first` on, in pairs, never going back.
+
+    The first token is one, at most `max_initial` (in 0.02 s, None: any). A timestamp behind text
+    is followed by another one or the end, a pair by text. Where all timestamps together are
+    likelier than the likeliest other token, one of them is taken.
+    """
+
+    def __init__(self, first: int, end: int, max_initial: int | None, begin: int = 0) -> None:
+        self.first, self.end, self.max_initial, self.begin = first, end, max_initial, begin
+
+    def set_begin_index(self, begin_index: int) -> None:
+        """Where the prompt ends."""
+        self.begin = begin_index
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        first = self.first
+        scores = scores.clone()
+        scores[:, first - 1] = -torch.inf  # <|notimestamps|>
+        if input_ids.shape[1] == self.begin:
+            scores[:, :first] = -torch.inf
+            if self.max_initial is not None:
+                scores[:, first + self.max_initial + 1 :] = -torch.inf
+            return scores
+        for row, said in zip(scores, input_ids[:, self.begin :].tolist(), strict=True):
+            is_time = said[-1] >= first
+            closes = is_time and len(said) > 1 and said[-2] < first
+            if closes:
+                row[: self.end] = -torch.inf
+            elif is_time:
+                row[first:] = -torch.inf
+            last = next((token for token in reversed(said) if token >= first), first - 1)
+            row[first : last + (not closes)] = -torch.inf
+        text, times = scores[:, :first], scores[:, first:]
+        likelier = times.logsumexp(1, keepdim=True) > text.amax(1, keepdim=True)
+        text.masked_fill_(likelier, -torch.inf)
+        return scores
+
+
+class LoopGuard:
     """Ends a sequence (only the end token stays possible) once its tail is a loop.
 
     Greedy and beam search; `input_ids` is (rows, tokens), `scores` (rows, vocabulary).

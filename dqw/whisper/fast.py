@@ -22,7 +22,6 @@ from dqw.conv import QuantConv1d
 from dqw.embedding import TiedProjection
 from dqw.grids import level_max
 from dqw.linear import QuantModule
-from dqw.recipe import QuantSpec
 
 CROSS_TYPES = ("int8", "bfloat16", "float32")
 """How the decoder's keys and values of the audio are kept: at one, two or four bytes a number.
@@ -63,15 +62,9 @@ def coverage(config: dict[str, Any]) -> dict[str, str]:
     if not stored.get("plan"):
         return dict.fromkeys(("encoder", "decoder"), "plain: the folder is not packed")
 
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
+    from dqw.whisper.native import skeleton
 
-    from dqw.convert import swap_empty
-
-    plan = {name: QuantSpec.from_dict(spec) for name, spec in stored["plan"].items()}
-    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")}
-    with torch.device("meta"):
-        model: Any = WhisperForConditionalGeneration(WhisperConfig(**plain)).eval()
-        swap_empty(model, plan)
+    model: Any = skeleton(config)
     reasons = {"encoder": encoder_uncovered(model.model.encoder), "decoder": uncovered(model)}
     return {name: f"plain: {why}" if why else "native" for name, why in reasons.items()}
 

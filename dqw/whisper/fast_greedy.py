@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from dqw.whisper.fast import FastDecoder, Session
 
@@ -32,6 +31,8 @@ class Stop:
     @classmethod
     def of(cls, criteria: Any) -> Stop:
         """transformers' StoppingCriteriaList."""
+        from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+
         ends = [c.eos_token_id.flatten() for c in criteria if type(c) is EosTokenCriteria]
         ids = tuple(torch.cat(ends).tolist()) if ends else ()
         known = (EosTokenCriteria, MaxLengthCriteria)

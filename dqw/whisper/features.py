@@ -1,0 +1,106 @@
+"""Audio to what Whisper's encoder reads: the log-mel spectrogram, as transformers makes it.
+
+Window of 25 ms every 10 ms, mel bins on Slaney's scale, log10, the loudest 8 decades kept. A clip
+is padded with zeros to the model's window; only frames that hear the clip are computed, since
+silence has a known value. Longer audio is not padded and is taken half a minute at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SILENCE = 1e-10  # energies below count as this
+_CHUNK = 3000  # frames computed at once: three hours at once would take 2 GB
+
+
+@dataclass(frozen=True)
+class LogMel:
+    """mels: bins. samples: of the model's window. n_fft, hop: samples; rate: Hz."""
+
+    mels: int = 80
+    samples: int = 480_000
+    n_fft: int = 400
+    hop: int = 160
+    rate: int = 16_000
+
+    @classmethod
+    def of(cls, extractor: Any) -> LogMel:
+        """The same as a WhisperFeatureExtractor, or as its settings in JSON."""
+        known = extractor if isinstance(extractor, dict) else vars(extractor)
+        rate = known["sampling_rate"]
+        samples = known["chunk_length"] * rate
+        return cls(known["feature_size"], samples, known["n_fft"], known["hop_length"], rate)
+
+    @property
+    def frames(self) -> int:
+        """Of the model's window."""
+        return self.samples // self.hop
+
+    def clips(self, audios: list[np.ndarray]) -> Tensor:
+        """Features (clips, mels, frames) float32 of mono clips no longer than the window."""
+        return torch.stack([self._clip(torch.from_numpy(audio)) for audio in audios])
+
+    def _clip(self, audio: Tensor) -> Tensor:
+        heard = min(len(audio) + self.n_fft, self.samples)
+        log = self._log_mel(torch.nn.functional.pad(audio, (0, heard - len(audio))))
+        silence = torch.full((self.mels, self.frames - log.shape[1]), np.log10(_SILENCE))
+        return _normalized(torch.cat([log, silence], dim=1))
+
+    def long(self, audio: np.ndarray) -> Tensor:
+        """Features (mels, frames) of audio of any length, as many frames as it has."""
+        return _normalized(self._log_mel(torch.from_numpy(audio)))
+
+    def _log_mel(self, audio: Tensor) -> Tensor:
+        half = self.n_fft // 2
+        frames = len(audio) // self.hop
+        padded = torch.nn.functional.pad(audio[None, None], (half, half), "reflect")[0, 0]
+        window = torch.hann_window(self.n_fft)
+        filters = _filters(self.mels, self.n_fft, self.rate)
+        parts = []
+        for begin in range(0, frames, _CHUNK):
+            count = min(_CHUNK, frames - begin)
+            at = begin * self.hop
+            heard = padded[at : at + (count - 1) * self.hop + self.n_fft]
+            spectrum = torch.stft(
+                heard, self.n_fft, self.hop, window=window, center=False, return_complex=True
+            )
+            parts.append((filters @ (spectrum.abs() ** 2)).clamp_(min=_SILENCE).log10_())
+        return torch.cat(parts, dim=1)
+
+
+def _normalized(log: Tensor) -> Tensor:
+    return (torch.maximum(log, log.max() - 8.0) + 4.0) / 4.0
+
+
+@lru_cache
+def _filters(mels: int, n_fft: int, rate: int) -> Tensor:
+    """Triangles (mels, n_fft / 2 + 1) float32 over the frequencies up to 8 kHz, of equal area."""
+    edges = _hertz(np.linspace(0.0, _mel(8000.0), mels + 2))
+    frequencies = np.linspace(0, rate // 2, n_fft // 2 + 1)
+    slopes = edges[:, None] - frequencies
+    widths = np.diff(edges)[:, None]
+    rising, falling = -slopes[:-2] / widths[:-1], slopes[2:] / widths[1:]
+    triangles = np.maximum(0.0, np.minimum(rising, falling))
+    areas = 2.0 / (edges[2:] - edges[:-2])
+    return torch.from_numpy((triangles * areas[:, None]).astype(np.float32))
+
+
+# Slaney's scale: 200 / 3 Hz a mel up to 1 kHz, then 27 mels for a factor of 6.4.
+_LINEAR, _KNEE, _STEP = 200 / 3, 1000.0, np.log(6.4) / 27
+
+
+def _mel(hertz: float) -> float:
+    if hertz < _KNEE:
+        return hertz / _LINEAR
+    return float(_KNEE / _LINEAR + np.log(hertz / _KNEE) / _STEP)
+
+
+def _hertz(mel: np.ndarray) -> np.ndarray:
+    above = _KNEE * np.exp(_STEP * (mel - _KNEE / _LINEAR))
+    return np.where(mel < _KNEE / _LINEAR, mel * _LINEAR, above)

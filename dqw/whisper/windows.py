@@ -1,0 +1,71 @@
+"""How a window of 30 s moves along a long recording: OpenAI's sequential algorithm.
+
+A pair of timestamps ends a stretch of speech; the next window begins at the last pair, so that no
+word is cut. Where there is no pair, or nothing is said behind the last timestamp, it moves on by
+its whole length. The same stretches as transformers' long-form generate, without its fallback.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_TICK = 0.02  # seconds a timestamp token stands for
+_FRAME = 0.01  # seconds of a frame of the features
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens between two timestamps, these included; start and end in seconds."""
+
+    start: float
+    end: float
+    tokens: list[int]
+
+
+class Recording:
+    """features: (mels, frames) of all of it. frames: of a window. first: timestamp 0.00's token."""
+
+    def __init__(self, features: Tensor, frames: int, first: int) -> None:
+        self.features, self.frames, self.first = features, frames, first
+        self.at = 0  # frame where the window begins
+        self.stretches: list[Stretch] = []
+
+    @property
+    def ended(self) -> bool:
+        return self.at >= self.features.shape[1]
+
+    def window(self) -> Tensor:
+        """Features (mels, frames) of the window, zeros behind the end."""
+        part = self.features[:, self.at : self.at + self.frames]
+        return torch.nn.functional.pad(part, (0, self.frames - part.shape[1]))
+
+    def take(self, tokens: list[int]) -> int:
+        """Keep what was heard in the window and move it; returns how many frames were heard."""
+        left = min(self.features.shape[1] - self.at, self.frames)
+        is_time = [token >= self.first for token in tokens]
+        cuts = [i for i in range(1, len(tokens)) if is_time[i - 1] and is_time[i]]
+        moved = left
+        if cuts:
+            all_heard = not is_time[-2] and is_time[-1]
+            begin = 0
+            for cut in [*cuts, len(tokens)] if all_heard else cuts:
+                last = cut == cuts[-1] and not all_heard
+                self._keep(tokens[begin], tokens[cut - 1], tokens[begin : cut + last])
+                begin = cut
+            if not all_heard:
+                moved = round((tokens[begin - 1] - self.first) * _TICK / _FRAME)
+        else:
+            end = self.first + left // 2
+            times = [token for token in tokens if token > self.first]
+            self._keep(self.first, times[-1] if times else end, tokens)
+        moved = moved or left
+        self.at += moved
+        return min(moved, left)  # a model may hear times in the padding
+
+    def _keep(self, start: int, end: int, tokens: list[int]) -> None:
+        offset = self.at * _FRAME
+        ticks = (start - self.first) * _TICK, (end - self.first) * _TICK
+        self.stretches.append(Stretch(offset + ticks[0], offset + ticks[1], tokens))

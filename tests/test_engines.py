@@ -1,0 +1,217 @@
+"""A packed folder read without transformers says what transformers' model says."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from kernel_helpers import needs_library
+from speech_helpers import one_thread  # noqa: F401
+from test_fast import packed
+from tokenizers import Tokenizer
+from transformers import WhisperForConditionalGeneration
+from transformers.generation import WhisperTimeStampLogitsProcessor
+from transformers.models.whisper.modeling_whisper import sinusoids as their_sinusoids
+from whisper_helpers import save_tiny, tiny, write_tone
+
+from dqw.errors import UserError
+from dqw.whisper.checkpoint import load_whisper, save_processor
+from dqw.whisper.decoding import LoopGuard, SuppressTokens, TimestampRules
+from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
+from dqw.whisper.native import sinusoids
+from dqw.whisper.tokenizer import Pieces
+from dqw.whisper.transcribe import iter_transcripts, transcribe
+from dqw.whisper.windows import Recording
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A packed tiny Whisper."""
+    path = tmp_path_factory.mktemp("packed")
+    model, processor = tiny(path)
+    packed(model).save_pretrained(path)
+    save_processor(processor, path)
+    return path
+
+
+def voices(*seconds: float) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    return [(0.1 * random.standard_normal(round(s * RATE))).astype(np.float32) for s in seconds]
+
+
+@needs_library
+@pytest.mark.parametrize("options", [{}, {"timestamps": True}, {"language": "de"},
+                                     {"task": "translate", "batch_size": 2}])  # fmt: skip
+def test_the_native_engine_says_the_same(folder, options):
+    audios = voices(0.4, 0.9, 2.5, 0.2, 3.7, 1.0)
+    engine = open_engine(folder)
+    assert isinstance(engine, NativeEngine)
+    wanted = transcribe(*load_whisper(folder), audios, **options)
+    assert dict(iter_transcripts(engine, audios, **options)) == dict(enumerate(wanted))
+    assert len({t.text for t in wanted}) > 2 and wanted[2].segments
+
+
+@pytest.mark.parametrize("seconds", [1.003, 2.5, 6.2])
+def test_long_audio_is_that_of_transformers(tmp_path, seconds):
+    """Stretch for stretch what its own long-form generate gives."""
+    model, processor = tiny(tmp_path)
+    settings = model.generation_config
+    first, end = settings.no_timestamps_token_id + 1, settings.eos_token_id
+    for audio in voices(seconds, seconds - 0.001):
+        inputs = processor.feature_extractor(
+            [audio], sampling_rate=RATE, truncation=False, padding="longest",
+            return_attention_mask=True, return_tensors="pt",
+        )  # fmt: skip
+        guards = [SuppressTokens((), ()), LoopGuard(end, first)]
+        said = model.generate(**inputs, language="en", return_timestamps=True,
+                              return_segments=True, logits_processor=guards)  # fmt: skip
+        wanted = [
+            (round(float(part["start"]), 2), round(min(float(part["end"]), len(audio) / RATE), 2))
+            for part in said["segments"][0]
+            if processor.tokenizer.decode(
+                [t for t in part["tokens"].tolist() if t < first], skip_special_tokens=True
+            ).strip()
+            and float(part["start"]) < min(float(part["end"]), len(audio) / RATE)
+        ]
+        found = transcribe(model, processor, [audio], "en")[0]
+        assert [(s.start, s.end) for s in found.segments] == wanted
+        tokens = [t for part in said["segments"][0] for t in part["tokens"].tolist() if t < first]
+        text = processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        assert found.text == text and len(wanted) >= int(seconds)
+
+
+def test_windows_move_as_those_of_transformers():
+    """Random tokens, text and timestamps in any order that the rules allow."""
+    first, random = 100, np.random.default_rng(0)
+    kinds = set()
+    for _ in range(300):
+        tokens = []
+        for time in sorted(random.choice(1500, random.integers(0, 5), replace=False).tolist()):
+            tokens += [first + 1 + time] * random.integers(1, 3)
+            tokens += random.integers(3, first, random.integers(0, 3)).tolist()
+        frames, at = int(random.integers(1, 9000)), int(random.integers(0, 3000))
+        at = min(at, frames - 1)
+        left = torch.tensor([min(frames - at, 3000)])
+        segments, moved = WhisperForConditionalGeneration._retrieve_segment(
+            torch.tensor(tokens, dtype=torch.long), [None], torch.tensor([at * 0.01]).double(),
+            first, left, 0.02, 0.01, 2, 0, 0, False, torch.zeros(1, 4),
+        )  # fmt: skip
+        recording = Recording(torch.zeros(80, frames), 3000, first)
+        recording.at = at
+        assert recording.take(tokens) == min(int(moved), int(left))
+        assert recording.at - at == int(moved)
+        assert [s.tokens for s in recording.stretches] == [s["tokens"].tolist() for s in segments]
+        # Their float32 falls one tick short of the end of 86 of the 3000 lengths.
+        for ours, theirs in zip(recording.stretches, segments, strict=True):
+            assert ours.start == pytest.approx(float(theirs["start"]), abs=1e-6)
+            assert (
+                -1e-6
+                < ours.end - float(theirs["end"])
+                < (0.0201 if ours.tokens == tokens else 1e-6)
+            )
+        kinds.add((len(segments) > 1, int(moved) == int(left)))
+    assert len(kinds) > 2
+
+
+def test_timestamp_rules_are_those_of_transformers(tmp_path):
+    settings = tiny(tmp_path)[0].generation_config
+    first, end = settings.no_timestamps_token_id + 1, settings.eos_token_id
+    size, begin = first + 51, 3
+    random = torch.Generator().manual_seed(0)
+    for latest in (None, 10):
+        settings.max_initial_timestamp_index = latest
+        theirs = WhisperTimeStampLogitsProcessor(settings, begin)
+        ours = TimestampRules(first, end, latest, begin)
+        for length in range(0, 7):
+            text = torch.randint(3, end, (64, begin + length), generator=random)
+            times = torch.randint(first, size, text.shape, generator=random).sort(1).values
+            chosen = torch.rand(text.shape, generator=random) < 0.5
+            ids = torch.where(chosen, times, text)
+            scores = 3 * torch.randn(64, size, generator=random)
+            given = scores.clone()
+            assert torch.equal(ours(ids, scores), theirs(ids, scores))
+            assert torch.equal(scores, given)
+
+
+def test_pieces_are_those_of_the_tokenizer(folder):
+    """Any tokens: halves of letters, specials, none."""
+    path = folder / "tokenizer.json"
+    ours, theirs = Pieces(path), Tokenizer.from_file(str(path))
+    random = np.random.default_rng(0)
+    words = theirs.encode("hello wörld, 世界 🎉").ids
+    for tokens in ([], words, words[:-2], *random.integers(0, len(ours.pieces), (200, 12))):
+        assert ours.text(tokens) == theirs.decode(list(tokens), skip_special_tokens=True)
+
+
+def test_positions_are_those_of_transformers():
+    for shape in ((1500, 512), (50, 64)):
+        assert torch.equal(sinusoids(*shape), their_sinusoids(*shape))
+
+
+def test_what_is_not_covered_goes_to_transformers(folder, tmp_path):
+    assert isinstance(open_engine(save_tiny(tmp_path / "float")), PlainEngine)
+    assert isinstance(open_engine(folder, beam_size=2), PlainEngine)
+    for name in ("generation_config.json", "processor_config.json"):
+        other = tmp_path / name
+        shutil.copytree(folder, other)
+        settings = json.loads((other / name).read_text())
+        part = settings.get("feature_extractor", settings)
+        part["dither"] = 0.1
+        del settings["lang_to_id" if "lang_to_id" in settings else "processor_class"]
+        (other / name).write_text(json.dumps(settings))
+        assert isinstance(open_engine(other), PlainEngine)
+
+
+@needs_library
+def test_a_folder_that_does_not_fit_its_plan(folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    config = json.loads((other / "config.json").read_text())
+    config["quantization_config"].pop("weights_sha256", None)
+    config["decoder_layers"] += 1
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not hold the weights"):
+        open_engine(other)
+    config["decoder_layers"] -= 2
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not have"):
+        open_engine(other)
+    config["quantization_config"]["format_version"] = 99
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="packed format 99"):
+        open_engine(other)
+
+
+@needs_library
+def test_the_command_imports_no_transformers(folder, tmp_path):
+    code = (
+        "import sys; from dqw.cli import app\n"
+        "try: app()\n"
+        "except SystemExit: pass\n"
+        "slow = {'transformers', 'torch._dynamo', 'sympy', 'scipy', 'datasets', 'jiwer'}\n"
+        "print(sorted(slow & sys.modules.keys()), file=sys.stderr)"
+    )
+    audio = write_tone(tmp_path / "a.wav"), write_tone(tmp_path / "b.wav", 2.5)
+    arguments = ["transcribe", *map(str, audio), "--model", str(folder), "--language", "en"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True, text=True,
+        env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr
+    assert str(audio[1]) in done.stdout
+
+
+@needs_library
+def test_what_was_heard_adds_up(folder):
+    heard: list[float] = []
+    audios = [*voices(0.4, 2.5, 0.2, 3.7), np.zeros(RATE // 2, dtype=np.float32)]
+    found = dict(iter_transcripts(open_engine(folder), audios, heard=heard.append))
+    assert len(found) == 5 and len(heard) > 5
+    assert sum(heard) == pytest.approx(7.3, abs=0.02)
