@@ -24,7 +24,7 @@ from dqw.bars import progress_bar
 from dqw.errors import UserError
 from dqw.fake_quant import least_squares_scale
 from dqw.hf import POSITIONS, sinusoidal_positions
-from dqw.packing import packed_bytes
+from dqw.packing import packed_bytes, packed_scale_bytes
 from dqw.recipe import Override, QuantSpec, Recipe
 from dqw.speech import lowered, spread
 
@@ -55,15 +55,18 @@ class Choice:
 
 
 def candidates(spec: QuantSpec, widths: Sequence[int] = WIDTHS) -> list[QuantSpec]:
-    """``spec`` at every width. From 5 bits on, with groups, uniform has less error than APoT."""
-    wide = "uniform" if spec.group_size else spec.grid
-    return [replace(spec, bits=b, grid=wide if b >= 5 else spec.grid) for b in widths]
+    """``spec`` at every width. From 5 bits on, with groups, uniform has less error than APoT; the
+    lloyd grid has no more than 5."""
+    last = 5 if spec.grid == "lloyd" else 4 if spec.group_size else 8
+    return [replace(spec, bits=b, grid=spec.grid if b <= last else "uniform") for b in widths]
 
 
 def stored_bytes(rows: int, cols: int, spec: QuantSpec) -> int:
     """Bytes of a packed layer: codes, scales and table."""
     groups = -(-cols // spec.group_size) if spec.group_size else 1
-    scales = 4 if spec.per_tensor else rows * groups * (2 if spec.group_size else 4)
+    scales = packed_scale_bytes(rows, groups) if spec.group_size else 4 * rows
+    if spec.per_tensor:
+        scales = 4
     return packed_bytes(rows, cols, spec.bits) + scales + 2 * 2**spec.bits
 
 

@@ -49,7 +49,7 @@ def compress(
         ),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of Linear weights, 2 to 8.")] = None,
-    grid: Annotated[str | None, typer.Option(help="apot, pot or uniform.")] = None,
+    grid: Annotated[str | None, typer.Option(help="apot, pot, uniform or lloyd.")] = None,
     group_size: Annotated[
         int | None,
         typer.Option(

@@ -4,10 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from dqw import grids, ops
+from dqw.packing import LARGEST_SCALE, SMALLEST_SCALE, round_scales
 from dqw.recipe import QuantSpec
-
-# The smallest scale: 2^-23 is exact in float16, where group scales are stored.
-SMALLEST_SCALE = 2.0**-23
 
 _CHUNK_ROWS = 4096  # the clip search works on slices, to bound its temporaries
 
@@ -19,11 +17,13 @@ class FakeQuantize(nn.Module):
     for. It is learned by RCF (arXiv 1909.13144), which is LSQ's gradient (arXiv 1902.08153) with
     scale = clip / level_max, damped by LSQ's 1 / sqrt(weights per clip × level_max).
 
-    Scales of groups are rounded to float16 here already, as they are stored, so that a frozen
-    layer holds bit for bit the weights it was trained with.
+    Scales of groups are rounded here already, as they are stored (``dqw.packing``), so that a
+    frozen layer holds bit for bit the weights it was trained with. ``window``: the smallest and
+    the largest scale that the weight's groups may have, 16 octaves around those it began with.
     """
 
     bucket: Tensor
+    window: Tensor
     deviation: Tensor | None
 
     def __init__(self, spec: QuantSpec, weight: Tensor) -> None:
@@ -37,6 +37,7 @@ class FakeQuantize(nn.Module):
         matrix = weight.detach().flatten(1)
         self.register_buffer("deviation", _deviation(matrix) if spec.weight_norm else None)
         scale = least_squares_scale(matrix, spec, bucket)
+        self.register_buffer("window", _window(scale))
         clip = scale * self.level_max
         if self.deviation is not None:
             clip = clip / self.deviation
@@ -55,8 +56,10 @@ class FakeQuantize(nn.Module):
         return stored + (exact - exact.detach()) * self.gradient_scale
 
     def stored(self, scale: Tensor) -> Tensor:
-        """``scale`` as a packed layer would keep it: of its dtype, not below the smallest."""
-        return scale.clamp(min=SMALLEST_SCALE).to(scale_dtype(self.spec)).float()
+        """``scale`` as a packed layer would keep it."""
+        if not self.group_size:
+            return scale.clamp(min=SMALLEST_SCALE)
+        return round_scales(scale.clamp(self.window[0], self.window[1]))
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor) -> None:
@@ -79,6 +82,14 @@ class FakeQuantize(nn.Module):
 def scale_dtype(spec: QuantSpec) -> torch.dtype:
     """Groups have many scales: float16. Rows and tensors have few: float32."""
     return torch.float16 if spec.group_size else torch.float32
+
+
+def _window(scale: Tensor) -> Tensor:
+    """From 12 octaves below the largest scale's to 3 above it, float32 (2,)."""
+    largest = scale.amax() if scale.numel() else scale.new_ones(())
+    octave = torch.exp2(largest.log2().floor())
+    window = torch.stack([octave * 2.0**-12, octave * (8 * 31 / 16)])
+    return window.clamp(SMALLEST_SCALE, LARGEST_SCALE)
 
 
 def _deviation(matrix: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dqw.errors import UserError
-from dqw.packing import FORMAT_VERSION
+from dqw.packing import FORMAT_VERSION, pack_scales
 from dqw.recipe import QuantSpec
 
 POSITIONS = "model.encoder.embed_positions.weight"
@@ -70,10 +70,14 @@ class DqwQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> Any:
         """Float tensors take the module's dtype. ``dtype`` is that of the empty tensor, so scales
-        keep theirs: without this, loading as bfloat16 would cast them silently."""
+        of rows keep theirs: without this, loading as bfloat16 would cast them silently."""
         return dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        from dqw.convert import quant_modules
+
+        for module in quant_modules(model).values():
+            module.unpack_scales()
         _speed_up(model)
         return model
 
@@ -98,17 +102,20 @@ class DqwQuantizer(HfQuantizer):
 
 
 def packed_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """``model``'s state as it is stored: packed tensors as they are, the float rest as float16,
-    without what the architecture's formula gives."""
+    """``model``'s state as it is stored: packed tensors as they are, scales of groups as bytes, the
+    float rest as float16, without what the architecture's formula gives."""
     from dqw.convert import quant_modules
 
     left_out = {POSITIONS} if sinusoidal_positions(model) is not None else set()
-    own = {f"{name}.scale" for name in quant_modules(model)}
-    return {
-        name: tensor.half() if tensor.is_floating_point() and name not in own else tensor
-        for name, tensor in model.state_dict().items()
-        if name not in left_out
-    }
+    scales = {f"{name}.scale" for name in quant_modules(model)}
+
+    def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name in scales:  # float16: of groups
+            return pack_scales(tensor) if tensor.dtype == torch.float16 else tensor
+        return tensor.half() if tensor.is_floating_point() else tensor
+
+    state = model.state_dict().items()
+    return {name: stored(name, tensor) for name, tensor in state if name not in left_out}
 
 
 def sinusoidal_positions(model: Any) -> torch.Tensor | None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dqw import grids, ops
 from dqw.fake_quant import FakeQuantize, scale_dtype
-from dqw.packing import pack, packed_bytes
+from dqw.packing import pack, packed_bytes, packed_scale_bytes, unpack_scales
 from dqw.recipe import QuantSpec
 
 
@@ -44,6 +44,11 @@ class QuantModule(nn.Module):
         return self.spec.group_size or 0
 
     @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return -(-self.cols // self.group_size) if self.group_size else 1
+
+    @property
     def stays_float(self) -> bool:
         """Left out by guidance, with nothing to fall back on: freezing leaves it float."""
         return not self.frozen and not self.chosen and self.rest_quantizer is None
@@ -56,21 +61,26 @@ class QuantModule(nn.Module):
             self.rest_quantizer = FakeQuantize(rest_spec, weight)
 
     def _allocate(self, device: torch.device | str | None = None) -> None:
-        """Empty packed buffers, to be filled from a folder."""
+        """Empty packed buffers, to be filled from a folder; then ``unpack_scales``."""
         self.frozen = True
         size = packed_bytes(self.rows, self.cols, self.spec.bits)
-        columns = -(-self.cols // self.group_size) if self.group_size else 1
-        rows = 1 if self.spec.per_tensor else self.rows
         make = {"device": device}
         self.register_buffer("weight", torch.empty(size, dtype=torch.uint8, **make))  # type: ignore[arg-type]
-        self.register_buffer(
-            "scale",
-            torch.empty(rows, columns, dtype=scale_dtype(self.spec), **make),  # type: ignore[arg-type]
-        )
+        rows = 1 if self.spec.per_tensor else self.rows
+        scale = torch.empty(rows, 1, dtype=torch.float32, **make)  # type: ignore[arg-type]
+        if self.group_size:
+            size = packed_scale_bytes(self.rows, self.groups)
+            scale = torch.empty(size, dtype=torch.uint8, **make)  # type: ignore[arg-type]
+        self.register_buffer("scale", scale)
         self.register_buffer(
             "levels",
             torch.empty(2**self.spec.bits, dtype=torch.int16, **make),  # type: ignore[arg-type]
         )
+
+    def unpack_scales(self) -> None:
+        """Scales as they are stored → as the kernels read them; nothing to do a second time."""
+        if self.frozen and self.scale.dtype == torch.uint8:
+            self.scale = unpack_scales(self.scale, self.rows, self.groups)
 
     def _active_quantizer(self) -> FakeQuantize | None:
         return self.quantizer if self.chosen else self.rest_quantizer

@@ -1,4 +1,4 @@
-"""Codes to bytes and back: the packed weight format, version 1, the same on disk and in memory.
+"""Codes to bytes and back: the packed format, version 2; weights lie in memory as on disk.
 
 Rows follow each other; a row is padded with code 0 to a multiple of 64 codes, and every block of
 64 codes takes 8 × bits bytes, with no bit unused. Inside a block the code's bits are split into
@@ -11,12 +11,18 @@ planes, lowest bits first, so that a kernel can widen a whole block with shifts 
 
 The tensor is flat. That is on purpose: no loader that does not know the format can take it for a
 matrix of floats, so opening a packed folder without dqw stops with a size mismatch.
+
+Scales of groups are positive floats of 4 exponent and 4 mantissa bits, a byte each: byte 0 of the
+flat tensor is the float32 exponent field of the smallest, the others, row by row, are what the
+upper 12 bits of the float32 exceed those of 2^(byte 0 - 127) by. In memory they are float16, which
+holds them exactly. Against float16 scales the weights' squared error grows by 2 to 3 % (4 bits,
+groups of 16), where half the bytes are saved; groups twice as wide would add 30 %.
 """
 
 import torch
 from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BLOCK = 64  # codes
 
 
@@ -78,3 +84,45 @@ def unpack(weight: Tensor, rows: int, cols: int, bits: int) -> Tensor:
         codes |= fields.flatten(-2) << shift
         start, shift = start + 8 * width, shift + width
     return codes.view(rows, padded(cols))[:, :cols].contiguous()
+
+
+# ---- scales of groups ----
+
+_DROPPED = 23 - 4  # mantissa bits of a float32 that a scale has not
+SMALLEST_SCALE = 2.0**-20  # the smallest that float16 holds with 4 bits of mantissa
+LARGEST_SCALE = 31 * 2.0**11  # the largest that float16 holds
+
+
+def round_scales(scale: Tensor) -> Tensor:
+    """Positive float32 ``scale`` to the nearest with 4 bits of mantissa; ties go up."""
+    bits = scale.contiguous().view(torch.int32)
+    return ((bits + (1 << _DROPPED - 1)) & -(1 << _DROPPED)).view(torch.float32)
+
+
+def packed_scale_bytes(rows: int, groups: int) -> int:
+    """Bytes of the packed scales of (rows, groups)."""
+    return 1 + rows * groups
+
+
+def pack_scales(scale: Tensor) -> Tensor:
+    """Scales (rows, groups), float16, to flat uint8.
+
+    Raises ValueError for one that is not positive, has more than 4 bits of mantissa, or lies 16
+    octaves or more above the smallest.
+    """
+    bits = scale.float().flatten().view(torch.int32)
+    upper = bits >> _DROPPED
+    lowest = upper.min() >> 4 if bits.numel() else upper.new_tensor(127)
+    code = upper - (lowest << 4)
+    if bits.numel() and (bool((bits <= 0).any()) or bool((upper << _DROPPED != bits).any())):
+        raise ValueError("a scale is not positive, or has more than 4 bits of mantissa")
+    if bits.numel() and int(code.max()) > 255:
+        raise ValueError("the scales of a weight span more than 16 octaves")
+    return torch.cat([lowest.view(1), code]).to(torch.uint8)
+
+
+def unpack_scales(packed: Tensor, rows: int, groups: int) -> Tensor:
+    """The scales (rows, groups), float16, of flat uint8; the inverse of ``pack_scales``."""
+    code = packed.to(torch.int32)
+    bits = (code[1:] + (code[:1] << 4)) << _DROPPED
+    return bits.view(torch.float32).half().view(rows, groups)

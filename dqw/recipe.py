@@ -25,10 +25,10 @@ ACTIVATIONS = ("float", "int8")
 class QuantSpec:
     """How one layer's weight is quantized.
 
-    bits: 2 to 8. grid: apot, pot or uniform. group_size: 16, 32, 64 or 128 columns share a scale
-    (a width it does not divide is padded), or None for one scale a row; per_tensor: one scale in
-    all. activations: "float", or "int8" for dynamic int8 per token in the matrix product.
-    weight_norm: the clip is learned in units of the weight's standard deviation.
+    bits: 2 to 8. grid: apot, pot, uniform, or lloyd (2 to 5 bits). group_size: 16, 32, 64 or 128
+    columns share a scale (a width it does not divide is padded), or None for one scale a row;
+    per_tensor: one scale in all. activations: "float", or "int8" for dynamic int8 per token in the
+    matrix product. weight_norm: the clip is learned in units of the weight's standard deviation.
     """
 
     bits: int = 4

@@ -28,6 +28,7 @@ from dqw.budget import (
 from dqw.cli import app
 from dqw.convert import quant_modules
 from dqw.errors import UserError
+from dqw.hf import packed_state
 from dqw.linear import QuantLinear
 from dqw.recipe import QuantSpec, Recipe
 from dqw.whisper.checkpoint import load_whisper
@@ -49,8 +50,9 @@ def test_stored_bytes_are_those_of_a_packed_layer(group: int | None, bits: int) 
     spec = QuantSpec(bits=bits, grid="uniform", group_size=group)
     layer = QuantLinear.from_linear(torch.nn.Linear(100, 7), spec)
     layer.freeze()
-    tensors = layer.weight, layer.scale, layer.levels
-    assert stored_bytes(7, 100, spec) == sum(t.numel() * t.element_size() for t in tensors)
+    state = packed_state(torch.nn.Sequential(layer))
+    size = sum(tensor.nbytes for name, tensor in state.items() if name != "0.bias")
+    assert stored_bytes(7, 100, spec) == size
 
 
 def test_allocation_is_the_best_of_all() -> None:
@@ -100,6 +102,8 @@ def test_a_layer_that_matters_costs_more() -> None:
     sizes = {c.spec.bits: c.size for c in found[name]}
     assert sizes[2] < sizes[3] < sizes[8]
     assert [s.grid for s in candidates(QuantSpec())] == ["apot"] * 3 + ["uniform"] * 3
+    lloyd = candidates(QuantSpec(grid="lloyd"))
+    assert [s.grid for s in lloyd] == ["lloyd"] * 4 + ["uniform"] * 2
     positions = model.model.encoder.embed_positions.weight
     with_formula = float_bytes(model, plan)
     positions.data += torch.randn_like(positions)  # trained: the folder holds them

@@ -15,6 +15,7 @@ from transformers import WhisperForConditionalGeneration
 import dqw
 from dqw import reference
 from dqw.convert import quant_modules, round_float_rest
+from dqw.packing import pack_scales, unpack_scales
 from dqw.recipe import Override, QuantConfig, QuantSpec, Recipe
 
 FEATURES = torch.randn(2, 80, 3000, generator=torch.Generator().manual_seed(1))
@@ -22,6 +23,8 @@ IDS = torch.tensor([[1, 5, 7, 9], [1, 8, 3, 4]])
 
 RECIPES = {
     "apot4 groups": QuantConfig(),
+    "lloyd4": QuantConfig(grid="lloyd", group_size=16),
+    "lloyd3 int8": QuantConfig(bits=3, embedding_bits=5, grid="lloyd", activations="int8"),
     "apot3 rows int8": QuantConfig(bits=3, embedding_bits=5, group_size=0, activations="int8"),
     "uniform2 norm": QuantConfig(bits=2, grid="uniform", group_size=32, weight_norm=True),
     "pot7 float embedding": QuantConfig(bits=7, grid="pot", embedding_bits=0, conv_bits=0),
@@ -68,6 +71,29 @@ def test_frozen_weights_are_bit_for_bit_the_learned_ones() -> None:
     dqw.freeze(model)
     for name, module in quant_modules(model).items():
         assert torch.equal(module.dequantized_weight(), before[name]), name
+
+
+def test_scales_of_groups_take_a_byte_in_a_folder(tmp_path: Path) -> None:
+    model = dqw.freeze(dqw.quantize(make_tiny_whisper()))
+    model.save_pretrained(tmp_path)
+    fc1 = model.model.encoder.layers[0].fc1
+    assert fc1.scale.dtype == torch.float16
+    stored = load_file(tmp_path / "model.safetensors")["model.encoder.layers.0.fc1.scale"]
+    assert stored.dtype == torch.uint8 and stored.numel() == fc1.scale.numel() + 1
+
+
+def test_clips_stay_in_the_window_that_a_byte_spans() -> None:
+    """A group of zeros and a clip that training drives far off both end as what can be stored."""
+    linear = torch.nn.Linear(128, 4)
+    linear.weight.data[0, :64] = 0.0
+    layer = dqw.QuantLinear.from_linear(linear, QuantSpec(group_size=64))
+    layer.quantizer.clip.data[1, 0] *= 1e6
+    learned = layer.fake_quantized_weight().detach()
+    layer.freeze()
+    again = unpack_scales(pack_scales(layer.scale), 4, 2)
+    assert torch.equal(again, layer.scale)
+    assert torch.equal(layer.dequantized_weight(), learned)
+    assert layer.dequantized_weight()[0, :64].abs().max() < 1e-3 * linear.weight.abs().max()
 
 
 def test_embedding_and_projection_share_one_tensor() -> None:

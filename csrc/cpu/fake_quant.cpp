@@ -42,7 +42,7 @@ class Table {
         levels_.resize(std::max<int64_t>(size, 32));
         std::copy(entry, entry + size, levels_.begin());
         if (size <= 256) {
-            DQW_CHECK(small && entry[0] == 0, "bucket holds a level outside 0 to 255");
+            DQW_CHECK(small, "bucket holds a level outside 0 to 255");
             bytes_.resize(256);
             std::copy(entry, entry + size, bytes_.begin());
         }

@@ -196,14 +196,16 @@ struct Uniform {
     explicit Uniform(const Grid&) {}
     f32 operator()(i32 k) const { return to_float(_mm256_srli_epi32(add_int(k, all_int(1)), 1)); }
 };
-// Up to 16 or 32 entries, as bytes. The three upper bytes of an index are 0 and fetch level 0.
+// Up to 16 or 32 entries, as bytes. The three upper bytes of an index are 0 and fetch level 0,
+// which need not be 0.
+DQW_INLINE f32 lowest_byte(i32 x) { return to_float(_mm256_and_si256(x, all_int(255))); }
 DQW_INLINE i32 sixteen(const uint8_t* bytes) {
     return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)bytes));
 }
 struct Table16 {
     i32 t;
     explicit Table16(const Grid& g) : t(sixteen(g.bytes)) {}
-    f32 operator()(i32 k) const { return to_float(_mm256_shuffle_epi8(t, k)); }
+    f32 operator()(i32 k) const { return lowest_byte(_mm256_shuffle_epi8(t, k)); }
 };
 struct Table32 {  // a shuffle gives 0 where bit 7 of the index is set: where the other half has it
     i32 low, high;
@@ -211,7 +213,7 @@ struct Table32 {  // a shuffle gives 0 where bit 7 of the index is set: where th
     f32 operator()(i32 k) const {
         const i32 in_low = _mm256_add_epi8(k, _mm256_set1_epi8(0x70));
         const i32 in_high = _mm256_sub_epi8(k, _mm256_set1_epi8(16));
-        return to_float(
+        return lowest_byte(
             _mm256_or_si256(_mm256_shuffle_epi8(low, in_low), _mm256_shuffle_epi8(high, in_high)));
     }
 };

@@ -160,10 +160,12 @@ struct Table32 {  // up to 32 entries: both halves of the table in registers
     explicit Table32(const Grid& g) : low(load(g.levels)), high(load(g.levels + 16)) {}
     f32 operator()(i32 k) const { return _mm512_permutex2var_ps(low, k, high); }
 };
-struct Table128 {  // as bytes; the three upper bytes of an index are 0 and fetch level 0
+// As bytes. The three upper bytes of an index are 0 and fetch level 0, which need not be 0.
+DQW_INLINE f32 lowest_byte(i32 x) { return to_float(_mm512_and_si512(x, all_int(255))); }
+struct Table128 {
     i32 low, high;
     explicit Table128(const Grid& g) : low(load_int(g.bytes)), high(load_int(g.bytes + 64)) {}
-    f32 operator()(i32 k) const { return to_float(_mm512_permutex2var_epi8(low, k, high)); }
+    f32 operator()(i32 k) const { return lowest_byte(_mm512_permutex2var_epi8(low, k, high)); }
 };
 struct Table256 {
     i32 a, b, c, d;
@@ -175,7 +177,7 @@ struct Table256 {
     f32 operator()(i32 k) const {
         const i32 first = _mm512_permutex2var_epi8(a, k, b);
         const i32 second = _mm512_permutex2var_epi8(c, k, d);
-        return to_float(_mm512_mask_mov_epi8(first, _mm512_movepi8_mask(k), second));
+        return lowest_byte(_mm512_mask_mov_epi8(first, _mm512_movepi8_mask(k), second));
     }
 };
 struct Gather {

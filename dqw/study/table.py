@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dqw.budget import candidates, kind_of
-from dqw.errors import UserError
-from dqw.grids import GRIDS, check_grid
+from dqw.grids import GRIDS, widths
 from dqw.recipe import QuantSpec, Recipe
 
 Changes = Mapping[str, Mapping[str, Any]]  # recipe table → key → value
@@ -187,9 +186,7 @@ def _grids(scope: Scope) -> list[Setting]:
             for grid in GRIDS:
                 if bits == 2 and grid in ("apot", "pot"):
                     continue  # at 2 bits they are the uniform grid
-                try:
-                    check_grid(grid, bits)
-                except UserError:
+                if bits not in widths(grid):
                     continue
                 shared = f"groups of {group}" if group else "per row"
                 quant = {"bits": bits, "embedding_bits": bits, "grid": grid, "group_size": group}

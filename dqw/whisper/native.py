@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqw.convert import swap_empty
+from dqw.convert import quant_modules, swap_empty
 from dqw.errors import UserError
 from dqw.packing import FORMAT_VERSION
 from dqw.recipe import QuantSpec
@@ -129,6 +129,8 @@ def load(folder: Path, config: dict[str, Any]) -> Skeleton:
             f"missing, unknown or of another shape, such as {faults[0]}); copy the folder again"
         )
     model.load_state_dict(state, assign=True)
+    for module in quant_modules(model).values():
+        module.unpack_scales()
     return model.requires_grad_(False)
 
 
