@@ -55,10 +55,10 @@ class Choice:
 
 
 def candidates(spec: QuantSpec, widths: Sequence[int] = WIDTHS) -> list[QuantSpec]:
-    """``spec`` at every width. From 5 bits on, with groups, uniform has less error than APoT; the
-    lloyd grid has no more than 5."""
-    last = 5 if spec.grid == "lloyd" else 4 if spec.group_size else 8
-    return [replace(spec, bits=b, grid=spec.grid if b <= last else "uniform") for b in widths]
+    """``spec`` at every width. From 5 bits on, with groups, uniform has less error than APoT."""
+    wide = "uniform" if spec.group_size and spec.grid != "lloyd" else spec.grid
+    grid = {b: grids.at_bits(wide if b >= 5 else spec.grid, b) for b in widths}
+    return [replace(spec, bits=b, grid=grid[b]) for b in widths]
 
 
 def stored_bytes(rows: int, cols: int, spec: QuantSpec) -> int:

@@ -49,7 +49,9 @@ def compress(
         ),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of Linear weights, 2 to 8.")] = None,
-    grid: Annotated[str | None, typer.Option(help="apot, pot, uniform or lloyd.")] = None,
+    grid: Annotated[
+        str | None, typer.Option(help="apot, pot, uniform, or lloyd (to 5 bits).")
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(

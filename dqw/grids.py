@@ -46,6 +46,11 @@ def widths(grid: str) -> range:
     return range(2, 6) if grid == "lloyd" else range(2, 9)
 
 
+def at_bits(grid: str, bits: int) -> str:
+    """``grid``, or uniform where it has no such width."""
+    return grid if grid not in GRIDS or bits in widths(grid) else "uniform"
+
+
 def check_grid(grid: str, bits: int) -> None:
     """Raise UserError unless ``grid`` is a known grid and has ``bits``: 2 to 8, Lloyd 2 to 5."""
     if grid not in GRIDS:

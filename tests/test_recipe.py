@@ -4,9 +4,10 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from conftest import make_tiny_whisper
 
 from dqw.errors import UserError
-from dqw.recipe import QuantSpec, Recipe
+from dqw.recipe import Override, QuantConfig, QuantSpec, Recipe
 
 SHIPPED = sorted(p.name for p in (files("dqw") / "recipes").iterdir() if p.name.endswith(".toml"))
 
@@ -67,3 +68,15 @@ def test_specs_refuse_what_no_kernel_serves(bad: dict[str, object]) -> None:
 def test_spec_survives_json() -> None:
     for spec in (QuantSpec(), QuantSpec(group_size=None), QuantSpec(8, "pot", None, True)):
         assert QuantSpec.from_dict(spec.to_dict()) == spec
+
+
+def test_layers_wider_than_the_lloyd_grid_are_uniform() -> None:
+    quant = QuantConfig(
+        bits=4, grid="lloyd", embedding_bits=8, override=[Override("*.fc1", bits=6)]
+    )
+    plan = Recipe(quant=quant).plan(make_tiny_whisper())
+    found = {(s.grid, s.bits) for n, s in plan.items() if "conv" not in n}
+    assert found == {("lloyd", 4), ("uniform", 6), ("uniform", 8)}
+    assert QuantConfig(bits=7, grid="lloyd").linear_spec().grid == "uniform"
+    with pytest.raises(UserError, match="not known"):
+        QuantConfig(bits=7, grid="loyd")
