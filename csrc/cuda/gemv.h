@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(32 * WARPS) gemv(const Gemv a) {
             float part[2][2] = {{0, 0}, {0, 0}};
 #pragma unroll
             for (int q = 0; q < WORDS; q++) {
-                uint32_t v[4];  // beyond the last block codes are 0, and level 0 is 0
+                uint32_t v[4];  // beyond the last column x is 0, whatever level code 0 is
                 share[u].decode(q, pool, table, v);
                 const uint2 first = columns.first[q], second = columns.second[q];
                 float* f = GROUP ? part[0] : total;
