@@ -71,10 +71,16 @@ BatchSize = Annotated[int, typer.Option(help="Clips decoded at once.")]
 
 def main() -> None:
     """Entry point of the console script."""
-    # At exit Python would search half a million objects for cycles: 0.3 s after the last word.
-    atexit.register(gc.freeze)
+    atexit.register(_leave_quickly)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     app()
+
+
+def _leave_quickly() -> None:
+    """At exit Python would search half a million objects for cycles: 0.3 s after the last word.
+    Triton, which training and transformers import, would report what is then left: 60 lines."""
+    if "triton" not in sys.modules:
+        gc.freeze()
 
 
 def _show_warning(message: Warning | str, *where: Any) -> None:

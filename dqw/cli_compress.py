@@ -55,8 +55,8 @@ def compress(
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="16, 32, 64, 128 columns a scale; 0: one scale a row. A recipe's overrides, such "
-            "as the default's 16 for the embedding, stay."
+            help="16, 32, 64, 128 columns a scale; 0: one scale a row. Not for layers that a "
+            "recipe's overrides name."
         ),
     ] = None,
     embedding_bits: Annotated[

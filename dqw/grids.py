@@ -24,12 +24,12 @@ GRIDS = ("apot", "pot", "uniform", "lloyd")
 # two of it. Integers of at most 31 up to 4 bits, where the int8 kernels are fastest: finer ones
 # (4, 13, 22, 32, 44, 58, 74, 96) would take 2 % off the error at 4 bits, and a table for each
 # matrix 0.1 % more. Searched on whisper-base in groups of 16 (``bench.grids``). Relative squared
-# error there in %, groups of 16 / 64:
+# error over its layers in %, groups of 16 / 64:
 #   bits   lloyd          apot           uniform
-#   2       9.99 / 12.64   17.3 / 19.9    17.3 / 19.9
-#   3       2.17 /  3.35   3.00 / 4.49    3.43 / 5.10
-#   4       0.496 / 0.799  0.613 / 0.989  0.697 / 1.239
-#   5       0.110 / 0.193  0.314 / 0.438  0.148 / 0.291
+#   2      10.62 / 13.61   17.40 / 20.44   17.40 / 20.44
+#   3       2.31 /  3.62    3.03 /  4.55    3.52 /  5.22
+#   4      0.534 / 0.870   0.634 / 1.023   0.737 / 1.300
+#   5      0.126 / 0.211   0.321 / 0.440   0.169 / 0.314
 _LLOYD = {
     2: (1, 4),
     3: (3, 10, 18, 31),
