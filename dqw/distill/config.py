@@ -131,6 +131,9 @@ class DistillConfig:
         teacher_masked: the teacher also sees the SpecAugment mask (default: clean features).
         teacher_labels: `missing` (label audio without text), `all` (replace every text), `never`.
         teacher_dtype: the teacher's own dtype, or `keep`.
+        audio_context: `full`, or `dynamic`: the student hears its clips and a random margin, not
+            padded to 30 s (`dqw.whisper.context`), the teacher all of it; hidden states are
+            compared where both have some. Batches are then made of clips of about one length.
         calibration_clips: before the first step, the quantized weights are rounded with
             error compensation on this many training windows (`dqw.calibrate`); 0: not.
     """
@@ -149,6 +152,7 @@ class DistillConfig:
     teacher_masked: bool = False
     teacher_labels: str = "missing"
     teacher_dtype: str = "keep"
+    audio_context: str = "full"
     calibration_clips: int = 0
     spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -174,6 +178,7 @@ class DistillConfig:
         _one_of("distill.projection", self.projection, ("shared", "layer"))
         _one_of("distill.teacher_labels", self.teacher_labels, ("missing", "all", "never"))
         _one_of("distill.teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        _one_of("distill.audio_context", self.audio_context, ("full", "dynamic"))
 
     @property
     def uses_hidden(self) -> bool:
@@ -287,3 +292,12 @@ class TrainConfig:
                 f"train.betas = {self.betas!r} is not a pair: give two numbers of at least 0 and "
                 "less than 1."
             )
+
+
+def check_settings(config: DistillConfig, train: TrainConfig) -> None:
+    """Raise UserError where two tables exclude each other."""
+    if config.audio_context == "dynamic" and train.freeze_encoder:
+        raise UserError(
+            "distill.audio_context = 'dynamic' needs an encoder that learns to hear less: set "
+            "train.freeze_encoder = false."
+        )

@@ -37,6 +37,11 @@ class Recording:
     def ended(self) -> bool:
         return self.at >= self.features.shape[1]
 
+    @property
+    def left(self) -> int:
+        """Frames of the window that the recording has."""
+        return min(self.features.shape[1] - self.at, self.frames)
+
     def window(self) -> Tensor:
         """Features (mels, frames) of the window, zeros behind the end."""
         part = self.features[:, self.at : self.at + self.frames]
@@ -44,7 +49,7 @@ class Recording:
 
     def take(self, tokens: list[int]) -> int:
         """Keep what was heard in the window and move it; returns how many frames were heard."""
-        left = min(self.features.shape[1] - self.at, self.frames)
+        left = self.left
         is_time = [token >= self.first for token in tokens]
         cuts = [i for i in range(1, len(tokens)) if is_time[i - 1] and is_time[i]]
         moved = left
