@@ -72,7 +72,7 @@ class AudioContext:
 
     def _least(self, seconds: float) -> int:
         wanted = max(seconds + self.margin_seconds, self.min_seconds)
-        return max(math.ceil(wanted * _PER_SECOND), 1)
+        return max(math.ceil(round(wanted * _PER_SECOND, 3)), 1)
 
     def __str__(self) -> str:
         return (
