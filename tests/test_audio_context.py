@@ -81,7 +81,7 @@ def test_a_context_is_the_clip_and_a_margin_in_steps():
     {**SMALL.to_dict(), "step_seconds": "2"}, {**SMALL.to_dict(), "margin_seconds": -1.0},
 ])  # fmt: skip
 def test_an_entry_that_is_not_known(stored):
-    with pytest.raises(UserError, match="audio_context is .*install the dqw that wrote it"):
+    with pytest.raises(UserError, match=r"audio_context is .*install the dqw that wrote it"):
         AudioContext.of({"audio_context": stored})
 
 
@@ -273,7 +273,7 @@ def test_a_full_run_takes_the_entry_away(tmp_path, small_steps):
 def test_settings_that_make_no_sense(tmp_path):
     with pytest.raises(UserError, match="choose one of full, dynamic"):
         DistillConfig(audio_context="short")
-    with pytest.raises(UserError, match="set train.freeze_encoder = false"):
+    with pytest.raises(UserError, match=r"set train\.freeze_encoder = false"):
         run(tmp_path, config=DYNAMIC, train=replace(SHORT, freeze_encoder=True))
     assert not list(tmp_path.iterdir())
     recipe = tmp_path / "recipe.toml"
