@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_helpers import instruction_set, needs_library
-from speech_helpers import clips, one_thread, tiny_model, tiny_processor  # noqa: F401
+from speech_helpers import Noise, clips, one_thread, tiny_model, tiny_processor  # noqa: F401
 from test_fast import TIERS, packed, plain
 from test_trainer import SHORT, batch_of, run, weights
 from transformers import WhisperForConditionalGeneration
@@ -259,6 +259,19 @@ def test_training_brings_the_short_states_nearer(tmp_path, small_steps):
     run(tmp_path, student, teacher, DYNAMIC, plan,
         progress=lambda report: losses.append(report.losses["hidden"]))  # fmt: skip
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+
+
+def test_rounding_hears_joined_clips(tmp_path, monkeypatch, small_steps):
+    seen = []
+    monkeypatch.setattr("dqw.distill.run.calibrate", lambda student, batches: seen.extend(batches))
+    short = [Noise(f"s{i}", f"t{i}", seed=i, seconds=0.2, real_seconds=0.2) for i in range(6)]
+    for choice in ("dynamic", "full"):
+        config = DistillConfig(audio_context=choice, calibration_clips=4)
+        run(tmp_path / choice, dqw.quantize(tiny_model()), config=config, items=short)
+    joined, alone = (batch["input_features"] for batch in seen)
+    # frames that are the silence behind a clip's end
+    quiet = [(batch == batch[..., -1:]).all(1).float().mean() for batch in (joined, alone)]
+    assert joined.shape == alone.shape and quiet[0] < 0.4 < 0.7 < quiet[1]
 
 
 def test_a_full_run_takes_the_entry_away(tmp_path, small_steps):

@@ -6,6 +6,7 @@ epoch, index), so a run that goes on from a checkpoint sees exactly the batches 
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,12 @@ class SpeechDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def joined(self) -> SpeechDataset:
+        """The same clips, most of them joined to others until 30 s are full."""
+        other = copy.copy(self)
+        other.augment, other.cache = AugmentConfig(concatenate=0.8), None
+        return other
 
     @property
     def seconds(self) -> list[float]:

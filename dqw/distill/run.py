@@ -137,7 +137,9 @@ def distill(
         or (train.cache_features == "auto" and len(made.examples) <= CACHED_CLIPS),
     )
     if found is None and config.calibration_clips:
-        _calibrate(student.to(args.device), dataset, Collator(pad=encoder.end), config, shown)
+        # Rounding hears whole windows: of clips that are not joined, silence for the most part.
+        spoken = dataset if config.audio_context == "full" else dataset.joined()
+        _calibrate(student.to(args.device), spoken, Collator(pad=encoder.end), config, shown)
     args.max_steps = total_steps(train, len(dataset), args.world_size)
     seed_step(train.seed, -1, 0, 0)  # projections start at random
     pupil = DistillModel(student, teacher, config)
