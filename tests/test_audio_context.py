@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_helpers import instruction_set, needs_library
+from safetensors.torch import load_file
 from speech_helpers import Noise, clips, one_thread, tiny_model, tiny_processor  # noqa: F401
 from test_fast import TIERS, packed, plain
 from test_trainer import SHORT, batch_of, run, weights
@@ -259,6 +260,33 @@ def test_training_brings_the_short_states_nearer(tmp_path, small_steps):
     run(tmp_path, student, teacher, DYNAMIC, plan,
         progress=lambda report: losses.append(report.losses["hidden"]))  # fmt: skip
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+
+
+def test_the_teacher_is_asked_once_a_clip(tmp_path, small_steps, monkeypatch):
+    """What it says is kept where only the encoder's part changes; the losses are the same."""
+    made, asked = {}, []
+
+    def spy(*arguments, **options):
+        asked.append(1)
+        return teacher_pass(*arguments, **options)
+
+    monkeypatch.setattr("dqw.distill.trainer.teacher_pass", spy)
+    for name in ("always", "never"):
+        student = dqw.quantize(tiny_model())
+        before = weights(student.model.encoder)
+        made[name] = run(
+            tmp_path / name, student, tiny_model(decoder_layers=3),
+            replace(DYNAMIC, encoder_states="never"), replace(SHORT, steps=6, cache_states=name),
+        )  # fmt: skip
+        after = student.model.encoder.state_dict()
+        assert not all(torch.equal(before[k], v) for k, v in after.items())
+        assert len(asked) == (0 if name == "always" else 6)
+    for name, loss in made["never"].losses.items():
+        assert made["always"].losses[name] == pytest.approx(loss, rel=1e-3, abs=1e-5), name
+    kept = load_file(min((tmp_path / "always/states").glob("*.safetensors")))
+    assert "taught" in kept and "heard" not in kept
+    with pytest.raises(UserError, match=r"or distill\.encoder_states = 'never'"):
+        run(tmp_path / "b", config=DYNAMIC, train=replace(SHORT, cache_states="always"))
 
 
 def test_rounding_hears_joined_clips(tmp_path, monkeypatch, small_steps):

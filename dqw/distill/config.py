@@ -239,12 +239,12 @@ class TrainConfig:
     `projection_lr` are peak learning rates under one schedule; only matrices under `lr` decay.
     `language` is taken for items that name none. `save_steps` 0 writes one checkpoint, at the
     end. `cache_features` keeps log-mel features in memory as float16 (480 kB a clip at 80 mels);
-    `auto` does so up to 2,000 clips. `cache_states` keeps, on disk beside the run, what a frozen
-    encoder and the teacher make of each window (1.7 MB for base): `auto` does so where that does
-    not change from epoch to epoch (`dqw.distill.states`), `always` insists. `precision` is that of
-    the matrix products: `auto` takes bf16 where the machine multiplies it in hardware (weights,
-    optimizer and losses stay float32; measured on two Zen 4 cores: 1.4 times the speed of float32),
-    else float32.
+    `auto` does so up to 2,000 clips. `cache_states` keeps, on disk beside the run, what the
+    teacher and a frozen encoder make of each window (1.7 MB for base): `auto` does so where that
+    does not change from epoch to epoch (`dqw.distill.states`), `always` insists. `precision` is
+    that of the matrix products: `auto` takes bf16 where the machine multiplies it in hardware
+    (weights, optimizer and losses stay float32; measured on two Zen 4 cores: 1.4 times the speed of
+    float32), else float32.
     """
 
     steps: int = 0

@@ -28,7 +28,7 @@ class Batch:
 
     Attributes:
         features: (batch, mel, 3000) for the student; teacher_features the same for the teacher.
-            Empty where the batch has kept states instead.
+            Empty where the frozen encoder's output was kept instead.
         ids: (batch, length) int64 decoder inputs.
         labels: (tokens,) int64 of the positions with a label; token_rows their flat places.
         decoder_rows: flat places of the decoder positions that are not padding.
@@ -56,7 +56,7 @@ class Batch:
         token_rows = (flat != IGNORE).nonzero().squeeze(1)
         heard = inputs.get("heard")
         taught = None
-        if heard is not None:
+        if "taught" in inputs:
             taught = {-1: inputs["taught"]}
             taught |= {int(n[7:]): t for n, t in inputs.items() if n.startswith("taught.")}
         features = inputs["input_features"] if heard is None else heard.new_empty(0)
@@ -178,12 +178,16 @@ class DistillModel(nn.Module):
     def config(self) -> Any:
         return self.student.config
 
+    @property
+    def encoder_learns(self) -> bool:
+        return any(p.requires_grad for p in self.student.model.encoder.parameters())
+
     def _distilled(self, stack: str) -> bool:
         """Whether the hidden states of `stack` can and shall be compared."""
         if not self.settings.uses_hidden:
             return False
         if stack == "encoder":
-            if not any(p.requires_grad for p in self.student.model.encoder.parameters()):
+            if not self.encoder_learns:
                 return False
             if self.settings.encoder_states == "auto":
                 return self.widths[stack][0] == self.widths[stack][1]
