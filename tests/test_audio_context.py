@@ -35,6 +35,7 @@ from dqw.whisper.context import AudioContext, narrowed
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
 from dqw.whisper.fast import Session, fast_decoder, fast_encoder
 from dqw.whisper.transcribe import iter_transcripts, transcribe
+from dqw.whisper.windows import Recording
 
 RATE = 16_000
 SMALL = AudioContext(min_seconds=0.2, margin_seconds=0.1, step_seconds=0.1)  # for windows of 1 s
@@ -394,11 +395,15 @@ def test_beams_and_float_models_hear_short_contexts(tmp_path, monkeypatch):
 def test_only_the_last_window_of_a_recording_is_short(folder, monkeypatch):
     engine = open_engine(folder)
     seen = heard_by(engine, monkeypatch)
+    padding = []
+    window = Recording.window
+    monkeypatch.setattr(Recording, "window", lambda r: padding.append(r.padding) or window(r))
     audios = voices(2.25, 1.4, 3.1)
     found = dict(iter_transcripts(engine, audios, "en"))
     lengths = [n for count, n in seen for _ in range(count)]
     assert lengths.count(50) > len(audios) and min(lengths) < 50
     assert all(n in range(10, 51, 5) for n in lengths)
+    assert -2 < max(padding) < 0  # silence, as behind the clips of the training
     for index, audio in enumerate(audios):
         assert next(iter_transcripts(engine, [audio], "en"))[1] == found[index]
 

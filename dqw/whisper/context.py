@@ -1,9 +1,9 @@
 """Dynamic audio context: a clip is heard with a short margin, not padded to Whisper's 30 s.
 
-The encoder's cost then follows the length of the clip. Only a student that learned it
-(`distill.audio_context = "dynamic"`) understands a short context: Whisper itself loops and leaves
-words out (whisper-base says twice as many words wrong). So config.json carries `audio_context` of
-such a student, and nothing else is ever heard this way.
+The encoder's cost then follows the length of the clip. Whisper itself has only ever heard padded
+audio: where the silence is missing it says more words wrong, or one without end. A student that
+learned to do without (`distill.audio_context = "dynamic"`) has `audio_context` in its config.json,
+and no other model is heard this way.
 
 Positions are the encoder's, of 20 ms; a position takes two frames of the features.
 """

@@ -31,6 +31,7 @@ from dqw.whisper.decoding import LoopGuard, SuppressTokens, TimestampRules, cut_
 from dqw.whisper.engines import Engine, PlainEngine
 from dqw.whisper.fast import FastDecoder
 from dqw.whisper.fast_greedy import Stop, greedy
+from dqw.whisper.features import silence
 from dqw.whisper.windows import Recording, Stretch
 
 if TYPE_CHECKING:
@@ -236,7 +237,12 @@ class _Decoder:
     def long(self, clips: Sequence[_Clip]) -> Iterator[tuple[int, Transcript]]:
         """Audio of any length, window by window; each recording as it ends."""
         log_mel, first = self.engine.log_mel, self.first_timestamp
-        recordings = [Recording(log_mel.long(clip.audio), log_mel.frames, first) for clip in clips]
+        recordings = []
+        for clip in clips:
+            features = log_mel.long(clip.audio)
+            # A student of short contexts learned with silence behind the clips.
+            padding = silence(features) if self.context else 0.0
+            recordings.append(Recording(features, log_mel.frames, first, padding))
         languages = {clip.index: clip.language for clip in clips}
         running = list(zip(clips, recordings, strict=True))
         while running:

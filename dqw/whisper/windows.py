@@ -26,10 +26,12 @@ class Stretch:
 
 
 class Recording:
-    """features: (mels, frames) of all of it. frames: of a window. first: timestamp 0.00's token."""
+    """features: (mels, frames) of all of it. frames: of a window. first: timestamp 0.00's token.
+    padding: what stands behind the end; transformers puts zeros there."""
 
-    def __init__(self, features: Tensor, frames: int, first: int) -> None:
+    def __init__(self, features: Tensor, frames: int, first: int, padding: float = 0.0) -> None:
         self.features, self.frames, self.first = features, frames, first
+        self.padding = padding
         self.at = 0  # frame where the window begins
         self.stretches: list[Stretch] = []
 
@@ -43,9 +45,9 @@ class Recording:
         return min(self.features.shape[1] - self.at, self.frames)
 
     def window(self) -> Tensor:
-        """Features (mels, frames) of the window, zeros behind the end."""
+        """Features (mels, frames) of the window, padded behind the end."""
         part = self.features[:, self.at : self.at + self.frames]
-        return torch.nn.functional.pad(part, (0, self.frames - part.shape[1]))
+        return torch.nn.functional.pad(part, (0, self.frames - part.shape[1]), value=self.padding)
 
     def take(self, tokens: list[int]) -> int:
         """Keep what was heard in the window and move it; returns how many frames were heard."""
