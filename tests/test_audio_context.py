@@ -231,18 +231,19 @@ def heard_in(monkeypatch):
 def test_the_student_learns_from_short_contexts_and_resumes(tmp_path, monkeypatch, small_steps):
     """The same contexts after a break, and the same weights at the end."""
     config = replace(DYNAMIC, spec_augment=SpecAugmentConfig(time_prob=0.1), teacher_masked=True)
-    plan = replace(SHORT, steps=4, save_steps=2, keep_checkpoints=3)
+    plan = replace(SHORT, steps=6, save_steps=2, keep_checkpoints=3)
     seen = heard_in(monkeypatch)
     whole = dqw.quantize(tiny_model(), Recipe())
     teacher = tiny_model(encoder_layers=3)
     run(tmp_path / "whole", whole, teacher, config, plan)
     students = [positions for positions, training in seen if training]
     assert {positions for positions, training in seen if not training} == {50}
-    assert len(students) == 4 and all(30 <= n <= 35 for n in students)
+    assert len(students) == 6 and all(30 <= n <= 35 for n in students)
     assert len(set(students)) > 1
     assert AudioContext.of(whole.config) == SMALL
     shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    shutil.rmtree(tmp_path / "broken/checkpoint-4")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"broken/checkpoint-{step}")
     seen.clear()
     broken = dqw.quantize(tiny_model(), Recipe())
     run(tmp_path / "broken", broken, teacher, config, plan, resume=True)
