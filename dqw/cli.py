@@ -67,6 +67,13 @@ Model = Annotated[
 ]
 BeamSize = Annotated[int, typer.Option(help="Beams of the search; 1 is greedy.")]
 BatchSize = Annotated[int, typer.Option(help="Clips decoded at once.")]
+Context = Annotated[
+    str,
+    typer.Option(
+        help="auto: short clips are not padded to 30 s where the model learned to do without; "
+        "full: always."
+    ),
+]
 
 
 def main() -> None:
@@ -115,6 +122,7 @@ def transcribe(
     ] = False,
     beam_size: BeamSize = 1,
     batch_size: BatchSize = 8,
+    audio_context: Context = "auto",
 ) -> None:
     """Write down what is said in audio files."""
     from dqw.whisper.audio import audio_seconds
@@ -140,7 +148,7 @@ def transcribe(
     printed = 0
     with _progress(total) as advance:
         steps = iter_transcripts(
-            engine, audio, language, task, beam_size, timed, batch_size, advance
+            engine, audio, language, task, beam_size, timed, batch_size, advance, audio_context
         )
         for index, transcript in steps:
             if output_dir is not None:
@@ -210,6 +218,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Score at most this many clips.")] = None,
     beam_size: BeamSize = 1,
     batch_size: BatchSize = 8,
+    audio_context: Context = "auto",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this JSON file.")
     ] = None,
@@ -237,7 +246,7 @@ def evaluate(
             advance(seconds - done)
             done = seconds
 
-        result = run(whisper, processor, items, beam_size, batch_size, step)
+        result = run(whisper, processor, items, beam_size, batch_size, step, audio_context)
     spelling = bool(getattr(processor.tokenizer, "english_spelling_normalizer", None))
     print_scores(result, spelling)
     if save_transcripts:
@@ -251,6 +260,7 @@ def evaluate(
     if json_file:
         settings = {"model": model, "data": data, "language": language, "limit": limit,
                     "beam_size": beam_size, "batch_size": batch_size,
+                    "audio_context": audio_context,
                     "english_spelling_map": spelling}  # fmt: skip
         figures = {**settings, **_machine(), **result.to_dict()}
         write_atomic(json_file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
@@ -285,14 +295,18 @@ def info(
     report = inspect_folder(folder)
 
     from dqw.ops import backend_info
+    from dqw.whisper.context import AudioContext
     from dqw.whisper.fast import coverage
 
     kernels = backend_info()
     path = coverage(report.config)
+    context = AudioContext.of(report.config)
     if as_json:
         import json
 
-        print(json.dumps({**to_dict(report), "kernels": kernels, "path": path}, indent=2))
+        more = {"kernels": kernels, "path": path}
+        more["audio_context"] = context.to_dict() if context else "full"
+        print(json.dumps({**to_dict(report), **more}, indent=2))
         return
     print_sizes(report, folder)
     if layers:
@@ -300,6 +314,8 @@ def info(
     print_kernels(kernels)
     for part, words in path.items():
         print(f"{part} on a CPU: {words}")
+    if context:
+        print(f"audio context: dynamic ({context})")
 
 
 # ---------------------------------------------------------------- shared

@@ -45,7 +45,7 @@ def compress(
         str | None,
         typer.Option(
             help="A TOML file, or one that ships: default (the student is a copy of the teacher), "
-            "joint (any other), paper-base, paper-tiny."
+            "joint (any other), dynamic (short clips are not padded), paper-base, paper-tiny."
         ),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of Linear weights, 2 to 8.")] = None,

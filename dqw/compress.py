@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqw.bars import progress_bar
+from dqw.distill.config import check_settings
 from dqw.errors import UserError
 from dqw.recipe import Recipe
 from dqw.whisper.report import model_bytes
@@ -67,6 +68,8 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     exists, unknown data rows, models that do not fit each other, an unfinished run.
     """
     check_output(job)
+    if not job.ptq_only:
+        check_settings(recipe.distill, recipe.train)
     items: list[Item] = []
     if job.data is not None:
         from dqw.whisper.data import load_items

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from dqw.whisper.features import LogMel
+from dqw.whisper.features import LogMel, silence
 
 
 def voice(samples: int) -> np.ndarray:
@@ -36,3 +36,11 @@ def test_long_audio_is_that_of_transformers(samples):
     found = LogMel.of(extractor).long(audio)
     assert found.shape == wanted.shape
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
+
+
+def test_silence_is_what_clips_are_padded_with():
+    log_mel, audio = LogMel(), 100 * voice(20_000)
+    audio[8_000:12_000] = 0
+    clip = log_mel.clips([audio])[0]
+    assert clip[:, -1].tolist() == pytest.approx([silence(clip)] * 80)
+    assert silence(log_mel.long(audio)) == pytest.approx(silence(clip))

@@ -97,6 +97,17 @@ train = TrainConfig(
 )
 """
 
+KEPT_TEACHER = """
+config = DistillConfig(
+    matching="dynamic", matching_interval=3, encoder_states="never", audio_context="dynamic",
+)
+guidance = GuidanceConfig()
+train = TrainConfig(
+    steps=14, batch_size=2, accumulate=2, lr=1e-3, clip_lr=1e-3, save_steps=1, warmup_steps=3,
+    tensorboard=False, schedule="cosine", cache_states="always",
+)
+"""
+
 RESUMABLE = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -129,7 +140,9 @@ def start(folder: Path, script: Path) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("settings", [JOINT, KEPT_STATES], ids=["joint", "kept states"])
+@pytest.mark.parametrize(
+    "settings", [JOINT, KEPT_STATES, KEPT_TEACHER], ids=["joint", "kept states", "kept teacher"]
+)
 def test_a_killed_run_ends_with_the_same_weights(tmp_path, settings):
     script = tmp_path / "train.py"
     script.write_text(RESUMABLE.format(tests=str(Path(__file__).parent), settings=settings))

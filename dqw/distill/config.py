@@ -131,6 +131,9 @@ class DistillConfig:
         teacher_masked: the teacher also sees the SpecAugment mask (default: clean features).
         teacher_labels: `missing` (label audio without text), `all` (replace every text), `never`.
         teacher_dtype: the teacher's own dtype, or `keep`.
+        audio_context: `full`, or `dynamic`: the student hears its clips and a random margin, not
+            padded to 30 s (`dqw.whisper.context`), the teacher all of it; hidden states are
+            compared where both have some. Batches are then made of clips of about one length.
         calibration_clips: before the first step, the quantized weights are rounded with
             error compensation on this many training windows (`dqw.calibrate`); 0: not.
     """
@@ -149,6 +152,7 @@ class DistillConfig:
     teacher_masked: bool = False
     teacher_labels: str = "missing"
     teacher_dtype: str = "keep"
+    audio_context: str = "full"
     calibration_clips: int = 0
     spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -174,6 +178,7 @@ class DistillConfig:
         _one_of("distill.projection", self.projection, ("shared", "layer"))
         _one_of("distill.teacher_labels", self.teacher_labels, ("missing", "all", "never"))
         _one_of("distill.teacher_dtype", self.teacher_dtype, TEACHER_DTYPES)
+        _one_of("distill.audio_context", self.audio_context, ("full", "dynamic"))
 
     @property
     def uses_hidden(self) -> bool:
@@ -234,12 +239,12 @@ class TrainConfig:
     `projection_lr` are peak learning rates under one schedule; only matrices under `lr` decay.
     `language` is taken for items that name none. `save_steps` 0 writes one checkpoint, at the
     end. `cache_features` keeps log-mel features in memory as float16 (480 kB a clip at 80 mels);
-    `auto` does so up to 2,000 clips. `cache_states` keeps, on disk beside the run, what a frozen
-    encoder and the teacher make of each window (1.7 MB for base): `auto` does so where that does
-    not change from epoch to epoch (`dqw.distill.states`), `always` insists. `precision` is that of
-    the matrix products: `auto` takes bf16 where the machine multiplies it in hardware (weights,
-    optimizer and losses stay float32; measured on two Zen 4 cores: 1.4 times the speed of float32),
-    else float32.
+    `auto` does so up to 2,000 clips. `cache_states` keeps, on disk beside the run, what the
+    teacher and a frozen encoder make of each window (1.7 MB for base): `auto` does so where that
+    does not change from epoch to epoch (`dqw.distill.states`), `always` insists. `precision` is
+    that of the matrix products: `auto` takes bf16 where the machine multiplies it in hardware
+    (weights, optimizer and losses stay float32; measured on two Zen 4 cores: 1.4 times the speed of
+    float32), else float32.
     """
 
     steps: int = 0
@@ -287,3 +292,12 @@ class TrainConfig:
                 f"train.betas = {self.betas!r} is not a pair: give two numbers of at least 0 and "
                 "less than 1."
             )
+
+
+def check_settings(config: DistillConfig, train: TrainConfig) -> None:
+    """Raise UserError where two tables exclude each other."""
+    if config.audio_context == "dynamic" and train.freeze_encoder:
+        raise UserError(
+            "distill.audio_context = 'dynamic' needs an encoder that learns to hear less: set "
+            "train.freeze_encoder = false."
+        )

@@ -6,6 +6,7 @@ epoch, index), so a run that goes on from a checkpoint sees exactly the batches 
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,17 @@ class SpeechDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.examples)
 
+    def joined(self) -> SpeechDataset:
+        """The same clips, most of them joined to others until 30 s are full."""
+        other = copy.copy(self)
+        other.augment, other.cache = AugmentConfig(concatenate=0.8), None
+        return other
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each clip, before augmentation; 0 where that is not known."""
+        return [example.item.seconds or 0.0 for example in self.examples]
+
     def __getitem__(self, key: int) -> dict[str, Any]:
         epoch, index = divmod(key, len(self.examples))
         example = self.examples[index]
@@ -168,8 +180,8 @@ class SpeechDataset(Dataset[dict[str, Any]]):
         return perturb(wave, self.augment, dice, self.window), text
 
     def _features(self, wave: np.ndarray) -> dict[str, Tensor]:
-        """Log-mel features by name, each (mel bins, 3000) float16."""
-        made = {}
+        """Log-mel features by name, each (mel bins, 3000) float16, and `seconds` of the clip."""
+        made = {"seconds": torch.tensor(len(wave) / SAMPLE_RATE)}
         for name, extractor in self.extractors.items():
             mel = extractor(wave, sampling_rate=SAMPLE_RATE, return_tensors="np").input_features[0]
             made[name] = torch.from_numpy(np.ascontiguousarray(mel)).half()
@@ -177,10 +189,19 @@ class SpeechDataset(Dataset[dict[str, Any]]):
 
 
 class EpochSampler(Sampler[int]):
-    """An order for each epoch, from (seed, epoch) alone; yields epoch · length + index."""
+    """An order for each epoch, from (seed, epoch) alone; yields epoch · length + index.
 
-    def __init__(self, length: int, seed: int) -> None:
+    With the clips' `seconds` every `batch` clips that follow each other are of about one length:
+    the best among `_POOL` batches' clips, so that an epoch's batches are not the last one's.
+    """
+
+    _POOL = 16
+
+    def __init__(
+        self, length: int, seed: int, seconds: Sequence[float] | None = None, batch: int = 1
+    ) -> None:
         self.length, self.seed, self.epoch = length, seed, 0
+        self.seconds, self.batch = seconds, batch
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -190,12 +211,24 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         order = list(range(self.length))
-        random.Random(f"{self.seed} {self.epoch}").shuffle(order)
+        dice = random.Random(f"{self.seed} {self.epoch}")
+        dice.shuffle(order)
+        if self.seconds is not None:
+            pool = self._POOL * self.batch
+            for start in range(0, self.length, pool):
+                order[start : start + pool] = sorted(
+                    order[start : start + pool], key=self.seconds.__getitem__
+                )
+            whole = self.length // self.batch * self.batch
+            batches = [order[i : i + self.batch] for i in range(0, whole, self.batch)]
+            dice.shuffle(batches)
+            order = [index for batch in batches for index in batch] + order[whole:]
         return iter([self.epoch * self.length + index for index in order])
 
 
 class Collator:
-    """Stacks examples: features float32 (batch, mel, 3000), tokens padded on the right.
+    """Stacks examples: features float32 (batch, mel, 3000), `seconds` (batch,), tokens padded on
+    the right.
 
     Kept states (see `dqw.distill.states`) come instead of features: `heard` stacked as float32,
     the teacher's rows one after the other. `decoder_mask` (batch, length) bool marks what is not
@@ -209,7 +242,7 @@ class Collator:
         length = max(len(example["ids"]) for example in examples)
         batch: dict[str, Tensor] = {
             name: torch.stack([example[name] for example in examples]).float()
-            for name in ("input_features", "teacher_features", "heard")
+            for name in ("input_features", "teacher_features", "seconds", "heard")
             if name in examples[0]
         }
         for name in examples[0]:

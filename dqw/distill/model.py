@@ -17,6 +17,7 @@ from dqw.distill.config import DistillConfig
 from dqw.distill.layers import STACKS, LayerTap, stack_layers
 from dqw.distill.losses import IGNORE, ProjectionBank, hidden_loss, pairwise_costs, token_losses
 from dqw.distill.matching import Matching, match, needs_costs
+from dqw.whisper.context import narrowed
 
 States = dict[str, dict[int, Tensor]]
 
@@ -27,13 +28,15 @@ class Batch:
 
     Attributes:
         features: (batch, mel, 3000) for the student; teacher_features the same for the teacher.
-            Empty where the batch has kept states instead.
+            Empty where the frozen encoder's output was kept instead.
         ids: (batch, length) int64 decoder inputs.
         labels: (tokens,) int64 of the positions with a label; token_rows their flat places.
         decoder_rows: flat places of the decoder positions that are not padding.
         heard: (batch, source positions, width), the frozen encoder's output, if it was kept.
         taught: the teacher's rows, if they were kept: last decoder states of the labelled
             positions under −1, of layer J at all decoder rows under J.
+        seconds: of the longest clip, without padding.
+        positions: what the student's encoder is given of the source positions; None: all.
     """
 
     features: Tensor
@@ -44,6 +47,8 @@ class Batch:
     decoder_rows: Tensor
     heard: Tensor | None = None
     taught: dict[int, Tensor] | None = None
+    seconds: float = 0.0
+    positions: int | None = None
 
     @classmethod
     def of(cls, inputs: dict[str, Tensor]) -> Batch:
@@ -51,7 +56,7 @@ class Batch:
         token_rows = (flat != IGNORE).nonzero().squeeze(1)
         heard = inputs.get("heard")
         taught = None
-        if heard is not None:
+        if "taught" in inputs:
             taught = {-1: inputs["taught"]}
             taught |= {int(n[7:]): t for n, t in inputs.items() if n.startswith("taught.")}
         features = inputs["input_features"] if heard is None else heard.new_empty(0)
@@ -64,6 +69,7 @@ class Batch:
             decoder_rows=inputs["decoder_mask"].reshape(-1).nonzero().squeeze(1),
             heard=heard,
             taught=taught,
+            seconds=float(inputs["seconds"].max()) if "seconds" in inputs else 0.0,
         )
 
     def head(self, clips: int) -> Batch:
@@ -114,20 +120,23 @@ def forward_pass(
     """Last decoder states at the labelled positions (tokens, width), and the tapped layers' rows.
 
     Encoder and decoder are called on their own: no cache is built, and the projection to the
-    vocabulary is left to the caller, who applies it to the positions that count.
+    vocabulary is left to the caller, who applies it to the positions that count. `features` may be
+    shorter than the model's window; encoder rows are those of `batch.positions`.
     """
     with ExitStack() as opened:
         seen = {s: opened.enter_context(tap.open(wanted[s])) for s, tap in taps.items()}
         heard = batch.heard
         if heard is None:
-            heard = model.model.encoder(features).last_hidden_state
+            with narrowed(model.model.encoder, features.shape[-1] // 2):
+                heard = model.model.encoder(features).last_hidden_state
         last = model.model.decoder(
             input_ids=batch.ids, encoder_hidden_states=heard, use_cache=False
         ).last_hidden_state
     rows = last.flatten(0, 1).index_select(0, batch.token_rows)
     states: States = {}
     for stack, layers in seen.items():
-        flat = {index: state.flatten(0, 1) for index, state in layers.items()}
+        cut = batch.positions if stack == "encoder" else None
+        flat = {index: state[:, :cut].flatten(0, 1) for index, state in layers.items()}
         if stack == "decoder":
             flat = {i: state.index_select(0, batch.decoder_rows) for i, state in flat.items()}
         states[stack] = flat
@@ -169,12 +178,16 @@ class DistillModel(nn.Module):
     def config(self) -> Any:
         return self.student.config
 
+    @property
+    def encoder_learns(self) -> bool:
+        return any(p.requires_grad for p in self.student.model.encoder.parameters())
+
     def _distilled(self, stack: str) -> bool:
         """Whether the hidden states of `stack` can and shall be compared."""
         if not self.settings.uses_hidden:
             return False
         if stack == "encoder":
-            if not any(p.requires_grad for p in self.student.model.encoder.parameters()):
+            if not self.encoder_learns:
                 return False
             if self.settings.encoder_states == "auto":
                 return self.widths[stack][0] == self.widths[stack][1]
@@ -230,7 +243,7 @@ class DistillModel(nn.Module):
         """Losses of one micro-batch.
 
         Args:
-            features: (batch, mel, 3000) for the student, masked or not.
+            features: (batch, mel, 3000 or 2 · batch.positions) for the student, masked or not.
             matching: per stack; a stack that it lacks is matched here, from this batch's losses.
             distilled: per stack the student layers that have a hidden loss.
         """

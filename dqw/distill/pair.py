@@ -8,6 +8,7 @@ import torch
 
 from dqw.distill.config import DistillConfig, TrainConfig
 from dqw.errors import UserError
+from dqw.whisper.context import AudioContext
 
 
 class Pair(NamedTuple):
@@ -62,7 +63,7 @@ def check_models(student: Any, teacher: Any, teacher_processor: Any) -> None:
 
 
 def settle(student: Any, teacher: Any, config: DistillConfig, train: TrainConfig) -> None:
-    """Dtypes, and what is frozen."""
+    """Dtypes, what is frozen, and what the student's config says of its audio context."""
     # A fake-quantized student learns in float32; autocast lowers what may be lowered.
     student.float()
     on_cpu = not torch.cuda.is_available()
@@ -75,3 +76,7 @@ def settle(student: Any, teacher: Any, config: DistillConfig, train: TrainConfig
         student.model.encoder.requires_grad_(False)
     if train.freeze_embedding:
         student.model.decoder.embed_tokens.requires_grad_(False)
+    if config.audio_context == "dynamic":
+        student.config.audio_context = AudioContext().to_dict()
+    elif hasattr(student.config, "audio_context"):
+        del student.config.audio_context  # it was another training's

@@ -24,7 +24,7 @@ from dqw.calibrate import calibrate
 from dqw.distill import checkpoint as store
 from dqw.distill.arguments import total_steps, training_arguments
 from dqw.distill.callbacks import ReportCallback, cut_log, tensorboard_callback
-from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig
+from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig, check_settings
 from dqw.distill.data import Collator, LabelEncoder, SpeechDataset, SpeechItem
 from dqw.distill.guidance import Choice
 from dqw.distill.model import DistillModel
@@ -100,6 +100,7 @@ def distill(
     """
     config, guidance = config or DistillConfig(), guidance or GuidanceConfig()
     train, folder = train or TrainConfig(), Path(output_dir)
+    check_settings(config, train)
     check_models(student, teacher, teacher_processor)
     if guidance.mode in ("distill_guided", "mutual") and not config.uses_hidden:
         raise UserError(
@@ -136,7 +137,9 @@ def distill(
         or (train.cache_features == "auto" and len(made.examples) <= CACHED_CLIPS),
     )
     if found is None and config.calibration_clips:
-        _calibrate(student.to(args.device), dataset, Collator(pad=encoder.end), config, shown)
+        # Rounding hears whole windows: of clips that are not joined, silence for the most part.
+        spoken = dataset if config.audio_context == "full" else dataset.joined()
+        _calibrate(student.to(args.device), spoken, Collator(pad=encoder.end), config, shown)
     args.max_steps = total_steps(train, len(dataset), args.world_size)
     seed_step(train.seed, -1, 0, 0)  # projections start at random
     pupil = DistillModel(student, teacher, config)

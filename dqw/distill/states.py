@@ -1,10 +1,11 @@
 """What a frozen encoder hears and the teacher says, worked out once and kept beside the run.
 
-With `train.freeze_encoder` nothing before the student's decoder learns. If the windows are the same
-in every epoch too (`augment.redraw = false`), the encoder's output and all that the teacher gives
-are functions of the window: whisper-base then trains at 1.3 s a step of four windows instead of
-9.5 s. One safetensors file a window (1.7 MB for base), whole or not there, so a killed run goes on
-where it was. Windows are worked out one by one: what is kept does not depend on their order.
+If the windows are the same in every epoch (`augment.redraw = false`), all that the teacher says is
+a function of the window: two thirds of a step on short clips (`audio_context = "dynamic"`). With
+`train.freeze_encoder` nothing before the student's decoder learns, so the encoder's output is kept,
+too: whisper-base then trains at 1.3 s a step of four windows instead of 9.5 s. One safetensors file
+a window (1.7 MB for base, 0.1 MB of the teacher's alone), whole or not there, so a killed run goes
+on where it was. Windows are worked out one by one: what is kept does not depend on their order.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ FOLDER = "states"
 
 def obstacle(config: DistillConfig, guidance: GuidanceConfig, train: TrainConfig) -> str | None:
     """Why states cannot be kept under these settings, as the cure; None if they can."""
-    if not train.freeze_encoder:
-        return "set train.freeze_encoder = true"
     if config.augment.active and config.augment.redraw:
         return "set distill.augment.redraw = false"
     if config.spec_augment.active:
         return "leave out distill.spec_augment"
     if guidance.mode != "all":
         return "set guidance.mode = 'all'"
+    if not train.freeze_encoder and config.uses_hidden and config.encoder_states != "never":
+        # 3 MB a window and layer of base
+        return "set train.freeze_encoder = true or distill.encoder_states = 'never'"
     return None
 
 
@@ -55,19 +57,25 @@ def keeps_states(config: DistillConfig, guidance: GuidanceConfig, train: TrainCo
 class StatesDataset(Dataset[dict[str, Any]]):
     """The windows of a SpeechDataset as kept states and tokens; keys as there.
 
-    An item has ids, labels, `heard` (source positions, width) float16, `taught` (labelled tokens,
-    teacher width): the teacher's last decoder states, and `taught.J`: its layer J's (length, …).
+    An item has ids, labels, `taught` (labelled tokens, teacher width): the teacher's last decoder
+    states, `taught.J`: its layer J's (length, …), and `heard` (source positions, width) float16, or
+    what the window itself has where the encoder learns.
     """
 
-    def __init__(self, folder: Path, windows: int) -> None:
-        self.folder, self.windows = folder, windows
+    def __init__(self, folder: Path, windows: SpeechDataset, encoder_learns: bool) -> None:
+        self.folder, self.windows, self.encoder_learns = folder, windows, encoder_learns
 
     def __len__(self) -> int:
-        return self.windows
+        return len(self.windows)
+
+    @property
+    def seconds(self) -> list[float]:
+        return self.windows.seconds
 
     def __getitem__(self, key: int) -> dict[str, Any]:
-        kept = load_file(_path(self.folder, key % self.windows))
-        return {**kept, "ids": kept["ids"].tolist(), "labels": kept["labels"].tolist()}
+        kept: dict[str, Any] = load_file(_path(self.folder, key % len(self)))
+        kept |= {name: kept[name].tolist() for name in ("ids", "labels")}
+        return {**self.windows[key], **kept} if self.encoder_learns else kept
 
 
 def keep_states(
@@ -82,9 +90,10 @@ def keep_states(
     """Work out the states of every window that `folder` lacks, and return them as a dataset.
 
     Args:
-        pupil: the student with the encoder it will keep; teacher: in its own dtype, same device.
+        pupil: the student, whose encoder is heard if it is frozen; teacher: in its own dtype, on
+            the same device.
         content: what else the states depend on (data, augmentation); with other content, or
-            another encoder, what the folder holds is thrown away.
+            another frozen encoder, what the folder holds is thrown away.
         autocast: precision of the matrix products, or None.
         progress: called with (done, windows).
     """
@@ -107,15 +116,18 @@ def keep_states(
         inputs = {name: value.to(device) for name, value in collate([item]).items()}
         batch = Batch.of(inputs)
         with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-            heard = pupil.student.model.encoder(batch.features).last_hidden_state[0]
+            heard = {}
+            if not pupil.encoder_learns:
+                state = pupil.student.model.encoder(batch.features).last_hidden_state[0]
+                heard = {"heard": state.half()}
             features = batch.teacher_features.to(teacher.dtype)
             last, states = forward_pass(teacher, features, batch, taps, wanted)
-        tensors = {"heard": heard.half(), "taught": last}
+        tensors = {**heard, "taught": last}
         tensors |= {f"taught.{j}": state for j, state in states.get("decoder", {}).items()}
         tensors |= {"ids": torch.tensor(item["ids"]), "labels": torch.tensor(item["labels"])}
         _write(path, {name: t.cpu().contiguous() for name, t in tensors.items()})
         progress(index + 1, len(dataset))
-    return StatesDataset(folder, len(dataset))
+    return StatesDataset(folder, dataset, pupil.encoder_learns)
 
 
 def _path(folder: Path, index: int) -> Path:
@@ -133,6 +145,8 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _fingerprint(pupil: DistillModel, content: str) -> dict[str, str]:
+    if pupil.encoder_learns:
+        return {"content": content, "encoder": "it learns"}
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(pupil.student.model.encoder.state_dict().items()):
         digest.update(name.encode())

@@ -9,6 +9,7 @@ with the same weights, bit for bit, as one that was not.
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from dqw.distill.model import (
     teacher_recalled,
 )
 from dqw.distill.stepping import parameter_groups, scheduler_state, seed_step, spec_augment
+from dqw.whisper.context import AudioContext
 
 TOKEN_LOSSES = ("ce", "kl")
 
@@ -65,6 +67,7 @@ class DistillTrainer(Seq2SeqTrainer):
         self.teacher = teacher.eval().requires_grad_(False).to(args.device)
         self.teacher_taps = {s: LayerTap(self.teacher, s, model.kind) for s in model.stacks}
         self.guidance = Guidance(model.student, self.guide, model.stacks)
+        self.context = AudioContext.of(model.student.config)
         self.matching: dict[str, Matching] = {}
         self.sums: dict[str, float] = {}
         self.extra_settings: dict[str, Any] = {}
@@ -83,7 +86,8 @@ class DistillTrainer(Seq2SeqTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return EpochSampler(len(dataset), self.plan.seed)
+        seconds = dataset.seconds if self.context else None
+        return EpochSampler(len(dataset), self.plan.seed, seconds, self.plan.batch_size)
 
     # Optimizer
 
@@ -112,6 +116,9 @@ class DistillTrainer(Seq2SeqTrainer):
         step, micro = self._begin(batch)
         seed_step(self.plan.seed, step, micro, self.args.process_index)
         features = self.student_features(batch)
+        if self.context is not None:
+            window = self.pupil.student.config.max_source_positions
+            batch.positions = self.context.drawn(batch.seconds, window, random.random())
         distilled = self.distilled_layers()
         wanted, logits = self.teacher_layers_wanted(distilled), self.distill.kl > 0
         if batch.taught is None:
@@ -119,6 +126,8 @@ class DistillTrainer(Seq2SeqTrainer):
             teacher = teacher_pass(self.teacher, heard, batch, self.teacher_taps, wanted, logits)
         else:
             teacher = teacher_recalled(self.teacher, batch, wanted, logits)
+        if batch.positions is not None:
+            features = features[..., : 2 * batch.positions]
         losses: StepLosses = model(features, batch, teacher, self.matching, distilled)
         self.matching = losses.matching
         parts = max(self.current_gradient_accumulation_steps, 1)

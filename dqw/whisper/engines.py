@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dqw.whisper.checkpoint import load_whisper, quiet_transformers, verify_folder
+from dqw.whisper.context import AudioContext, narrowed
 from dqw.whisper.fast import (
     FastDecoder,
     Session,
@@ -37,14 +38,17 @@ if TYPE_CHECKING:
 
 class Engine(Protocol):
     """settings: Whisper's generation settings (ids of special tokens, tokens to suppress …).
-    positions: tokens a sequence may have. log_mel: makes the features of audio."""
+    positions: tokens a sequence may have. log_mel: makes the features of audio. context: how much
+    the model learned to hear of a short clip; None: the whole window."""
 
     settings: Any
     positions: int
     log_mel: LogMel
+    context: AudioContext | None
 
     def encode(self, features: Tensor) -> Tensor:
-        """Features (clips, mels, frames) → states (clips, frames / 2, width)."""
+        """Features (clips, mels, frames) → states (clips, frames / 2, width). frames: even, at
+        most those of the window."""
 
     def native(self) -> FastDecoder | None:
         """The native decoder, or None where ``generate`` must do."""
@@ -70,10 +74,12 @@ class PlainEngine:
         self._bare.suppress_tokens = self._bare.begin_suppress_tokens = None
         self.positions: int = model.config.max_target_positions
         self.log_mel = LogMel.of(processor.feature_extractor)
+        self.context = AudioContext.of(model.config)
 
     def encode(self, features: Tensor) -> Tensor:
         encoder: Any = self.model.get_encoder()
-        return encoder(features.to(self.model.device, self.model.dtype))[0]
+        with narrowed(encoder, features.shape[-1] // 2):
+            return encoder(features.to(self.model.device, self.model.dtype))[0]
 
     def native(self) -> FastDecoder | None:
         from dqw.whisper.fast_model import native_decoder
@@ -113,6 +119,7 @@ class NativeEngine:
         self.model, self.settings = model, settings
         self.positions: int = model.config.max_target_positions
         self.log_mel, self.pieces = log_mel, pieces
+        self.context = AudioContext.of(model.config)
 
     def encode(self, features: Tensor) -> Tensor:
         encoder = fast_encoder(self.model.model.encoder)

@@ -40,11 +40,13 @@ def evaluate(
     beam_size: int = 1,
     batch_size: int = 8,
     progress: Callable[[float], None] | None = None,
+    audio_context: str = "auto",
 ) -> Evaluation:
     """Transcribe every item in its language (detected where it has none) and score it.
 
     Every item needs a text: `load_items(…, need_text=True)`. `progress` gets the seconds of audio
-    done. Items without a language are scored in the detected one.
+    done. Items without a language are scored in the detected one. `audio_context`: as in
+    `transcribe`.
     """
     started = time.perf_counter()
     transcripts = transcribe(
@@ -55,6 +57,7 @@ def evaluate(
         beam_size=beam_size,
         batch_size=batch_size,
         progress=progress,
+        audio_context=audio_context,
     )
     wall = time.perf_counter() - started
     scores = score(

@@ -74,6 +74,11 @@ class LogMel:
         return torch.cat(parts, dim=1)
 
 
+def silence(features: Tensor) -> float:
+    """What silence is in features of this loudness: the quietest that is kept."""
+    return float(features.max()) - 2.0
+
+
 def _normalized(log: Tensor) -> Tensor:
     return (torch.maximum(log, log.max() - 8.0) + 4.0) / 4.0
 

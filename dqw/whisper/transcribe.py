@@ -3,7 +3,8 @@
 Clips of at most 30 s are sorted by length and decoded in batches: the encoder runs once, detects
 the language where none is given, and feeds the decoder. Longer audio goes by OpenAI's sequential
 algorithm: a 30 s window moves along the timestamps that the model predicts; several recordings
-move together.
+move together. A model that learned a dynamic audio context (`dqw.whisper.context`) hears short
+clips, and the short last window of a recording, without padding; those of one length in a batch.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from dqw.whisper.audio import (
     is_silent,
     load_audio,
 )
+from dqw.whisper.context import CHOICES
 from dqw.whisper.data import language_code
 from dqw.whisper.decoding import LoopGuard, SuppressTokens, TimestampRules, cut_loop
 from dqw.whisper.engines import Engine, PlainEngine
 from dqw.whisper.fast import FastDecoder
 from dqw.whisper.fast_greedy import Stop, greedy
+from dqw.whisper.features import silence
 from dqw.whisper.windows import Recording, Stretch
 
 if TYPE_CHECKING:
@@ -88,6 +91,7 @@ def transcribe(
     timestamps: bool = False,
     batch_size: int = 8,
     progress: Callable[[float], None] | None = None,
+    audio_context: str = "auto",
 ) -> list[Transcript]:
     """One transcript per audio, in order.
 
@@ -95,12 +99,16 @@ def transcribe(
     code for all, one per audio, or None to detect it. `task`: "transcribe", or "translate" into
     English. `beam_size` 1 is greedy; there is no temperature fallback. `timestamps`: segments with
     times (the text may differ a little: Whisper decodes differently then). `progress` is called
-    with the seconds of audio finished, after each clip.
-    Raises UserError for bad audio, an unknown language or task, and numbers below 1.
+    with the seconds of audio finished, after each clip. `audio_context`: "auto" (short clips are
+    not padded where the model learned that) or "full".
+    Raises UserError for bad audio, an unknown language, task or context, and numbers below 1.
     """
     results: dict[int, Transcript] = {}
     engine = PlainEngine(model, processor)
-    steps = iter_transcripts(engine, audios, language, task, beam_size, timestamps, batch_size)
+    steps = iter_transcripts(
+        engine, audios, language, task, beam_size, timestamps, batch_size,
+        audio_context=audio_context,
+    )  # fmt: skip
     done = 0.0
     for index, transcript in steps:
         results[index] = transcript
@@ -119,6 +127,7 @@ def iter_transcripts(
     timestamps: bool = False,
     batch_size: int = 8,
     heard: Callable[[float], None] | None = None,
+    audio_context: str = "auto",
 ) -> Iterator[tuple[int, Transcript]]:
     """(index, transcript) as they get ready, longest clips first; arguments as `transcribe`.
 
@@ -130,14 +139,18 @@ def iter_transcripts(
     for name, value in (("beam size", beam_size), ("batch size", batch_size)):
         if value < 1:
             raise UserError(f"the {name} is {value}; give 1 or more")
+    if audio_context not in CHOICES:
+        raise UserError(f"the audio context is '{audio_context}'; choose auto or full")
     decoder = _Decoder(engine, task, beam_size, timestamps, heard or (lambda seconds: None))
+    if audio_context == "full":
+        decoder.context = None
     each = [language] * len(audios) if language is None or isinstance(language, str) else language
     codes = [decoder.code(code) for code in each]
     if len(codes) != len(audios):
         raise UserError(f"{len(codes)} languages for {len(audios)} audios; give one for each")
     # Longest first: rows of a batch end together, and too little memory shows at once.
     order = sorted(range(len(audios)), key=lambda i: -_seconds_hint(audios[i]))
-    batches: dict[_Run, list[_Clip]] = {decoder.long: [], decoder.short: []}
+    batches: dict[tuple[_Run, int], list[_Clip]] = {}
     for index in order:
         source = audios[index]
         audio = load_audio(source, SAMPLE_RATE if isinstance(source, np.ndarray) else None)
@@ -147,13 +160,13 @@ def iter_transcripts(
             yield index, Transcript("", clip.language, clip.seconds)
             continue
         run: _Run = decoder.long if clip.seconds > decoder.window else decoder.short
-        batches[run].append(clip)
-        if len(batches[run]) == batch_size:
-            yield from run(batches[run])
-            batches[run] = []
-    for run, batch in batches.items():
-        if batch:
-            yield from run(batch)
+        kind = run, decoder.heard_positions(clip.seconds)
+        batch = batches.setdefault(kind, [])
+        batch.append(clip)
+        if len(batch) == batch_size:
+            yield from run(batches.pop(kind))
+    for (run, _), batch in batches.items():
+        yield from run(batch)
 
 
 def _seconds_hint(source: Source) -> float:
@@ -180,6 +193,7 @@ class _Decoder:
         self.first_timestamp = self.settings.no_timestamps_token_id + 1
         self.end: int = self.settings.eos_token_id
         self.window = engine.log_mel.samples / SAMPLE_RATE  # 30 s in every Whisper
+        self.context = engine.context
         if task == "translate" and not self.multilingual:
             raise UserError("this model only knows English and can't translate; leave --task out")
         self.languages: dict[int, str] = {}  # token id -> code
@@ -195,10 +209,17 @@ class _Decoder:
                             "multilingual one or leave the language out")  # fmt: skip
         return code
 
+    def heard_positions(self, seconds: float) -> int:
+        """The encoder's positions for a clip or the rest of a recording."""
+        all_of_it = self.engine.log_mel.frames // 2
+        return self.context.positions(seconds, all_of_it) if self.context else all_of_it
+
     @torch.inference_mode()
     def short(self, clips: Sequence[_Clip]) -> list[tuple[int, Transcript]]:
-        """Clips of at most 30 s, one batch."""
-        states = self.engine.encode(self.engine.log_mel.clips([clip.audio for clip in clips]))
+        """Clips of at most 30 s and of one context, one batch."""
+        features = self.engine.log_mel.clips([clip.audio for clip in clips])
+        positions = self.heard_positions(clips[0].seconds)
+        states = self.engine.encode(features[..., : 2 * positions])
         languages = self._detected([clip.language for clip in clips], states)
         results = []
         for clip, code, tokens in zip(
@@ -216,15 +237,24 @@ class _Decoder:
     def long(self, clips: Sequence[_Clip]) -> Iterator[tuple[int, Transcript]]:
         """Audio of any length, window by window; each recording as it ends."""
         log_mel, first = self.engine.log_mel, self.first_timestamp
-        recordings = [Recording(log_mel.long(clip.audio), log_mel.frames, first) for clip in clips]
+        recordings = []
+        for clip in clips:
+            features = log_mel.long(clip.audio)
+            # A student of short contexts learned with silence behind the clips.
+            padding = silence(features) if self.context else 0.0
+            recordings.append(Recording(features, log_mel.frames, first, padding))
         languages = {clip.index: clip.language for clip in clips}
         running = list(zip(clips, recordings, strict=True))
         while running:
-            states = self.engine.encode(torch.stack([r.window() for _, r in running]))
-            codes = self._detected([languages[clip.index] for clip, _ in running], states)
-            going = []
+            # Those whose windows have the length of the first one's: all, but for last windows.
+            lengths = [self.heard_positions(r.left * log_mel.hop / SAMPLE_RATE) for _, r in running]
+            alike = [pair for pair, n in zip(running, lengths, strict=True) if n == lengths[0]]
+            going = [pair for pair, n in zip(running, lengths, strict=True) if n != lengths[0]]
+            windows = torch.stack([recording.window() for _, recording in alike])
+            states = self.engine.encode(windows[..., : 2 * lengths[0]])
+            codes = self._detected([languages[clip.index] for clip, _ in alike], states)
             for (clip, recording), code, tokens in zip(
-                running, codes, self._tokens(states, codes, True), strict=True
+                alike, codes, self._tokens(states, codes, True), strict=True
             ):
                 languages[clip.index] = code
                 self.heard(recording.take(tokens) * log_mel.hop / SAMPLE_RATE)

@@ -26,10 +26,12 @@ class Stretch:
 
 
 class Recording:
-    """features: (mels, frames) of all of it. frames: of a window. first: timestamp 0.00's token."""
+    """features: (mels, frames) of all of it. frames: of a window. first: timestamp 0.00's token.
+    padding: what stands behind the end; transformers puts zeros there."""
 
-    def __init__(self, features: Tensor, frames: int, first: int) -> None:
+    def __init__(self, features: Tensor, frames: int, first: int, padding: float = 0.0) -> None:
         self.features, self.frames, self.first = features, frames, first
+        self.padding = padding
         self.at = 0  # frame where the window begins
         self.stretches: list[Stretch] = []
 
@@ -37,14 +39,19 @@ class Recording:
     def ended(self) -> bool:
         return self.at >= self.features.shape[1]
 
+    @property
+    def left(self) -> int:
+        """Frames of the window that the recording has."""
+        return min(self.features.shape[1] - self.at, self.frames)
+
     def window(self) -> Tensor:
-        """Features (mels, frames) of the window, zeros behind the end."""
+        """Features (mels, frames) of the window, padded behind the end."""
         part = self.features[:, self.at : self.at + self.frames]
-        return torch.nn.functional.pad(part, (0, self.frames - part.shape[1]))
+        return torch.nn.functional.pad(part, (0, self.frames - part.shape[1]), value=self.padding)
 
     def take(self, tokens: list[int]) -> int:
         """Keep what was heard in the window and move it; returns how many frames were heard."""
-        left = min(self.features.shape[1] - self.at, self.frames)
+        left = self.left
         is_time = [token >= self.first for token in tokens]
         cuts = [i for i in range(1, len(tokens)) if is_time[i - 1] and is_time[i]]
         moved = left
