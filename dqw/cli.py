@@ -190,7 +190,13 @@ def _print_transcript(text: str, path: Path, form: str, several: bool) -> None:
     "eval", epilog="Example: dqw eval --model runs/demo/student --data speech/manifest.jsonl"
 )
 def evaluate(
-    model: Model,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="As for transcribe; with --engine what that engine reads: a ggml .bin file, a "
+            "CTranslate2 folder, an OpenVINO folder."
+        ),
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -204,6 +210,17 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Score at most this many clips.")] = None,
     beam_size: BeamSize = 1,
     batch_size: BatchSize = 8,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="dqw, or a rival, clip by clip: whisper.cpp, faster-whisper, openvino, "
+            "transformers."
+        ),
+    ] = "dqw",
+    normalizer: Annotated[
+        Path | None,
+        typer.Option(help="normalizer.json (English spellings) where the model has none."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this JSON file.")
     ] = None,
@@ -218,11 +235,12 @@ def evaluate(
 
     items = load_items(data, language, need_text=True, limit=limit)
 
-    from dqw.whisper.evaluate import evaluate as run
     from dqw.whisper.files import write_atomic
+    from dqw.whisper.scoring import read_spelling
     from dqw.whisper.tables import print_scores
 
-    whisper, processor = _load(model)
+    given = None if normalizer is None else read_spelling(normalizer)
+    run, spelling, size, package = _evaluator(engine, model, given, beam_size, batch_size)
     with _progress(sum(item.seconds or 0 for item in items)) as advance:
         done = 0.0
 
@@ -231,9 +249,8 @@ def evaluate(
             advance(seconds - done)
             done = seconds
 
-        result = run(whisper, processor, items, beam_size, batch_size, step)
-    spelling = bool(getattr(processor.tokenizer, "english_spelling_normalizer", None))
-    print_scores(result, spelling)
+        result = run(items, step)
+    print_scores(result, spelling, size)
     if save_transcripts:
         rows = (
             {"id": item.id, "language": item.language or found.language, "reference": item.text,
@@ -243,18 +260,51 @@ def evaluate(
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomic(save_transcripts, lines)
     if json_file:
-        settings = {"model": model, "data": data, "language": language, "limit": limit,
-                    "beam_size": beam_size, "batch_size": batch_size,
+        settings = {"engine": engine, "model": model, "model_bytes": size, "data": data,
+                    "language": language, "limit": limit, "beam_size": beam_size,
+                    "batch_size": batch_size if engine == "dqw" else 1,
                     "english_spelling_map": spelling}  # fmt: skip
-        figures = {**settings, **_machine(), **result.to_dict()}
+        figures = {**settings, **_machine(package), **result.to_dict()}
         write_atomic(json_file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
 
 
-def _machine() -> dict[str, Any]:
+def _evaluator(
+    engine: str, model: str, given: dict[str, str] | None, beam_size: int, batch_size: int
+) -> tuple[Any, bool, int | None, str]:
+    """(items, progress) → Evaluation; whether spellings are mapped; bytes of the model, None for
+    one from the hub; the engine's package. `given`: spellings in the place of the model's own."""
+    from functools import partial
+
+    from dqw.whisper.evaluate import evaluate, evaluate_rival
+    from dqw.whisper.rivals import rival_bytes
+
+    if engine == "dqw":
+        package = "dqw"
+        whisper, processor = _load(model)
+        if given is not None:
+            processor.tokenizer.english_spelling_normalizer = given
+        spelling = bool(getattr(processor.tokenizer, "english_spelling_normalizer", None))
+        run: Any = lambda items, step: evaluate(  # noqa: E731
+            whisper, processor, items, beam_size, batch_size, step
+        )
+    else:
+        import torch
+
+        from dqw.whisper.rivals import open_rival
+
+        with err.status(f"loading {model}"):
+            rival = open_rival(engine, model, torch.get_num_threads(), beam_size)
+        rival.spelling = rival.spelling if given is None else given
+        spelling, package, run = bool(rival.spelling), rival.package, partial(evaluate_rival, rival)
+    size = rival_bytes(model) if Path(model).exists() else None
+    return run, spelling, size, package
+
+
+def _machine(package: str) -> dict[str, Any]:
     import platform
     from importlib.metadata import version
 
-    packages = ("dqw", "torch", "transformers")
+    packages = dict.fromkeys(("dqw", "torch", "transformers", package))
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": platform.processor() or platform.machine(),

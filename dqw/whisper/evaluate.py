@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dqw.errors import UserError
+from dqw.whisper.audio import SAMPLE_RATE
 from dqw.whisper.data import Item
+from dqw.whisper.rivals import Rival
 from dqw.whisper.scoring import Scores, score
 from dqw.whisper.transcribe import Transcript, transcribe
 
@@ -57,10 +60,49 @@ def evaluate(
         progress=progress,
     )
     wall = time.perf_counter() - started
+    spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None)
+    return _scored(items, transcripts, spelling, wall)
+
+
+def evaluate_rival(
+    rival: Rival,
+    items: Sequence[Item],
+    progress: Callable[[float], None] | None = None,
+) -> Evaluation:
+    """``evaluate`` of another package's engine, clip by clip; the same scores.
+
+    Raises UserError with the clip where the engine fails.
+    """
+    started = time.perf_counter()
+    transcripts = []
+    done = 0.0
+    for item in items:
+        audio = item.load()
+        try:
+            text, language = rival.hear(audio, item.language)
+        except Exception as error:  # each package has exceptions of its own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(
+                f"{rival.package} failed on {item.id} ({reason}); leave that clip or option out"
+            ) from error
+        seconds = len(audio) / SAMPLE_RATE
+        transcripts.append(Transcript(text, language, seconds))
+        done += seconds
+        if progress:
+            progress(done)
+    return _scored(items, transcripts, rival.spelling, time.perf_counter() - started)
+
+
+def _scored(
+    items: Sequence[Item],
+    transcripts: list[Transcript],
+    spelling: dict[str, str] | None,
+    wall: float,
+) -> Evaluation:
     scores = score(
         [item.text or "" for item in items],
         [transcript.text for transcript in transcripts],
         [item.language or transcript.language for item, transcript in zip(items, transcripts)],
-        getattr(processor.tokenizer, "english_spelling_normalizer", None),
+        spelling,
     )
     return Evaluation(scores, transcripts, sum(t.seconds for t in transcripts), wall)
