@@ -109,7 +109,7 @@ def main(
     """
     from bench import options, runner, table
     from bench import plot as plotting
-    from bench import rows as files
+    from bench import rows as written
     from bench.base import Base
     from bench.peers import names
 
@@ -160,7 +160,7 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else table.WIDTH, highlight=False)
     facts = table.machine(checked)
     table.print_header(console, facts)
-    found: list[files.Row] = []
+    found: list[written.Row] = []
     skipped: dict[str, str] = {}
     with err.status("") as status, other as built:
         for name in checked.ops:
@@ -169,9 +169,9 @@ def main(
             found += rows
     table.print_skipped(console, skipped)
     if json_file:
-        files.write_json(json_file, facts, found, skipped)
+        written.write_json(json_file, facts, found, skipped)
     if csv_file:
-        files.write_csv(csv_file, found)
+        written.write_csv(csv_file, found)
     if plot:
         plotting.draw(plot, found, facts["ceilings"])
 

@@ -3,7 +3,7 @@
 Stretches of one recording, engines taking turns, medians. Before that each engine is started anew
 and hears the clip nearest to 11 s: the time to the first text of a fresh process. From the shortest
 and the longest clip follows the cost of a further token (their tokens differ, their encoder does
-not), and of what is done once a clip. Peak memory is that of loading and each clip once. ``--files
+not), and of what is done once a clip. Peak memory is that of loading and the longest clip. ``--files
 N`` are N files in batches, 20 a turn, with the peak after 20 and after all: nothing may grow. Peers
 that are not installed, or lack their model, are named with the reason.
 """
@@ -126,7 +126,7 @@ def run(asked: Asked, report: Report) -> tuple[list[Engine], dict[str, str]]:
                 engine = start(name, kind, path, asked, stretches, skipped)
                 if engine is not None:
                     engines.append(engine)
-            time_clips(engines, stretches, 2 if asked.quick else 5, report)
+            time_clips(engines, stretches, 3 if asked.quick else 5, report)
             time_files(engines, files, asked.batch_size, report)
         finally:
             for engine in engines:
@@ -153,16 +153,18 @@ def speech(asked: Asked, folder: Path, report: Report) -> tuple[dict[int, Path],
 def time_clips(
     engines: list[Engine], stretches: dict[int, Path], turns: int, report: Report
 ) -> None:
-    for turn in range(1 + turns):
+    if not stretches:
+        return
+    longest = max(stretches)
+    for engine in engines:  # once uncounted: it brings caches and threads back
+        engine.megabytes = hear(engine, [stretches[longest]])["megabytes"]
+    for turn in range(turns):
         for length, clip in sorted(stretches.items(), reverse=True):
             for engine in engines:
-                report(f"turn {turn} of {turns}: {engine.label}, {length} s")
+                report(f"turn {turn + 1} of {turns}: {engine.label}, {length} s")
                 answer = hear(engine, [clip])
                 engine.text[length] = answer["texts"][0]
-                if turn == 0:  # the first brings caches and threads back
-                    engine.megabytes = answer["megabytes"]
-                else:
-                    engine.seconds.setdefault(length, []).append(answer["seconds"])
+                engine.seconds.setdefault(length, []).append(answer["seconds"])
 
 
 def time_files(engines: list[Engine], files: list[Path], batch_size: int, report: Report) -> None:
