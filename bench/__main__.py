@@ -6,6 +6,7 @@ A mistake on the command line is one sentence and exit code 2, before anything i
 import contextlib
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -216,11 +217,15 @@ def peers_named(arguments: list[str]) -> list[str]:
 
 
 def run() -> None:
-    """Exit code 2 and one sentence for a mistake; 130 for Ctrl-C."""
     warnings.filterwarnings("ignore", module="torch|torchao|onnxruntime")
     sys.argv[1:] = peers_named(sys.argv[1:])
+    exit_with_a_sentence(app)
+
+
+def exit_with_a_sentence(command: Callable[[], object]) -> None:
+    """Exit code 2 and one sentence for a mistake; 130 for Ctrl-C."""
     try:
-        app()
+        command()
     except UserError as error:
         err.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
         raise SystemExit(2) from None

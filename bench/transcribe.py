@@ -3,9 +3,9 @@
 Stretches of one recording, engines taking turns, medians. Before that each engine is started anew
 and hears the clip nearest to 11 s: the time to the first text of a fresh process. From the shortest
 and the longest clip follows the cost of a further token (their tokens differ, their encoder does
-not), and of what is done once a clip. Peak memory is that of loading and the longest clip. ``--files
-N`` are N files in batches, 20 a turn, with the peak after 20 and after all: nothing may grow. Peers
-that are not installed, or lack their model, are named with the reason.
+not), and of what is done once a clip. Peak memory is that of loading and the longest clip.
+``--files N`` are N files in batches, 20 a turn, with the peak after 20 and after all: nothing may
+grow. Peers that are not installed, or lack their model, are named with the reason.
 """
 
 import json
