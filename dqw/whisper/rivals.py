@@ -130,7 +130,7 @@ class FasterWhisper(Rival):
         self, audios: Sequence[np.ndarray], language: str | None, batch_size: int
     ) -> list[str]:
         """One recording of all clips and where each lies: the pipeline batches such parts."""
-        if min(len(audios), batch_size) == 1:
+        if min(len(audios), batch_size) <= 1:
             return super().hear_all(audios, language, batch_size)
         ends = np.cumsum([len(audio) for audio in audios]) / RATE
         starts = [0.0, *ends[:-1]]
