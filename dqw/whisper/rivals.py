@@ -77,7 +77,7 @@ class WhisperCpp(Rival):
         from pywhispercpp.model import Model
 
         beams = self.beam_size > 1
-        self.model = Model(
+        self.model: Any = Model(
             str(model), params_sampling_strategy=int(beams), n_threads=threads,
             redirect_whispercpp_logs_to=None,
         )  # fmt: skip
