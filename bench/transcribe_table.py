@@ -50,16 +50,16 @@ def clips_table(engines: list[Engine]) -> Table:
     table = Table(title="transcribe, greedy, no timestamps: seconds by length of the clip",
                   title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fmt: skip
     table.add_column("engine", no_wrap=True)
-    for name in (*(f"{length} s" for length in found), "once,\nms", "token,\nms", "peak\nMB",
-                 "first\ntext, s", f"{longest} s,\n× dqw"):  # fmt: skip
+    for name in (*(f"{length} s" for length in found), f"{longest} s,\ntokens", "once,\nms",
+                 "token,\nms", "peak\nMB", "first\ntext, s", f"{longest} s,\n× dqw"):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     for e in engines:
         once = "-" if e.once is None else f"{e.once * 1e3:.0f}"
         token = "-" if e.per_token is None else f"{e.per_token * 1e3:.2f}"
         first = "-" if e.first_text is None else f"{e.first_text:.1f}"
-        table.add_row(e.label, *(f"{e.clip(length):.3f}" for length in found), once, token,
-                      f"{e.megabytes:.0f}", first,
-                      f"{e.clip(longest) / best:.2f}")  # fmt: skip
+        times = [f"{e.clip(length):.3f}" for length in found]
+        table.add_row(e.label, *times, str(e.tokens[longest]), once, token, f"{e.megabytes:.0f}",
+                      first, f"{e.clip(longest) / best:.2f}")  # fmt: skip
     return table
 
 
