@@ -235,12 +235,13 @@ def evaluate(
 
     items = load_items(data, language, need_text=True, limit=limit)
 
+    from dqw.whisper.evaluate import open_evaluator
     from dqw.whisper.files import write_atomic
-    from dqw.whisper.scoring import read_spelling
     from dqw.whisper.tables import print_scores
 
-    given = None if normalizer is None else read_spelling(normalizer)
-    run, spelling, size, package = _evaluator(engine, model, given, beam_size, batch_size)
+    with err.status(f"loading {model}"):
+        evaluator = open_evaluator(model, engine, beam_size, batch_size, normalizer)
+    size, spelling = evaluator.model_bytes, evaluator.spelling
     with _progress(sum(item.seconds or 0 for item in items)) as advance:
         done = 0.0
 
@@ -249,7 +250,7 @@ def evaluate(
             advance(seconds - done)
             done = seconds
 
-        result = run(items, step)
+        result = evaluator.run(items, progress=step)
     print_scores(result, spelling, size)
     if save_transcripts:
         rows = (
@@ -264,40 +265,8 @@ def evaluate(
                     "language": language, "limit": limit, "beam_size": beam_size,
                     "batch_size": batch_size if engine == "dqw" else 1,
                     "english_spelling_map": spelling}  # fmt: skip
-        figures = {**settings, **_machine(package), **result.to_dict()}
+        figures = {**settings, **_machine(evaluator.package), **result.to_dict()}
         write_atomic(json_file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
-
-
-def _evaluator(
-    engine: str, model: str, given: dict[str, str] | None, beam_size: int, batch_size: int
-) -> tuple[Any, bool, int | None, str]:
-    """(items, progress) → Evaluation; whether spellings are mapped; bytes of the model, None for
-    one from the hub; the engine's package. `given`: spellings in the place of the model's own."""
-    from functools import partial
-
-    from dqw.whisper.evaluate import evaluate, evaluate_rival
-    from dqw.whisper.rivals import rival_bytes
-
-    if engine == "dqw":
-        package = "dqw"
-        whisper, processor = _load(model)
-        if given is not None:
-            processor.tokenizer.english_spelling_normalizer = given
-        spelling = bool(getattr(processor.tokenizer, "english_spelling_normalizer", None))
-        run: Any = lambda items, step: evaluate(  # noqa: E731
-            whisper, processor, items, beam_size, batch_size, step
-        )
-    else:
-        import torch
-
-        from dqw.whisper.rivals import open_rival
-
-        with err.status(f"loading {model}"):
-            rival = open_rival(engine, model, torch.get_num_threads(), beam_size)
-        rival.spelling = rival.spelling if given is None else given
-        spelling, package, run = bool(rival.spelling), rival.package, partial(evaluate_rival, rival)
-    size = rival_bytes(model) if Path(model).exists() else None
-    return run, spelling, size, package
 
 
 def _machine(package: str) -> dict[str, Any]:
@@ -347,13 +316,6 @@ def info(
 
 
 # ---------------------------------------------------------------- shared
-
-
-def _load(model: str) -> tuple[Any, Any]:
-    from dqw.whisper.checkpoint import load_whisper
-
-    with err.status(f"loading {model}"):
-        return load_whisper(model)
 
 
 @contextmanager

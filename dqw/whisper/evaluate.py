@@ -1,17 +1,22 @@
-"""A model's error rates on a set of clips: transcribe, then score."""
+"""A model's error rates on a set of clips, or a rival engine's: transcribe, then score."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from dqw.errors import UserError
 from dqw.whisper.audio import SAMPLE_RATE
+from dqw.whisper.checkpoint import load_whisper
 from dqw.whisper.data import Item
-from dqw.whisper.rivals import Rival
-from dqw.whisper.scoring import Scores, score
+from dqw.whisper.rivals import Rival, open_rival, rival_bytes
+from dqw.whisper.scoring import Scores, read_spelling, score
 from dqw.whisper.transcribe import Transcript, transcribe
 
 if TYPE_CHECKING:
@@ -91,6 +96,50 @@ def evaluate_rival(
         if progress:
             progress(done)
     return _scored(items, transcripts, rival.spelling, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """`run(items, progress=…)` gives an Evaluation. `package`: whose engine it is; `spelling`:
+    whether British spellings are mapped to American ones; `model_bytes`: without the tokenizer,
+    None for a model from the hub."""
+
+    run: Callable[..., Evaluation]
+    package: str
+    spelling: bool
+    model_bytes: int | None
+
+
+def open_evaluator(
+    model: str,
+    engine: str = "dqw",
+    beam_size: int = 1,
+    batch_size: int = 8,
+    normalizer: str | Path | None = None,
+) -> Evaluator:
+    """`model` loaded into dqw or one of the RIVALS, which hear clip by clip.
+
+    `normalizer`: a normalizer.json, or a folder that has one, in the place of the model's own.
+    Raises UserError as `load_whisper`, `open_rival` and `read_spelling` do.
+    """
+    given = None if normalizer is None else read_spelling(normalizer)
+    run: Callable[..., Evaluation]
+    if engine == "dqw":
+        whisper, processor = load_whisper(model)
+        tokenizer: Any = processor.tokenizer
+        if given is not None:
+            tokenizer.english_spelling_normalizer = given
+        spelling = getattr(tokenizer, "english_spelling_normalizer", None)
+        run = partial(evaluate, whisper, processor, beam_size=beam_size, batch_size=batch_size)
+        package = "dqw"
+    else:
+        rival = open_rival(engine, model, torch.get_num_threads(), beam_size)
+        if given is not None:
+            rival.spelling = given
+        spelling, package = rival.spelling, rival.package
+        run = partial(evaluate_rival, rival)
+    size = rival_bytes(model) if Path(model).exists() else None
+    return Evaluator(run, package, bool(spelling), size)
 
 
 def _scored(
