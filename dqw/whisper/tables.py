@@ -56,8 +56,9 @@ def print_scores(result: Evaluation, spelling: bool, size: int | None = None) ->
         console.print(f"{empty} clips dropped: nothing is left of their reference text")
     if not spelling and "en" in scores.languages:
         console.print(
-            "No normalizer.json lies beside the model: British spellings count as errors. "
-            "--normalizer names one."
+            "There is no normalizer.json beside the model: British spellings count as errors. "
+            "--normalizer names one.",
+            soft_wrap=True,
         )
 
 
