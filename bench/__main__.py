@@ -6,6 +6,7 @@ A mistake on the command line is one sentence and exit code 2, before anything i
 import contextlib
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +50,10 @@ def main(
         ),
     ] = None,
     peers: Annotated[
-        str, typer.Option(help="all, none, or names such as torch-float32,openvino.")
+        str,
+        typer.Option(
+            help="all (also where no value follows), none, or names such as torch-float32,openvino."
+        ),
     ] = "all",
     threads: Annotated[
         int | None, typer.Option(help="Threads; PyTorch's choice if not given.")
@@ -63,14 +67,20 @@ def main(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write machine and all rows to this file.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the roofline into this PNG file.")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw the roofline (transcribe: time by length) into this PNG file."),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(help="A git revision: its kernels, built anew, are one more peer."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Under a minute: few shapes.")] = False,
     audio: Annotated[
-        Path | None, typer.Option(help="transcribe: a recording of 30 s or more; else samples.")
+        Path | None,
+        typer.Option(
+            help="transcribe: a recording, or a folder or manifest of clips; else samples."
+        ),
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="transcribe: a packed folder; else base in 4 bits.")
@@ -79,8 +89,17 @@ def main(
         Path | None, typer.Option(help="transcribe: the peers' CTranslate2 folder; else base.")
     ] = None,
     openvino_model: Annotated[
-        Path | None, typer.Option(help="transcribe: a folder that optimum-cli exported.")
+        list[Path] | None,
+        typer.Option(help="transcribe: a folder that optimum-cli exported; may be given again."),
     ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="transcribe: seconds of the clips, or none.")
+    ] = "3,6,11,20,30",
+    files: Annotated[
+        int, typer.Option(help="transcribe: also so many files of at most 30 s, in batches.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(help="transcribe: files decoded at once.")] = 8,
+    language: Annotated[str, typer.Option(help="transcribe: the language spoken.")] = "en",
 ) -> None:
     """Time dqw's kernels against PyTorch's and other packages'.
 
@@ -91,7 +110,7 @@ def main(
     """
     from bench import options, runner, table
     from bench import plot as plotting
-    from bench import rows as files
+    from bench import rows as written
     from bench.base import Base
     from bench.peers import names
 
@@ -100,13 +119,17 @@ def main(
             float_model=float_model,
             model=model,
             audio=audio,
-            openvino=openvino_model,
+            openvino=tuple(openvino_model or ()),
             threads=options.check_threads(threads),
             quick=quick,
             peers=options.parse_peers(peers, transcribe.PEERS),
-            folder=Path("runs") / "bench",
+            folder=transcribe.FOLDER,
+            lengths=options.parse_lengths(lengths),
+            files=options.check_count("--files", files, 0),
+            batch_size=options.check_count("--batch-size", batch_size, 1),
+            language=language,
         )
-        return whole_clips(asked, json_file)
+        return whole_clips(asked, json_file, csv_file, plot)
     checked = options.Options(
         ops=options.parse_ops(op),
         device=options.check_device(device),
@@ -138,7 +161,7 @@ def main(
     console = Console(width=None if sys.stdout.isatty() else table.WIDTH, highlight=False)
     facts = table.machine(checked)
     table.print_header(console, facts)
-    found: list[files.Row] = []
+    found: list[written.Row] = []
     skipped: dict[str, str] = {}
     with err.status("") as status, other as built:
         for name in checked.ops:
@@ -147,32 +170,62 @@ def main(
             found += rows
     table.print_skipped(console, skipped)
     if json_file:
-        files.write_json(json_file, facts, found, skipped)
+        written.write_json(json_file, facts, found, skipped)
     if csv_file:
-        files.write_csv(csv_file, found)
+        written.write_csv(csv_file, found)
     if plot:
         plotting.draw(plot, found, facts["ceilings"])
 
 
-def whole_clips(asked: transcribe.Asked, json_file: Path | None) -> None:
+def whole_clips(
+    asked: transcribe.Asked, json_file: Path | None, csv_file: Path | None, plot: Path | None
+) -> None:
     from bench import options, table
+    from bench import plot as plotting
+    from bench import transcribe_table as tables
 
-    options.check_writable(json_file, "--json")
+    if not asked.lengths and not asked.files:
+        raise UserError("--lengths none leaves nothing to time: add --files, such as --files 100.")
+    for file, option in ((csv_file, "--csv"), (json_file, "--json"), (plot, "--plot")):
+        options.check_writable(file, option)
+    if plot:
+        plotting.check_plot()
+        if len(asked.lengths) < 2:
+            raise UserError("--plot draws time by length: give two --lengths or more.")
     console = Console(width=None if sys.stdout.isatty() else table.WIDTH, highlight=False)
-    facts = table.machine(options.Options(threads=asked.threads))
+    facts = table.machine(options.Options(threads=asked.threads), ceilings_too=False)
     table.print_header(console, facts)
     with err.status("") as status:
         engines, skipped = transcribe.run(asked, status.update)
-    transcribe.print_table(console, engines, skipped)
+    tables.print_tables(console, engines, skipped)
     if json_file:
-        transcribe.save(json_file, facts, engines, skipped)
+        tables.write_json(json_file, facts, engines, asked.threads, skipped)
+    if csv_file:
+        tables.write_csv(csv_file, engines, asked.threads)
+    if plot:
+        plotting.draw_clips(plot, {e.label: {n: e.clip(n) for n in e.seconds} for e in engines})
+
+
+def peers_named(arguments: list[str]) -> list[str]:
+    """``--peers`` alone means all of them."""
+    found = []
+    for i, argument in enumerate(arguments):
+        found.append(argument)
+        if argument == "--peers" and (arguments[i + 1 :] or ["-"])[0].startswith("-"):
+            found.append("all")
+    return found
 
 
 def run() -> None:
-    """Exit code 2 and one sentence for a mistake; 130 for Ctrl-C."""
     warnings.filterwarnings("ignore", module="torch|torchao|onnxruntime")
+    sys.argv[1:] = peers_named(sys.argv[1:])
+    exit_with_a_sentence(app)
+
+
+def exit_with_a_sentence(command: Callable[[], object]) -> None:
+    """Exit code 2 and one sentence for a mistake; 130 for Ctrl-C."""
     try:
-        app()
+        command()
     except UserError as error:
         err.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
         raise SystemExit(2) from None

@@ -1,130 +1,86 @@
-"""Engines that turn a clip into text, each in a process of its own: ``python -m bench.engines``.
+"""Engines that turn clips into text, each in a process of its own: ``python -m bench.engines``.
 
-A process so that one engine's threads and memory are no other's. It reads lines of JSON on stdin,
-{"audio": NPY}, and answers {"seconds", "tokens", "text", "megabytes"}: seconds of the whole clip,
-features to text, greedy, in English, no timestamps, no fallback; megabytes the process's peak.
+A process so that one engine's threads and memory are no other's. It says {"load": seconds} once it
+can hear, or {"error": why not}; reads lines of JSON on stdin, {"clips": [NPY, …], "batch": clips
+decoded at once}; and answers {"seconds", "texts", "megabytes"}: of all the clips, features to text,
+greedy, no timestamps; megabytes the process's peak so far. {"reset": true} starts the peak anew.
 """
 
 import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
-Run = Callable[[np.ndarray], str]
+from dqw.errors import UserError
+
+RIVAL_OF = {"dqw-plain": "transformers"}  # the same packed model in transformers' loop and modules
 
 
-def dqw_engine(folder: str, threads: int, activations: str) -> Run:
-    import torch
-
-    from dqw.convert import set_activations
-    from dqw.whisper.checkpoint import load_whisper
-    from dqw.whisper.transcribe import transcribe
-
-    torch.set_num_threads(threads)
-    model, processor = load_whisper(folder)
-    set_activations(model, activations)
-    return lambda audio: transcribe(model, processor, [audio], "en")[0].text
+class Engine(Protocol):
+    def hear_all(
+        self, audios: Sequence[np.ndarray], language: str | None, batch_size: int
+    ) -> list[str]: ...
 
 
-def dqw_plain(folder: str, threads: int, activations: str) -> Run:
-    """The same packed model in transformers' own loop and modules."""
-    import torch
-    from transformers import WhisperForConditionalGeneration
-    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+class Dqw:
+    """What ``dqw transcribe`` does, with int8 or float activations."""
 
-    from dqw.convert import set_activations
-    from dqw.whisper.checkpoint import load_whisper
-    from dqw.whisper.transcribe import transcribe
+    def __init__(self, folder: str, threads: int, activations: str) -> None:
+        import torch
 
-    torch.set_num_threads(threads)
-    model, processor = load_whisper(folder)
-    set_activations(model, activations)
-    model.__class__ = WhisperForConditionalGeneration
-    model.model.encoder.__class__ = WhisperEncoder  # type: ignore[assignment]
-    return lambda audio: transcribe(model, processor, [audio], "en")[0].text
+        from dqw.convert import set_activations
+        from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
 
+        torch.set_num_threads(threads)
+        self.engine = open_engine(folder)
+        assert isinstance(self.engine, NativeEngine | PlainEngine)
+        set_activations(self.engine.model, activations)
 
-def transformers_engine(folder: str, threads: int, dtype: str) -> Run:
-    import torch
+    def hear_all(
+        self, audios: Sequence[np.ndarray], language: str | None, batch_size: int
+    ) -> list[str]:
+        from dqw.whisper.transcribe import iter_transcripts
 
-    from dqw.whisper.checkpoint import load_whisper
-
-    torch.set_num_threads(threads)
-    model, processor = load_whisper(folder, getattr(torch, dtype))
-
-    def run(audio: np.ndarray) -> str:
-        batch = processor.feature_extractor(audio, sampling_rate=16_000, return_tensors="pt")
-        features = batch["input_features"].to(model.dtype)
-        ids = model.generate(features, language="en", force_unique_generate_call=True)
-        return processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
-
-    return run
+        found = dict(iter_transcripts(self.engine, audios, language, batch_size=batch_size))
+        return [found[i].text for i in range(len(audios))]
 
 
-def faster_whisper(folder: str, threads: int, kind: str) -> Run:
-    from faster_whisper import WhisperModel
+def open_any(name: str, path: str, threads: int, kind: str) -> Engine:
+    from dqw.whisper.rivals import open_rival
 
-    model = WhisperModel(folder, device="cpu", compute_type=kind, cpu_threads=threads)
-    options: dict[str, Any] = {"language": "en", "beam_size": 1, "without_timestamps": True}
-    options |= {"temperature": 0.0, "condition_on_previous_text": False}
-
-    def run(audio: np.ndarray) -> str:
-        segments, _ = model.transcribe(audio, **options)
-        return "".join(segment.text for segment in segments).strip()
-
-    return run
+    if name == "dqw":
+        return Dqw(path, threads, kind)
+    return open_rival(RIVAL_OF.get(name, name), path, threads, kind=kind)
 
 
-def whisper_cpp(file: str, threads: int, kind: str) -> Run:
-    from pywhispercpp.model import Model
-
-    model = Model(file, n_threads=threads, redirect_whispercpp_logs_to=None)
-    options: dict[str, Any] = {"language": "en", "no_timestamps": True, "single_segment": True}
-    options |= {"temperature_inc": 0.0, "print_progress": False, "no_context": True}
-    options["greedy"] = {"best_of": 1}
-    return lambda audio: "".join(s.text for s in model.transcribe(audio, **options)).strip()
-
-
-def openvino(folder: str, threads: int, kind: str) -> Run:
-    import openvino_genai
-
-    pipe = openvino_genai.WhisperPipeline(folder, "CPU", INFERENCE_NUM_THREADS=threads)
-    return lambda audio: str(pipe.generate(audio.tolist(), language="<|en|>")).strip()
-
-
-ENGINES: dict[str, Callable[[str, int, str], Run]] = {
-    "dqw": dqw_engine,
-    "dqw-plain": dqw_plain,
-    "transformers": transformers_engine,
-    "faster-whisper": faster_whisper,
-    "whisper.cpp": whisper_cpp,
-    "openvino-genai": openvino,
-}
-
-
-def serve(name: str, path: str, threads: int, kind: str, tokenizer_folder: str) -> None:
+def serve(name: str, path: str, threads: int, kind: str, language: str) -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # what a package prints is no answer
+
+    def answer(**values: object) -> None:
+        print(json.dumps(values), file=answers, flush=True)
+
     started = time.perf_counter()
-    run = ENGINES[name](path, threads, kind)
-    print(json.dumps({"load": time.perf_counter() - started}), file=answers, flush=True)
-    tokenizer = None
+    try:
+        engine = open_any(name, path, threads, kind)
+    except UserError as error:
+        return answer(error=str(error))
+    answer(load=time.perf_counter() - started)
     for line in sys.stdin:
-        audio = np.load(json.loads(line)["audio"])
+        question = json.loads(line)
+        if "reset" in question:
+            answer(reset=reset_peak())
+            continue
+        audios = [np.load(clip) for clip in question["clips"]]
         start = time.perf_counter()
-        text = run(audio)
+        texts = engine.hear_all(audios, language, question["batch"])
         seconds = time.perf_counter() - start
-        if tokenizer is None:  # after the first clip: its memory is not the engine's
-            peak = peak_megabytes()
-            tokenizer = tokenizer_of(Path(tokenizer_folder))
-        tokens = len(tokenizer(text, add_special_tokens=False).input_ids) + 1  # the end is one
-        answer = {"seconds": seconds, "tokens": tokens, "text": text, "megabytes": peak}
-        print(json.dumps(answer), file=answers, flush=True)
+        answer(seconds=seconds, texts=texts, megabytes=peak_megabytes())
 
 
 def peak_megabytes() -> float:
@@ -136,10 +92,13 @@ def peak_megabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes elsewhere
 
 
-def tokenizer_of(folder: Path) -> Any:
-    from dqw.whisper.tokenizer import load_tokenizer
-
-    return load_tokenizer(folder)
+def reset_peak() -> bool:
+    """Whether the system (Linux) forgot the peak, so that it is of what comes now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

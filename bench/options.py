@@ -86,6 +86,23 @@ def parse_groups(text: str) -> tuple[int, ...]:
     return sizes
 
 
+def parse_lengths(text: str) -> tuple[int, ...]:
+    """``none`` → (), else whole seconds in ascending order, each once."""
+    if text == "none":
+        return ()
+    parts = text.split(",")
+    if not all(p.strip().isdecimal() and 1 <= int(p) <= 30 for p in parts):
+        raise UserError(f"--lengths {text!r} is not understood: give seconds from 1 to 30 such as "
+                        "3,11,30, or none.")  # fmt: skip
+    return tuple(sorted({int(p) for p in parts}))
+
+
+def check_count(option: str, value: int, least: int) -> int:
+    if value < least:
+        raise UserError(f"{option} is {value}: give {least} or more.")
+    return value
+
+
 def parse_peers(text: str, known: tuple[str, ...]) -> tuple[str, ...] | None:
     """``all`` → None, ``none`` → (), else the names of ``known`` peers."""
     if text in ("all", "none"):

@@ -50,3 +50,24 @@ def draw(file: Path, rows: list[Row], measured: dict[str, float]) -> None:
     axes.legend()
     figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)
+
+
+def draw_clips(file: Path, seconds: dict[str, dict[int, float]]) -> None:
+    """Time against the length of the clip, a line an engine; ``seconds``: engine → length → s."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    for engine, found in seconds.items():
+        lengths = sorted(found)
+        own = {"linewidth": 2.5, "zorder": 3} if engine.startswith("dqw ") else {"linewidth": 1.2}
+        axes.plot(lengths, [found[n] for n in lengths], "o-", markersize=4, label=engine, **own)
+    axes.set(xlabel="seconds of audio", ylabel="seconds until the text is there")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(file, dpi=120, format="png")
+    pyplot.close(figure)

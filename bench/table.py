@@ -20,8 +20,10 @@ PACKAGES = (
     "torchao",
     "onnxruntime",
     "openvino",
+    "openvino-genai",
     "faster-whisper",
     "pywhispercpp",
+    "transformers",
     "triton",
     "bitsandbytes",
     "gemlite",
@@ -29,7 +31,7 @@ PACKAGES = (
 WIDTH = 100
 
 
-def machine(o: Options) -> dict[str, str | int | float | dict]:
+def machine(o: Options, ceilings_too: bool = True) -> dict[str, str | int | float | dict]:
     """Where these numbers come from, and what the machine can do at most."""
     import dqw
     from dqw import ops
@@ -55,11 +57,11 @@ def machine(o: Options) -> dict[str, str | int | float | dict]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found | {
+    found |= {
         "load": f"{os.getloadavg()[0]:.1f} before the start",
         "date": time.strftime("%Y-%m-%d"),
-        "ceilings": ceilings.measured(o.threads, o.device),
     }
+    return found | ({"ceilings": ceilings.measured(o.threads, o.device)} if ceilings_too else {})
 
 
 def processor() -> str:

@@ -1,9 +1,11 @@
 """``python -m bench --op transcribe``: whole clips to text, against the engines people use.
 
-Clips of 11 s and of 30 s cut from one recording, engines taking turns, medians. From the two clips
-each engine's cost of a further token follows (their tokens differ, their encoder does not), and
-what it does once a clip. Peak memory is that of loading and the first, longest clip. Peers that are
-not installed, or lack their model, are named with the reason.
+Stretches of one recording, engines taking turns, medians. Before that each engine is started anew
+and hears the clip nearest to 11 s: the time to the first text of a fresh process. From the shortest
+and the longest clip follows the cost of a further token (their tokens differ, their encoder does
+not), and of what is done once a clip. Peak memory is that of loading and the longest clip.
+``--files N`` are N files in batches, 20 a turn, with the peak after 20 and after all: nothing may
+grow. Peers that are not installed, or lack their model, are named with the reason.
 """
 
 import json
@@ -12,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -19,33 +22,55 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
-from bench.rows import write
+from bench import clips
 from dqw.errors import UserError
 
-SECONDS = (11, 30)
-RATE = 16_000
-PEERS = ("dqw-plain", "transformers", "faster-whisper", "whisper.cpp", "openvino-genai")
+FOLDER = Path("runs") / "bench"
+LENGTHS = (3, 6, 11, 20, 30)
+FIRST = 11  # seconds of the clip whose text a fresh process is waited for
+TURN = 20  # files an engine hears before the next one's turn
+PEERS = ("dqw-plain", "transformers", "faster-whisper", "whisper.cpp", "openvino")
 MODULES = {"faster-whisper": "faster_whisper", "whisper.cpp": "pywhispercpp"}
-MODULES["openvino-genai"] = "openvino_genai"
+MODULES["openvino"] = "openvino_genai"
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Asked:
     """float_model: a folder that faster-whisper reads too; model: a packed folder, or None to make
-    one; audio: a file, or None for the samples; openvino: a folder that optimum-cli exported."""
+    one; audio: a recording, folder or manifest, or None for the samples; openvino: folders that
+    optimum-cli exported; batch_size: of ``files``; quick: one kind an engine, fewer turns."""
 
     float_model: Path | None
     model: Path | None
     audio: Path | None
-    openvino: Path | None
+    openvino: tuple[Path, ...]
     threads: int
     quick: bool
     peers: tuple[str, ...] | None
     folder: Path  # where what is fetched and made stays
+    lengths: tuple[int, ...] = LENGTHS
+    files: int = 0
+    batch_size: int = 8
+    language: str = "en"
+
+
+@dataclass
+class Files:
+    """``--files``: seconds of all, and the process's peak after the first turn and after all."""
+
+    count: int
+    batch_size: int
+    audio_seconds: float = 0.0
+    seconds: float = 0.0
+    megabytes_first: float = 0.0
+    megabytes: float = 0.0
+
+    @property
+    def speed(self) -> float:
+        """Seconds of audio a second."""
+        return self.audio_seconds / self.seconds
 
 
 @dataclass
@@ -55,103 +80,206 @@ class Engine:
     name: str
     kind: str
     process: subprocess.Popen
-    load: float = 0.0
+    load: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
     seconds: dict[int, list[float]] = field(default_factory=dict)
     tokens: dict[int, int] = field(default_factory=dict)
     text: dict[int, str] = field(default_factory=dict)
     megabytes: float = 0.0
+    files: Files | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.kind}"
 
     def clip(self, length: int) -> float:
         return statistics.median(self.seconds[length])
 
     @property
+    def first_text(self) -> float | None:
+        return statistics.median(self.first) if self.first else None
+
+    @property
     def per_token(self) -> float | None:
-        short, long = SECONDS
-        more = self.tokens[long] - self.tokens[short]
+        short, long = min(self.seconds, default=0), max(self.seconds, default=0)
+        more = self.tokens.get(long, 0) - self.tokens.get(short, 0)
         return (self.clip(long) - self.clip(short)) / more if more >= 10 else None
 
     @property
     def once(self) -> float | None:
-        short, _ = SECONDS
         if self.per_token is None:
             return None
+        short = min(self.seconds)
         return self.clip(short) - self.tokens[short] * self.per_token
 
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "engine": self.name,
-            "kind": self.kind,
-            "load_seconds": self.load,
-            "seconds": {str(length): self.clip(length) for length in self.seconds},
-            "tokens": {str(length): count for length, count in self.tokens.items()},
-            "once_seconds": self.once,
-            "token_seconds": self.per_token,
-            "peak_megabytes": self.megabytes,
-            "text": {str(length): text for length, text in self.text.items()},
-        }
 
-
-def run(asked: Asked, report: Callable[[str], None]) -> tuple[list[Engine], dict[str, str]]:
+def run(asked: Asked, report: Report) -> tuple[list[Engine], dict[str, str]]:
     """Every engine, timed; and why peers were left out."""
     asked.folder.mkdir(parents=True, exist_ok=True)
     engines, skipped = [], dict[str, str]()
     base = float_model(asked, report)
     with tempfile.TemporaryDirectory() as temporary:
-        clips = cut(asked, Path(temporary), report)
+        stretches, files = speech(asked, Path(temporary), report)
         try:
             for name, kind, path in candidates(asked, base, skipped, report):
                 report(f"starting {name} {kind}")
-                engine = start(name, kind, path, asked.threads, base, skipped)
+                engine = start(name, kind, path, asked, stretches, skipped)
                 if engine is not None:
                     engines.append(engine)
-            for turn in range(1 + (2 if asked.quick else 5)):
-                for length, clip in sorted(clips.items(), reverse=True):
-                    for engine in engines:
-                        report(f"turn {turn}: {engine.name} {engine.kind}, {length} s")
-                        measure(engine, length, clip, counts=turn > 0)
+            time_clips(engines, stretches, 3 if asked.quick else 5, report)
+            time_files(engines, files, asked.batch_size, report)
         finally:
             for engine in engines:
-                engine.process.kill()
-                engine.process.wait()
+                stop(engine.process)
+    count_tokens(engines, base)
     return engines, skipped
 
 
-def float_model(asked: Asked, report: Callable[[str], None]) -> Path:
+def speech(asked: Asked, folder: Path, report: Report) -> tuple[dict[int, Path], list[Path]]:
+    """Clips in files: by length, and those of ``--files``."""
+    found = clips.speech(asked.audio, asked.language, asked.folder, report)
+    stretches: dict[int, Path] = {}
+    cut = clips.stretches(found, asked.lengths, again=asked.audio is None)
+    for length, audio in zip(asked.lengths, cut, strict=True):
+        stretches[length] = folder / f"{length}.npy"
+        np.save(stretches[length], audio)
+    files = []
+    for i, audio in enumerate(clips.files(found, asked.files) if asked.files else []):
+        files.append(folder / f"file-{i}.npy")
+        np.save(files[-1], audio)
+    return stretches, files
+
+
+def time_clips(
+    engines: list[Engine], stretches: dict[int, Path], turns: int, report: Report
+) -> None:
+    if not stretches:
+        return
+    longest = max(stretches)
+    for engine in engines:  # once uncounted: it brings caches and threads back
+        engine.megabytes = hear(engine, [stretches[longest]])["megabytes"]
+    for turn in range(turns):
+        for length, clip in sorted(stretches.items(), reverse=True):
+            for engine in engines:
+                report(f"turn {turn + 1} of {turns}: {engine.label}, {length} s")
+                answer = hear(engine, [clip])
+                engine.text[length] = answer["texts"][0]
+                engine.seconds.setdefault(length, []).append(answer["seconds"])
+
+
+def time_files(engines: list[Engine], files: list[Path], batch_size: int, report: Report) -> None:
+    if not files:
+        return
+    seconds = sum(len(np.load(file)) for file in files) / clips.RATE
+    for engine in engines:
+        ask(engine, {"reset": True})
+        engine.files = Files(len(files), batch_size, seconds)
+    for at in range(0, len(files), TURN):
+        for engine in engines:
+            report(f"{engine.label}: {at} of {len(files)} files")
+            answer = hear(engine, files[at : at + TURN], batch_size)
+            assert engine.files
+            engine.files.seconds += answer["seconds"]
+            engine.files.megabytes = answer["megabytes"]
+            if at == 0:
+                engine.files.megabytes_first = answer["megabytes"]
+
+
+def count_tokens(engines: list[Engine], base: Path) -> None:
+    """By one tokenizer for all, and the end is one."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    for engine in engines:
+        for length, text in engine.text.items():
+            engine.tokens[length] = len(tokenizer.encode(text, add_special_tokens=False).ids) + 1
+
+
+# ---- engines in their processes ----
+
+
+def start(
+    name: str,
+    kind: str,
+    path: Path,
+    asked: Asked,
+    stretches: dict[int, Path],
+    skipped: dict[str, str],
+) -> Engine | None:
+    """Started (three times unless quick; the last one stays), loaded, and its first text heard."""
+    engine = None
+    first = min(stretches, key=lambda length: abs(length - FIRST), default=None)
+    for _ in range(1 if asked.quick else 3):
+        command = [sys.executable, "-m", "bench.engines", name, str(path), str(asked.threads), kind]
+        if engine is not None:
+            stop(engine.process)
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [*command, asked.language],
+            env={**os.environ, "OMP_NUM_THREADS": str(asked.threads)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert process.stdout
+        answer = json.loads(process.stdout.readline() or "{}")
+        if "load" not in answer:
+            stop(process)
+            skipped[f"{name} {kind}"] = answer.get("error", "it ended while loading")
+            return None
+        if engine is None:
+            engine = Engine(name, kind, process)
+        engine.process = process
+        engine.load.append(answer["load"])
+        if first is not None:
+            hear(engine, [stretches[first]])
+            engine.first.append(time.perf_counter() - started)
+    return engine
+
+
+def stop(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
+
+
+def hear(engine: Engine, files: list[Path], batch_size: int = 1) -> dict[str, Any]:
+    return ask(engine, {"clips": [str(file) for file in files], "batch": batch_size})
+
+
+def ask(engine: Engine, question: dict[str, Any]) -> dict[str, Any]:
+    assert engine.process.stdin and engine.process.stdout
+    try:
+        engine.process.stdin.write(json.dumps(question) + "\n")
+        engine.process.stdin.flush()
+        line = engine.process.stdout.readline()
+    except BrokenPipeError:
+        line = ""
+    if not line:
+        raise UserError(f"{engine.label} ended while it transcribed: leave it out of --peers.")
+    return json.loads(line)
+
+
+# ---- their models ----
+
+
+def float_model(asked: Asked, report: Report) -> Path:
     from dqw.whisper.samples import fetch_base_model
 
     if asked.float_model is not None:
+        if not (asked.float_model / "tokenizer.json").is_file():
+            raise UserError(f"--float-model {asked.float_model} is no folder with a tokenizer.json")
         return asked.float_model
     return fetch_base_model(asked.folder / "base", report)
 
 
-def cut(asked: Asked, folder: Path, report: Callable[[str], None]) -> dict[int, Path]:
-    """Clips of ``SECONDS`` from the named file, or from the English samples joined."""
-    from dqw.whisper.audio import load_audio
-    from dqw.whisper.samples import fetch_speech_samples
-
-    if asked.audio is not None:
-        audio = load_audio(asked.audio)
-    else:
-        manifest = fetch_speech_samples(asked.folder / "speech", report)
-        rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-        english = [row["audio"] for row in rows if row["language"] == "en"]
-        audio = np.concatenate([load_audio(manifest.parent / name) for name in english])
-        audio = np.tile(audio, -(-SECONDS[-1] * RATE // len(audio)))
-    if len(audio) < SECONDS[-1] * RATE:
-        raise UserError(f"{asked.audio} is shorter than {SECONDS[-1]} s: name a longer recording.")
-    clips = {}
-    for length in SECONDS:
-        clips[length] = folder / f"{length}.npy"
-        np.save(clips[length], audio[: length * RATE])
-    return clips
-
-
 def candidates(
-    asked: Asked, base: Path, skipped: dict[str, str], report: Callable[[str], None]
+    asked: Asked, base: Path, skipped: dict[str, str], report: Report
 ) -> list[tuple[str, str, Path]]:
     """(engine, kind, its model) of all that can run here."""
     packed = asked.model or packed_base(asked.folder / "packed", base, report)
-    found = [("dqw", kind, packed) for kind in ("int8", "float")]
+    kinds = 1 if asked.quick else 2
+    found = [("dqw", kind, packed) for kind in ("int8", "float")[:kinds]]
     for name in PEERS:
         if asked.peers is not None and name not in asked.peers:
             continue
@@ -159,24 +287,26 @@ def candidates(
         if module and find_spec(module) is None:
             skipped[name] = f"{module} is not installed (pip install -e '.[bench-transcribe]')"
         elif name == "dqw-plain":
-            found += [(name, kind, packed) for kind in ("int8", "float")]
+            found += [(name, kind, packed) for kind in ("int8", "float")[:kinds]]
         elif name == "transformers":
             found.append((name, "float32", base))
         elif name == "faster-whisper":
             if (base / "model.bin").is_file():
-                found += [(name, kind, base) for kind in ("int8", "float32")]
+                found += [(name, kind, base) for kind in ("int8", "float32")[:kinds]]
             else:
                 skipped[name] = f"{base} is no CTranslate2 folder"
         elif name == "whisper.cpp":
-            found += [(name, kind, ggml(asked, base, kind, report)) for kind in ("q4_0", "q8_0")]
-        elif asked.openvino is None:
-            skipped[name] = "no --openvino-model was named (optimum-cli export openvino makes one)"
+            for kind in ("q4_0", "q8_0")[:kinds]:
+                found.append((name, kind, ggml(asked.folder, base, kind, report)))
         else:
-            found.append((name, asked.openvino.name, asked.openvino))
+            folders = asked.openvino or tuple(sorted(asked.folder.glob("openvino-*")))
+            found += [(name, path.name.removeprefix("openvino-"), path) for path in folders]
+            if not folders:
+                skipped[name] = "it has no model: python -m bench.convert_peers makes one"
     return found
 
 
-def packed_base(folder: Path, base: Path, report: Callable[[str], None]) -> Path:
+def packed_base(folder: Path, base: Path, report: Report) -> Path:
     """``base`` in 4 bits without training, made once."""
     if not (folder / "config.json").is_file():
         import dqw
@@ -190,75 +320,13 @@ def packed_base(folder: Path, base: Path, report: Callable[[str], None]) -> Path
     return folder
 
 
-def ggml(asked: Asked, base: Path, kind: str, report: Callable[[str], None]) -> Path:
+def ggml(folder: Path, base: Path, kind: str, report: Report) -> Path:
+    """``base`` as whisper.cpp's file, made once."""
     from bench import ggml as writer
     from dqw.whisper.checkpoint import load_whisper
 
-    file = asked.folder / f"{base.name}-{kind}.bin"
+    file = folder / f"{base.name}-{kind}.bin"
     if not file.is_file():
         report(f"writing whisper.cpp's {kind} model")
         writer.write(file, *load_whisper(base), kind)
     return file
-
-
-def start(
-    name: str, kind: str, path: Path, threads: int, base: Path, skipped: dict[str, str]
-) -> Engine | None:
-    command = [sys.executable, "-m", "bench.engines", name, str(path), str(threads), kind]
-    process = subprocess.Popen(
-        [*command, str(base)],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout
-    line = process.stdout.readline()
-    if not line:
-        process.wait()
-        skipped[f"{name} {kind}"] = "it ended while loading"
-        return None
-    return Engine(name, kind, process, json.loads(line)["load"])
-
-
-def measure(engine: Engine, length: int, clip: Path, counts: bool) -> None:
-    assert engine.process.stdin and engine.process.stdout
-    engine.process.stdin.write(json.dumps({"audio": str(clip)}) + "\n")
-    engine.process.stdin.flush()
-    line = engine.process.stdout.readline()
-    if not line:
-        raise UserError(f"{engine.name} {engine.kind} ended on the {length} s clip: leave it out.")
-    answer = json.loads(line)
-    if counts:
-        engine.seconds.setdefault(length, []).append(answer["seconds"])
-    engine.tokens[length], engine.text[length] = answer["tokens"], answer["text"]
-    engine.megabytes = max(engine.megabytes, answer["megabytes"])
-
-
-def print_table(console: Console, engines: list[Engine], skipped: dict[str, str]) -> None:
-    """A line an engine; the ratio is its time on the long clip over dqw's best."""
-    from bench.table import print_skipped
-
-    short, long = SECONDS
-    best = min(e.clip(long) for e in engines if e.name == "dqw")
-    table = Table(title="transcribe, greedy, English, no timestamps", title_justify="left",
-                  box=box.SIMPLE_HEAD)  # fmt: skip
-    table.add_column("engine")
-    for name in (f"{short} s\nclip, s", f"{long} s\nclip, s", "tokens", "once a\nclip, ms",
-                 "a token\nms", "peak\nMB", "load\ns", "time of\ndqw's best"):  # fmt: skip
-        table.add_column(name, justify="right")
-    for e in engines:
-        once = "-" if e.once is None else f"{e.once * 1e3:.0f}"
-        token = "-" if e.per_token is None else f"{e.per_token * 1e3:.2f}"
-        tokens = f"{e.tokens[short]} · {e.tokens[long]}"
-        table.add_row(f"{e.name} {e.kind}", f"{e.clip(short):.3f}", f"{e.clip(long):.3f}", tokens,
-                      once, token, f"{e.megabytes:.0f}", f"{e.load:.1f}",
-                      f"{e.clip(long) / best:.2f}×")  # fmt: skip
-    console.print(table)
-    print_skipped(console, skipped)
-
-
-def save(file: Path, facts: dict, engines: list[Engine], skipped: dict[str, str]) -> None:
-    report = {"machine": facts, "skipped": skipped, "engines": [e.as_json() for e in engines]}
-    write(file, json.dumps(report, indent=1, ensure_ascii=False) + "\n")

@@ -204,7 +204,13 @@ def _print_transcript(text: str, path: Path, form: str, several: bool) -> None:
     "eval", epilog="Example: dqw eval --model runs/demo/student --data speech/manifest.jsonl"
 )
 def evaluate(
-    model: Model,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="As for transcribe; with --engine what that engine reads: a ggml .bin file, a "
+            "CTranslate2 folder, an OpenVINO folder."
+        ),
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -219,6 +225,17 @@ def evaluate(
     beam_size: BeamSize = 1,
     batch_size: BatchSize = 8,
     audio_context: Context = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="dqw, or a rival, clip by clip: whisper.cpp, faster-whisper, openvino, "
+            "transformers."
+        ),
+    ] = "dqw",
+    normalizer: Annotated[
+        Path | None,
+        typer.Option(help="normalizer.json (English spellings) where the model has none."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this JSON file.")
     ] = None,
@@ -233,11 +250,13 @@ def evaluate(
 
     items = load_items(data, language, need_text=True, limit=limit)
 
-    from dqw.whisper.evaluate import evaluate as run
+    from dqw.whisper.evaluate import open_evaluator
     from dqw.whisper.files import write_atomic
     from dqw.whisper.tables import print_scores
 
-    whisper, processor = _load(model)
+    with err.status(f"loading {model}"):
+        evaluator = open_evaluator(model, engine, beam_size, batch_size, normalizer, audio_context)
+    size, spelling = evaluator.model_bytes, evaluator.spelling
     with _progress(sum(item.seconds or 0 for item in items)) as advance:
         done = 0.0
 
@@ -246,9 +265,8 @@ def evaluate(
             advance(seconds - done)
             done = seconds
 
-        result = run(whisper, processor, items, beam_size, batch_size, step, audio_context)
-    spelling = bool(getattr(processor.tokenizer, "english_spelling_normalizer", None))
-    print_scores(result, spelling)
+        result = evaluator.run(items, progress=step)
+    print_scores(result, spelling, size)
     if save_transcripts:
         rows = (
             {"id": item.id, "language": item.language or found.language, "reference": item.text,
@@ -258,19 +276,20 @@ def evaluate(
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomic(save_transcripts, lines)
     if json_file:
-        settings = {"model": model, "data": data, "language": language, "limit": limit,
-                    "beam_size": beam_size, "batch_size": batch_size,
-                    "audio_context": audio_context,
+        settings = {"engine": engine, "model": model, "model_bytes": size, "data": data,
+                    "language": language, "limit": limit, "beam_size": beam_size,
+                    "batch_size": batch_size if engine == "dqw" else 1,
+                    "audio_context": audio_context if engine == "dqw" else "full",
                     "english_spelling_map": spelling}  # fmt: skip
-        figures = {**settings, **_machine(), **result.to_dict()}
+        figures = {**settings, **_machine(evaluator.package), **result.to_dict()}
         write_atomic(json_file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
 
 
-def _machine() -> dict[str, Any]:
+def _machine(package: str) -> dict[str, Any]:
     import platform
     from importlib.metadata import version
 
-    packages = ("dqw", "torch", "transformers")
+    packages = dict.fromkeys(("dqw", "torch", "transformers", package))
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": platform.processor() or platform.machine(),
@@ -319,13 +338,6 @@ def info(
 
 
 # ---------------------------------------------------------------- shared
-
-
-def _load(model: str) -> tuple[Any, Any]:
-    from dqw.whisper.checkpoint import load_whisper
-
-    with err.status(f"loading {model}"):
-        return load_whisper(model)
 
 
 @contextmanager

@@ -1,18 +1,28 @@
-"""The bench of whole clips: the files it writes for whisper.cpp, and figures from clips."""
+"""The bench of whole clips: its speech, engines in processes, figures, tables and files."""
 
+import csv
+import json
 import struct
+import sys
 
 import numpy as np
 import pytest
 import soundfile
-from whisper_helpers import tiny, tone
+from kernel_helpers import needs_library
+from rich.console import Console
+from typer.testing import CliRunner
+from whisper_helpers import save_tiny, tiny, tone, write_tone
 
-from bench import ggml, transcribe
+import dqw
+from bench import __main__ as command
+from bench import clips, convert_peers, ggml, options, plot, transcribe
+from bench import transcribe_table as tables
 from dqw.errors import UserError
+from dqw.whisper.checkpoint import save_processor
 
 
-def engine(short, long, tokens=(30, 80)):
-    found = transcribe.Engine("dqw", "int8", None)
+def engine(short, long, tokens=(30, 80), name="dqw"):
+    found = transcribe.Engine(name, "int8", None, load=[1.0, 0.5])
     found.seconds = {11: short, 30: long}
     found.tokens = dict(zip((11, 30), tokens, strict=True))
     return found
@@ -24,11 +34,16 @@ def test_figures_of_an_engine():
     assert found.per_token == pytest.approx(0.02)
     assert found.once == pytest.approx(1.1 - 30 * 0.02)
     assert engine([1.0], [1.1], tokens=(30, 34)).per_token is None
+    bare = transcribe.Engine("dqw", "int8", None)
+    assert bare.per_token is None and bare.once is None and bare.first_text is None
+    bare.first = [4.0, 2.0, 3.0]
+    assert bare.first_text == 3.0
 
 
 def asked(tmp_path, **changes):
-    given = dict.fromkeys(("float_model", "model", "audio", "openvino", "peers"))
-    return transcribe.Asked(**given | {"threads": 1, "quick": True, "folder": tmp_path} | changes)
+    given = dict.fromkeys(("float_model", "model", "audio", "peers"))
+    given |= {"threads": 1, "quick": True, "folder": tmp_path, "openvino": ()}
+    return transcribe.Asked(**given | changes)
 
 
 def test_peers_that_cannot_run_are_named(tmp_path, monkeypatch):
@@ -37,18 +52,166 @@ def test_peers_that_cannot_run_are_named(tmp_path, monkeypatch):
     options = asked(tmp_path, model=tmp_path)
     found = transcribe.candidates(options, tmp_path, skipped, print)
     assert {name for name, _, _ in found} == {"dqw", "dqw-plain", "transformers"}
-    assert set(skipped) == {"faster-whisper", "whisper.cpp", "openvino-genai"}
+    assert set(skipped) == {"faster-whisper", "whisper.cpp", "openvino"}
     assert "not installed" in skipped["whisper.cpp"]
 
 
-def test_clips_are_cut_from_a_file(tmp_path):
+def test_peers_find_their_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(transcribe, "find_spec", lambda name: name)
+    skipped = {}
+    (tmp_path / "base-q4_0.bin").touch()
+    (tmp_path / "base-q8_0.bin").touch()
+    names = ("faster-whisper", "whisper.cpp", "openvino")
+    given = asked(tmp_path, model=tmp_path, peers=names, quick=False)
+    found = transcribe.candidates(given, tmp_path / "base", skipped, print)
+    assert [kind for name, kind, _ in found if name == "whisper.cpp"] == ["q4_0", "q8_0"]
+    assert "no CTranslate2 folder" in skipped["faster-whisper"]
+    assert "convert_peers" in skipped["openvino"]
+    (tmp_path / "openvino-int4").mkdir()
+    found = transcribe.candidates(given, tmp_path / "base", {}, print)
+    assert found[-1] == ("openvino", "int4", tmp_path / "openvino-int4")
+
+
+def test_stretches_and_files_from_a_recording(tmp_path):
     file = tmp_path / "talk.wav"
     soundfile.write(file, tone(31), 16_000)
-    clips = transcribe.cut(asked(tmp_path, audio=file), tmp_path, print)
-    assert [len(np.load(clip)) / 16_000 for clip in clips.values()] == [11, 30]
-    soundfile.write(file, tone(5), 16_000)
-    with pytest.raises(UserError, match="shorter than 30 s"):
-        transcribe.cut(asked(tmp_path, audio=file), tmp_path, print)
+    found = clips.speech(file, "en", tmp_path, print)
+    cut = clips.stretches(found, (3, 30), again=False)
+    assert [len(clip) / 16_000 for clip in cut] == [3, 30]
+    many = clips.files(found, 12)
+    assert [len(clip) / 16_000 for clip in many] == [4, 11, 7, 9, 4, 11, 7, 9, 4, 11, 7, 9]
+    with pytest.raises(UserError, match="holds 31 s"):
+        clips.stretches(found, (3, 60), again=False)
+    assert len(clips.stretches([tone(2)], (3,), again=True)[0]) == 48_000
+    with pytest.raises(UserError, match="no clip of at most 30 s"):
+        clips.files([tone(31), tone(40)], 3)
+
+
+def test_files_of_a_folder_are_its_clips(tmp_path):
+    for name, seconds in (("a", 0.5), ("b", 1.5)):
+        write_tone(tmp_path / f"{name}.wav", seconds)
+    found = clips.speech(tmp_path, "en", tmp_path, print)
+    assert [len(clip) for clip in clips.files(found, 3)] == [8_000, 24_000, 8_000]
+    with pytest.raises(UserError, match="does not exist"):
+        clips.speech(tmp_path / "no.jsonl", "en", tmp_path, print)
+
+
+@needs_library
+def test_the_bench_runs_and_writes(tmp_path, monkeypatch):
+    """Real processes: dqw, and a peer whose model is damaged."""
+    model, processor = tiny(tmp_path / "tiny")
+    base = save_tiny(tmp_path / "base")
+    dqw.freeze(dqw.quantize(model)).save_pretrained(tmp_path / "packed")
+    save_processor(processor, tmp_path / "packed")
+    write_tone(tmp_path / "speech" / "a.wav", 0.4)
+    write_tone(tmp_path / "speech" / "b.wav", 0.9)
+    (tmp_path / "runs" / "openvino-bad").mkdir(parents=True)
+    monkeypatch.setattr(transcribe, "find_spec", lambda name: name)
+    monkeypatch.setattr(transcribe, "FOLDER", tmp_path / "runs")
+    monkeypatch.setattr("bench.table.machine", lambda o, ceilings_too: {"cores": 2})
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv")}
+    arguments = ["--op", "transcribe", "--peers", "openvino", "--quick", "--threads", "1",
+                 "--lengths", "1", "--files", "21", "--audio", tmp_path / "speech",
+                 "--model", tmp_path / "packed", "--float-model", base,
+                 "--json", files["json"], "--csv", files["csv"]]  # fmt: skip
+    done = CliRunner().invoke(command.app, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    assert "dqw int8" in done.stdout and "21 files" in done.stdout
+    assert "skipped openvino bad" in done.stdout
+    stored = json.loads(files["json"].read_text())
+    clip, many = stored["rows"]
+    assert (clip["measure"], clip["audio_seconds"], clip["ratio"]) == ("clip", 1, 1.0)
+    assert 0 < clip["seconds"] < clip["first_text_seconds"] and clip["tokens"] > 1
+    assert clip["peak_megabytes"] > 50 and 0 < clip["load_seconds"] < clip["first_text_seconds"]
+    assert (many["measure"], many["files"], many["batch_size"]) == ("files", 21, 8)
+    assert many["audio_seconds"] == pytest.approx(11 * 0.4 + 10 * 0.9)
+    assert many["peak_megabytes"] >= many["peak_megabytes_first"] > 50
+    assert stored["texts"]["dqw int8"]["1"]
+    rows = list(csv.DictReader(files["csv"].open()))
+    assert [row["measure"] for row in rows] == ["clip", "files"]
+    assert float(rows[0]["seconds"]) == clip["seconds"] and rows[1]["tokens"] == ""
+
+
+def test_an_engine_that_ends_is_named():
+    import subprocess
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=-1, stdout=-1, text=True
+    )  # fmt: skip
+    with pytest.raises(UserError, match="dqw int8 ended while it transcribed"):
+        transcribe.hear(transcribe.Engine("dqw", "int8", process), [])
+    process.wait()
+
+
+def test_memory_that_grows_is_said_aloud():
+    steady, leaking, short = (engine([1.0], [2.0], name=n) for n in ("dqw", "peer", "short"))
+    steady.files = transcribe.Files(200, 8, 1000.0, 50.0, 400.0, 404.0)
+    leaking.files = transcribe.Files(200, 8, 1000.0, 100.0, 400.0, 450.0)
+    short.files = transcribe.Files(20, 8, 100.0, 10.0, 400.0, 400.0)
+    assert [tables.grows(e) for e in (steady, leaking, short)] == ["no", "YES", "-"]
+    console = Console(width=100, record=True)
+    tables.print_tables(console, [steady, leaking], {"openvino": "not installed"})
+    text = console.export_text()
+    assert "200 files, 1000 s, up to 8 at once" in text and "YES" in text
+    assert "skipped openvino: not installed" in text
+    assert [row["ratio"] for row in tables.rows([steady, leaking], 2)] == [1, 1, 1, 1, 1, 2]
+
+
+def test_time_is_drawn_by_length(tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "lengths.png"
+    plot.draw_clips(file, {"dqw int8": {3: 0.4, 30: 0.9}, "peer": {3: 1.0, 30: 1.5}})
+    assert file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 5_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--lengths", "3,x"], "--lengths '3,x' is not understood"),
+        (["--lengths", "31"], "is not understood"),
+        (["--lengths", "none"], "leaves nothing to time"),
+        (["--files", "-1"], "--files is -1: give 0 or more"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--peers", "openvino-genai"], "choose one of all, none, dqw-plain"),
+        (["--lengths", "11", "--plot", "a.png"], "two --lengths or more"),
+        (["--float-model", "no-such-folder"], "no folder with a tokenizer.json"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(transcribe, "FOLDER", tmp_path)
+    monkeypatch.setattr(plot, "check_plot", lambda: None)
+    done = CliRunner().invoke(command.app, ["--op", "transcribe", *arguments])
+    assert isinstance(done.exception, UserError) and words in str(done.exception)
+
+
+def test_peers_without_a_value_are_all():
+    assert command.peers_named(["--peers", "--plot", "x"]) == ["--peers", "all", "--plot", "x"]
+    assert command.peers_named(["--peers"]) == ["--peers", "all"]
+    assert command.peers_named(["--peers", "none"]) == ["--peers", "none"]
+    assert options.parse_lengths("30,3, 3") == (3, 30)
+
+
+def test_models_for_the_peers_are_made_once(tmp_path, monkeypatch, capsys):
+    """With a stand-in for optimum-cli; ctranslate2 is not asked."""
+    source, out = save_tiny(tmp_path / "tiny"), tmp_path / "out"
+    program = tmp_path / "optimum-cli"
+    program.write_text('#!/bin/sh\nfor last; do :; done\nmkdir "$last"\n'
+                       'touch "$last/openvino_encoder_model.xml"\n')  # fmt: skip
+    program.chmod(0o755)
+    monkeypatch.setattr(convert_peers, "find_spec", lambda name: None)
+    convert_peers.main(str(source), out, "no-such-program")
+    said = capsys.readouterr().out
+    assert "pip install faster-whisper" in said and "no-such-program is not here" in said
+    assert '"optimum-intel[openvino]"' in said
+    convert_peers.main(str(source), out, str(program))
+    assert {path.name for path in out.iterdir()} == {
+        "hf", "tiny-q4_0.bin", "tiny-q8_0.bin", "openvino-int4", "openvino-int8",
+    }  # fmt: skip
+    program.write_text("#!/bin/sh\necho too old >&2\nexit 1\n")
+    convert_peers.main(str(source), out, str(program))  # all is there
+    (out / "openvino-int8" / "openvino_encoder_model.xml").unlink()
+    with pytest.raises(UserError, match=r"could not export .*too old"):
+        convert_peers.main(str(source), out, str(program))
 
 
 @pytest.mark.parametrize("kind", ggml.TYPES)

@@ -1,14 +1,22 @@
-"""A model's error rates on a set of clips: transcribe, then score."""
+"""A model's error rates on a set of clips, or a rival engine's: transcribe, then score."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from dqw.errors import UserError
+from dqw.whisper.audio import SAMPLE_RATE
+from dqw.whisper.checkpoint import load_whisper
 from dqw.whisper.data import Item
-from dqw.whisper.scoring import Scores, score
+from dqw.whisper.rivals import Rival, open_rival, rival_bytes
+from dqw.whisper.scoring import Scores, read_spelling, score
 from dqw.whisper.transcribe import Transcript, transcribe
 
 if TYPE_CHECKING:
@@ -60,10 +68,102 @@ def evaluate(
         audio_context=audio_context,
     )
     wall = time.perf_counter() - started
+    spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None)
+    return _scored(items, transcripts, spelling, wall)
+
+
+def evaluate_rival(
+    rival: Rival,
+    items: Sequence[Item],
+    progress: Callable[[float], None] | None = None,
+) -> Evaluation:
+    """``evaluate`` of another package's engine, clip by clip; the same scores.
+
+    Raises UserError with the clip where the engine fails.
+    """
+    started = time.perf_counter()
+    transcripts = []
+    done = 0.0
+    for item in items:
+        audio = item.load()
+        try:
+            text, language = rival.hear(audio, item.language)
+        except Exception as error:  # each package has exceptions of its own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(
+                f"{rival.package} failed on {item.id} ({reason}); leave that clip or option out"
+            ) from error
+        seconds = len(audio) / SAMPLE_RATE
+        transcripts.append(Transcript(text, language, seconds))
+        done += seconds
+        if progress:
+            progress(done)
+    return _scored(items, transcripts, rival.spelling, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """`run(items, progress=…)` gives an Evaluation. `package`: whose engine it is; `spelling`:
+    whether British spellings are mapped to American ones; `model_bytes`: without the tokenizer,
+    None for a model from the hub."""
+
+    run: Callable[..., Evaluation]
+    package: str
+    spelling: bool
+    model_bytes: int | None
+
+
+def open_evaluator(
+    model: str,
+    engine: str = "dqw",
+    beam_size: int = 1,
+    batch_size: int = 8,
+    normalizer: str | Path | None = None,
+    audio_context: str = "auto",
+) -> Evaluator:
+    """`model` loaded into dqw or one of the RIVALS, which hear clip by clip.
+
+    `normalizer`: a normalizer.json, or a folder that has one, in the place of the model's own.
+    `audio_context`: as in `transcribe`; for dqw alone.
+    Raises UserError as `load_whisper`, `open_rival` and `read_spelling` do.
+    """
+    given = None if normalizer is None else read_spelling(normalizer)
+    run: Callable[..., Evaluation]
+    if engine == "dqw":
+        whisper, processor = load_whisper(model)
+        tokenizer: Any = processor.tokenizer
+        if given is not None:
+            tokenizer.english_spelling_normalizer = given
+        spelling = getattr(tokenizer, "english_spelling_normalizer", None)
+        run = partial(
+            evaluate,
+            whisper,
+            processor,
+            beam_size=beam_size,
+            batch_size=batch_size,
+            audio_context=audio_context,
+        )
+        package = "dqw"
+    else:
+        rival = open_rival(engine, model, torch.get_num_threads(), beam_size)
+        if given is not None:
+            rival.spelling = given
+        spelling, package = rival.spelling, rival.package
+        run = partial(evaluate_rival, rival)
+    size = rival_bytes(model) if Path(model).exists() else None
+    return Evaluator(run, package, bool(spelling), size)
+
+
+def _scored(
+    items: Sequence[Item],
+    transcripts: list[Transcript],
+    spelling: dict[str, str] | None,
+    wall: float,
+) -> Evaluation:
     scores = score(
         [item.text or "" for item in items],
         [transcript.text for transcript in transcripts],
         [item.language or transcript.language for item, transcript in zip(items, transcripts)],
-        getattr(processor.tokenizer, "english_spelling_normalizer", None),
+        spelling,
     )
     return Evaluation(scores, transcripts, sum(t.seconds for t in transcripts), wall)

@@ -63,11 +63,14 @@ _UNCOUNTED = {
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
+    "vocabulary.json",  # CTranslate2
+    "vocabulary.txt",
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
     "normalizer.json",
     "README.md",
+    *(f"openvino_{k}tokenizer.{e}" for k in ("", "de") for e in ("xml", "bin")),
 }
 
 

@@ -10,12 +10,16 @@ percentile of 1000 bootstrap samples over clips (percentile bootstrap, Efron 197
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jiwer
 import numpy as np
+
+from dqw.errors import UserError
 
 CHARACTER_LANGUAGES = ("ja", "zh", "yue", "ko", "th", "lo", "my")
 _SAMPLES = 1000
@@ -107,6 +111,24 @@ class Normalizers:
             return self._english(text).strip()
         text = self._basic(text).strip()
         return text.replace(" ", "") if language in CHARACTER_LANGUAGES else text
+
+
+def read_spelling(path: str | Path) -> dict[str, str]:
+    """British -> American spellings of a normalizer.json, or of the one in a folder.
+
+    Raises UserError where there is none or it is damaged.
+    """
+    path = Path(path)
+    file = path / "normalizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{file} does not exist; name a normalizer.json or a folder that has one")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not all(isinstance(word, str) for pair in found.items() for word in pair):
+            raise ValueError("a word is no text")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} holds no spellings ({error}); copy it again") from None
+    return found
 
 
 def score(

@@ -13,10 +13,11 @@ from dqw.whisper.report import Report, architecture
 from dqw.whisper.scoring import Rate
 
 
-def print_scores(result: Evaluation, spelling: bool) -> None:
+def print_scores(result: Evaluation, spelling: bool, size: int | None = None) -> None:
     """Rates with counts and intervals, by language and over all.
 
     `spelling`: whether British spellings were mapped to American ones before English was scored.
+    `size`: bytes of the model without its tokenizer.
     """
     scores = result.scores
     table = _table("Error rates (S substitutions, D deletions, I insertions)")
@@ -47,12 +48,17 @@ def print_scores(result: Evaluation, spelling: bool) -> None:
         f"({speed:.1f} × real time)",
         highlight=False,
     )
+    if size is not None:
+        console.print(f"The model takes {size / 2**20:.2f} MiB without its tokenizer.",
+                      highlight=False)  # fmt: skip
     empty = sum(rate.empty for rate in scores.languages.values())
     if empty:
         console.print(f"{empty} clips dropped: nothing is left of their reference text")
     if not spelling and "en" in scores.languages:
         console.print(
-            "The model's folder has no normalizer.json: British spellings count as errors."
+            "There is no normalizer.json beside the model: British spellings count as errors. "
+            "--normalizer names one.",
+            soft_wrap=True,
         )
 
 
