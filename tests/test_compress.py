@@ -74,17 +74,18 @@ def test_ptq_writes_a_folder_that_loads(base: Path, tmp_path: Path) -> None:
     assert 0 < model_bytes(out) < model_bytes(base)
 
 
-def test_the_default_recipe_depends_on_the_student(base: Path, tmp_path: Path) -> None:
+def test_the_default_recipe_depends_on_the_student(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A student that is no copy needs its encoder trained, which `default` leaves alone."""
-    for name, options in (("copy", []), ("cut", ["--student-layers", "1,1"])):
-        out = tmp_path / name
-        code, output = dqw("compress", "--teacher", base, "--ptq-only", "--out", out, *options)
+    found: list[bool] = []
+    monkeypatch.setattr(
+        "dqw.compress.compress", lambda job, recipe, say: found.append(recipe.train.freeze_encoder)
+    )
+    for options in ([], ["--student", str(base)], ["--student-layers", "1,1"], ["--student", "x"]):
+        code, output = dqw("compress", "--teacher", base, "--out", tmp_path / "out", *options)
         assert code == 0, output
-    groups = [
-        dict(quant_modules(load_whisper(tmp_path / name)[0]))["model.decoder.embed_tokens"].spec
-        for name in ("copy", "cut")
-    ]
-    assert [spec.group_size for spec in groups] == [16, 64]
+    assert found == [True, True, False, False]
 
 
 def test_joint_training_moves_weights_and_clips(base: Path, data: Path, tmp_path: Path) -> None:
