@@ -93,7 +93,7 @@ def gemv_serves(
         not gemv_reason
         and x.shape[:-1].numel() <= ROWS["CUDA C++"]
         and (x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and bits <= 6))
-        and group_size in (0, 32, 64, 128)
+        and group_size in (0, 16, 32, 64, 128)
         and x.shape[-1] % 8 == 0
         and (x.data_ptr() % 16 == 0 or not x.is_contiguous())
         and all(w.data_ptr() % 16 == 0 for w in weights)

@@ -25,7 +25,7 @@ from dqw import grids, ops_cuda, reference
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "cuda"
 HOST = ROOT / "tests" / "cuda_host"
-GROUPS = (0, 32, 64, 128)
+GROUPS = (0, 16, 32, 64, 128)
 
 
 class Matrix(ctypes.Structure):
@@ -122,7 +122,7 @@ def test_identity_gives_the_exact_weight(library, bits: int, dtype: torch.dtype)
 def test_error_is_at_most_twice_the_plain_one(library, dtype: torch.dtype) -> None:
     shapes = [(1, 1, 8), (1, 33, 1032), (3, 7, 5128), (7, 9, 640), (8, 16, 128), (5, 8, 72)]
     for n, (m, rows, cols) in enumerate(shapes):
-        bits, group = (4, 2, 3, 5, 6, 4)[n], GROUPS[n % 4]
+        bits, group = (4, 2, 3, 5, 6, 4)[n], GROUPS[n % 5]
         levels = grids.levels("apot", bits)
         weight, _ = random_weight(rows, cols, bits, levels)
         scale = scales(rows, cols, group, 0.1)
@@ -200,7 +200,7 @@ def test_few_rows_reach_this_kernel(library, monkeypatch: pytest.MonkeyPatch) ->
         (torch.float32, 1, 4, 64, False), (torch.float16, 9, 4, 64, False),
         (torch.bfloat16, 8, 7, 64, False), (torch.float16, 8, 7, 64, True),
         (torch.float16, 1, 4, 96, False), (torch.bfloat16, 1, 4, 0, True),
-        (torch.float16, 1, 4, 16, False), (torch.float16, 1, 4, 32, True),
+        (torch.float16, 1, 4, 16, True), (torch.float16, 1, 4, 32, True),
     ):  # fmt: skip
         few = torch.zeros(m, 64, dtype=dtype)
         kind = torch.float16 if group else torch.float32
@@ -214,6 +214,7 @@ def test_few_rows_reach_this_kernel(library, monkeypatch: pytest.MonkeyPatch) ->
 INSTANCES = [  # type of x, bits, group size
     ("__half", 4, 64), ("__half", 4, 0), ("__nv_bfloat16", 4, 64), ("__half", 2, 0),
     ("__half", 3, 32), ("__nv_bfloat16", 5, 64), ("__half", 6, 0), ("__half", 8, 128),
+    ("__half", 4, 16), ("__nv_bfloat16", 6, 16),
 ]  # fmt: skip
 PROBE = """
 #include "decode.h"

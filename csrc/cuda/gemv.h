@@ -12,9 +12,11 @@
 // float32 and up to 8 rows of x cost what one costs. Rows 8 to 15 of A are zero: 8 rows of W make
 // twice the blocks, and Whisper's matrices are small (512 rows: 64 blocks).
 //
-// One scale a row: a lane loads 16 bytes, four lanes 128 columns. Groups of 32, 64 or 128: a lane
-// loads 8 bytes, four lanes a block of 64, whose sums are scaled before the next (groups of 32:
-// half a block). No torch here: tests run this file on CPU threads (tests/cuda_host/shim.h).
+// One scale a row: a lane loads 16 bytes, four lanes 128 columns. Groups of 16 to 128: a lane loads
+// 8 bytes, four lanes a block of 64, whose sums are scaled before the next. Groups of 32: each half
+// of a block has its sums. Of 16: a half is multiplied twice, with x zero in two lanes of the four;
+// tensor cores have the time, and loads stay as wide. No torch here: tests run this file on CPU
+// threads (tests/cuda_host/shim.h).
 #pragma once
 
 #include "decode.h"
@@ -136,10 +138,11 @@ struct Share {
 
 __device__ inline float gelu(float v) { return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f)); }
 
-// T: __half or __nv_bfloat16. GROUP: 0, 32, 64 or 128. Launch: (blocks of 8 rows over all
-// matrices) × (32 × WARPS threads).
+// T: __half or __nv_bfloat16. GROUP: 0, 16, 32, 64 or 128. Launch: (blocks of 8 rows over all
+// matrices) × (32 × WARPS threads), two of them on a processor at least: without the 2 ptxas aims
+// at 64 registers and spills at 3 bits.
 template <typename T, int BITS, int GROUP, int WARPS>
-__global__ void __launch_bounds__(32 * WARPS) gemv(const Gemv a) {
+__global__ void __launch_bounds__(32 * WARPS, 2) gemv(const Gemv a) {
     constexpr int WORDS = GROUP ? 2 : 4;
     constexpr int IN_FLIGHT = BITS > 6 ? 2 : 4;  // steps whose loads a lane sends at a time
     constexpr int STEP = WORDS / 2;  // blocks of 64 columns that four lanes take at a time
@@ -184,26 +187,34 @@ __global__ void __launch_bounds__(32 * WARPS) gemv(const Gemv a) {
             if (step >= a.blocks) break;  // the same for the whole warp
             Columns<WORDS> columns;
             columns.load(x, block * 64 + j, a, r < a.m);
-            float part[2][2] = {{0, 0}, {0, 0}};
+            float part[4][2] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}};  // by quarters of the block
 #pragma unroll
             for (int q = 0; q < WORDS; q++) {
                 uint32_t v[4];  // beyond the last column x is 0, whatever level code 0 is
                 share[u].decode(q, pool, table, v);
                 const uint2 first = columns.first[q], second = columns.second[q];
-                float* f = GROUP ? part[0] : total;
-                multiply<T>(f, v[0], v[1], first.x, first.y);
-                multiply<T>(GROUP == 32 ? part[1] : f, v[2], v[3], second.x, second.y);
+                if (GROUP == 16) {
+                    multiply<T>(part[0], v[0], v[1], t < 2 ? first.x : 0, t < 2 ? first.y : 0);
+                    multiply<T>(part[1], v[0], v[1], t < 2 ? 0 : first.x, t < 2 ? 0 : first.y);
+                    multiply<T>(part[2], v[2], v[3], t < 2 ? second.x : 0, t < 2 ? second.y : 0);
+                    multiply<T>(part[3], v[2], v[3], t < 2 ? 0 : second.x, t < 2 ? 0 : second.y);
+                } else {
+                    float* f = GROUP ? part[0] : total;
+                    multiply<T>(f, v[0], v[1], first.x, first.y);
+                    multiply<T>(GROUP == 32 ? part[2] : f, v[2], v[3], second.x, second.y);
+                }
             }
             if (GROUP) {
                 const uint16_t* scale =
                     reinterpret_cast<const uint16_t*>(w.scale) + (int64_t)safe * w.scale_stride;
-                const float s = half_to_float(scale[block * 64 / (GROUP ? GROUP : 1)]);
-                total[0] += part[0][0] * s;
-                total[1] += part[0][1] * s;
-                if (GROUP == 32 && block * 64 + 32 < a.cols) {
-                    const float s2 = half_to_float(scale[block * 2 + 1]);
-                    total[0] += part[1][0] * s2;
-                    total[1] += part[1][1] * s2;
+                constexpr int PART = GROUP == 16 ? 1 : GROUP == 32 ? 2 : 4;  // quarters
+#pragma unroll
+                for (int i = 0; i < 4; i += PART) {
+                    const int column = block * 64 + 16 * i;
+                    if (i > 0 && column >= a.cols) break;  // there is no such group
+                    const float s = half_to_float(scale[column / (GROUP ? GROUP : 1)]);
+                    total[0] += part[i][0] * s;
+                    total[1] += part[i][1] * s;
                 }
             }
         }

@@ -16,6 +16,9 @@ bool with_group(int group, const F& f) {
         case 0:
             f(gemv<T, BITS, 0, kWarps>);
             return true;
+        case 16:
+            f(gemv<T, BITS, 16, kWarps>);
+            return true;
         case 32:
             f(gemv<T, BITS, 32, kWarps>);
             return true;

@@ -19,7 +19,7 @@
 #define __device__
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 
 struct uint2 {
     uint32_t x, y;
