@@ -46,6 +46,16 @@ def tiny_whisper():  # type: ignore[no-untyped-def]
     return make_tiny_whisper()
 
 
+@pytest.fixture
+def encoder():  # type: ignore[no-untyped-def]
+    """Labels as the tiny processor's tokenizer makes them, of up to 64 tokens."""
+    from speech_helpers import tiny_processor
+
+    from dqw.distill.data import LabelEncoder
+
+    return LabelEncoder(tiny_processor().tokenizer, True, 64)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_empty() -> Iterator[None]:
     """torch.empty gives NaN, so a kernel that forgets to write an element fails its test."""

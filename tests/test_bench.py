@@ -7,19 +7,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny_whisper
 from rich.console import Console
 
 from bench import __main__ as command
-from bench import ceilings, grids, options, peers, plot, rows, runner, table, timing
+from bench import ceilings, options, peers, plot, rows, runner, table, timing
 from bench.base import Base
 from dqw.errors import UserError
-from dqw.recipe import QuantSpec
 
 ROOT = Path(__file__).parent.parent
 
@@ -393,10 +390,3 @@ def test_calls_in_a_graph_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.candidate(stubborn)(5) == pytest.approx(10e-3)
     assert "synchronizes" in cuda.not_graphed
     cuda.not_graphed.clear()
-
-
-def test_grids_are_compared_and_searched() -> None:
-    weight = grids.sample(make_tiny_whisper(), rows=8)
-    spec = QuantSpec(bits=3, grid="lloyd", group_size=16)
-    assert 1.5 < grids.error(weight, spec) < 0.8 * grids.error(weight, replace(spec, grid="apot"))
-    assert grids.search(weight, (1, 2), 5, 16) == [1, 4]  # what dqw.grids has at 2 bits

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from transformers import WhisperForConditionalGeneration
 from transformers.generation import WhisperTimeStampLogitsProcessor
 from transformers.models.whisper.modeling_whisper import sinusoids as their_sinusoids
-from whisper_helpers import save_tiny, tiny, write_tone
+from whisper_helpers import save_tiny, tiny, voices, write_tone
 
 from dqw.errors import UserError
 from dqw.whisper.checkpoint import load_whisper, save_processor
@@ -38,11 +38,6 @@ def folder(tmp_path_factory):
     packed(model).save_pretrained(path)
     save_processor(processor, path)
     return path
-
-
-def voices(*seconds: float) -> list[np.ndarray]:
-    random = np.random.default_rng(0)
-    return [(0.1 * random.standard_normal(round(s * RATE))).astype(np.float32) for s in seconds]
 
 
 @needs_library

@@ -1,9 +1,7 @@
-"""The trainer: what it trains and leaves alone, labels, data order, and resuming after a kill."""
+"""The trainer: losses and gradients of a step, what whole runs train and what they leave alone."""
 
 import json
-import random
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +13,12 @@ from torch import nn
 
 import dqw
 from dqw.distill import DistillConfig, GuidanceConfig, TrainConfig, distill
-from dqw.distill.config import AugmentConfig, SpecAugmentConfig
-from dqw.distill.data import Collator, EpochSampler, LabelEncoder, SpeechDataset
-from dqw.distill.labels import is_loop, read_labels, write_labels
+from dqw.distill.config import SpecAugmentConfig
+from dqw.distill.data import Collator, SpeechDataset
 from dqw.distill.losses import IGNORE, cross_entropy, hidden_loss, logits_kl
 from dqw.distill.model import Batch, DistillModel, teacher_pass
 from dqw.distill.pair import is_multilingual
-from dqw.distill.prepare import prepare, windows
+from dqw.distill.prepare import prepare
 from dqw.distill.stepping import parameter_groups, spec_augment
 from dqw.errors import UserError
 from dqw.recipe import Recipe
@@ -41,155 +38,6 @@ def run(folder, student=None, teacher=None, config=None, train=SHORT, items=None
     items = clips() if items is None else items
     rest = {"progress": "off", **rest}
     return distill(student, teacher, tiny_processor(), items, folder, config, train=train, **rest)
-
-
-@pytest.fixture
-def encoder():
-    return LabelEncoder(tiny_processor().tokenizer, True, 64)
-
-
-# Labels and data
-
-
-def test_labels_are_whispers_sequence_and_forced_tokens_are_not_trained(encoder):
-    ids, labels = encoder.encode("hi", "en")
-    text = encoder.tokenizer(" hi", add_special_tokens=False).input_ids
-    assert ids == [257, 258, 260, 262, *text]
-    assert labels == [258, IGNORE, IGNORE, *text, 0]
-    spaceless = encoder.tokenizer("あ", add_special_tokens=False).input_ids
-    assert encoder.encode("あ", "ja")[0] == [257, 259, 260, 262, *spaceless]
-    english = LabelEncoder(encoder.tokenizer, False, 64)
-    ids, labels = english.encode("hi", None)
-    assert ids == [257, 262, *text] and labels == [IGNORE, *text, 0]
-    with pytest.raises(UserError, match=r"<\|xx\|>"):
-        encoder.encode("hi", "xx")
-
-
-def test_collator_pads_and_masks():
-    features = torch.zeros(80, 100, dtype=torch.float16)
-    batch = Collator(pad=0)(
-        [
-            {"input_features": features, "ids": [7, 8, 9], "labels": [8, IGNORE, 0]},
-            {"input_features": features, "ids": [7], "labels": [5]},
-        ]
-    )
-    assert batch["decoder_input_ids"].tolist() == [[7, 8, 9], [7, 0, 0]]
-    assert batch["labels"].tolist() == [[8, IGNORE, 0], [5, IGNORE, IGNORE]]
-    assert batch["decoder_mask"].tolist() == [[True] * 3, [True, False, False]]
-    assert batch["input_features"].dtype == torch.float32
-
-
-def test_epoch_order_depends_on_seed_and_epoch_alone():
-    sampler, again = EpochSampler(10, 3), EpochSampler(10, 3)
-    first = list(sampler)
-    random.seed(1)
-    assert first == list(again) and sorted(first) == list(range(10))
-    again.set_epoch(2)
-    third = list(again)
-    assert sorted(third) == list(range(20, 30)) and [key - 20 for key in third] != first
-
-
-def test_cached_features_are_the_fresh_ones_and_augmentation_is_reproducible(encoder):
-    made = prepare(clips(4), encoder, None, None, DistillConfig(), TrainConfig(), Path("unused"))
-    extractor = tiny_processor().feature_extractor
-    cached = SpeechDataset(made.examples, encoder, extractor, cache=True)
-    fresh = SpeechDataset(made.examples, encoder, extractor)
-    for key in (1, 5, 1):
-        assert torch.equal(cached[key]["input_features"], fresh[key]["input_features"])
-    assert cached[5]["ids"] == cached[1]["ids"]
-    augment = AugmentConfig(noise=1.0, speed=0.1)
-    loud = SpeechDataset(made.examples, encoder, extractor, augment=augment, seed=1, cache=True)
-    assert torch.equal(loud[1]["input_features"], loud[1]["input_features"])
-    assert not torch.equal(loud[1]["input_features"], loud[5]["input_features"])
-    short = [Noise(f"s{i}", f"t{i}", seed=i, seconds=0.2, real_seconds=0.2) for i in range(4)]
-    made = prepare(short, encoder, None, None, DistillConfig(), TrainConfig(), Path("unused"))
-    augment = AugmentConfig(concatenate=1.0, pause_seconds=0.05)
-    joined = SpeechDataset(made.examples, encoder, extractor, augment=augment)
-    wave, text = joined._augmented(made.examples[0], random.Random(0))
-    assert len(text.split()) == 4 and text.startswith("t0 ") and len(wave) == int(16_000 * 0.95)
-
-
-def test_what_is_left_out_and_why(encoder):
-    items = [
-        *clips(2),
-        Noise("long", seconds=2.0, real_seconds=2.0),
-        Noise("blank", " "),
-        Noise("wordy", "x" * 100),
-        Noise("silent", None),
-    ]
-    config = DistillConfig(teacher_labels="never")
-    made = prepare(items, encoder, None, None, config, TrainConfig(), Path("unused"), window=1.0)
-    assert [example.item.id for example in made.examples] == ["clip0", "clip1"]
-    assert made.skipped == {
-        "longer than 1 s": ["long"],
-        "empty text": ["blank"],
-        "text of more than 64 tokens": ["wordy"],
-        "no text": ["silent"],
-    }
-    with pytest.raises(UserError, match=r"no clip is left.*empty text: 1"):
-        prepare([Noise("a", " ")], encoder, None, None, config, TrainConfig(), Path("unused"))
-    with pytest.raises(UserError, match=r"clip a has a text but no language.*--language"):
-        prepare([Noise("a", language=None)], encoder, None, None, config, TrainConfig(), Path("x"))
-
-
-def test_long_unlabelled_audio_is_cut_at_quiet_places():
-    class Speech(Noise):
-        def load(self):
-            wave = super().load()
-            wave[14_500:15_500] = 0
-            return wave
-
-    cut = windows(Speech("long", None, seconds=2.5, real_seconds=2.5), 1.0)
-    assert cut[0].start == 0 and 13_300 < cut[0].stop < 15_900
-    assert all(a.stop == b.start for a, b in pairwise(cut))
-    assert cut[-1].stop == 40_000 and all(len(w.load()) <= 16_000 for w in cut)
-    assert cut[1].id == f"long@{cut[1].start}"
-
-
-# Teacher labels
-
-
-def test_teacher_labels_are_written_once_and_survive_a_torn_line(tmp_path):
-    teacher, processor = tiny_model(), tiny_processor()
-    items = [Noise("a", None, seed=1), Noise("b", None, seed=2), Noise("c", None, None, seed=3)]
-    path = tmp_path / "labels.jsonl"
-    seen = []
-    first = write_labels(
-        teacher, processor, items, path, batch_size=2,
-        progress=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
-    assert set(first) == {"a", "b", "c"} and seen == [(1, 3), (3, 3)]
-    assert all(label["fault"] in ("", "empty", "loop") for label in first.values())
-    assert first["c"]["language"] in ("en", "ja")
-    whole = path.read_text()
-    path.write_text(whole + '{"id": "d", "te')
-    assert read_labels(path) == first and path.read_text() == whole
-    lines = whole.splitlines(keepends=True)
-    path.write_text("".join(lines[:-1]))
-    assert write_labels(teacher, processor, items, path) == first
-    path.write_text("no json\n")
-    with pytest.raises(UserError, match="row 1 is not a teacher label"):
-        read_labels(path)
-
-
-def test_loops_are_told_from_speech():
-    assert is_loop("la la " * 30) and not is_loop("The quick brown fox jumps over the lazy dog.")
-
-
-def test_training_on_teacher_labels(tmp_path, monkeypatch):
-    from dqw.distill import labels
-
-    def texts(teacher, processor, items, code):
-        return [{"text": f"t {i.id}", "language": "ja", "fault": ""} for i in items]
-
-    monkeypatch.setattr(labels, "_transcribe", texts)
-    items = [Noise(f"u{i}", None, None, seed=i) for i in range(3)] + clips(1)
-    result = run(tmp_path / "a", items=items)
-    assert result.examples == 4
-    rows = [json.loads(line) for line in (tmp_path / "a/teacher_labels.jsonl").open()]
-    assert {row["id"]: row["text"] for row in rows} == {f"u{i}": f"t u{i}" for i in range(3)}
-    run(tmp_path / "b", items=items, config=DistillConfig(teacher_labels="all"))
-    assert len((tmp_path / "b/teacher_labels.jsonl").read_text().splitlines()) == 4
 
 
 # One step

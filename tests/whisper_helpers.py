@@ -32,6 +32,12 @@ def tone(seconds: float = 0.5, rate: int = 16_000, channels: int = 1, hertz: flo
     return wave if channels == 1 else np.repeat(wave[:, None], channels, axis=1)
 
 
+def voices(*seconds: float) -> list[np.ndarray]:
+    """Noise of these lengths at 16 kHz, the same each time."""
+    dice = np.random.default_rng(0)
+    return [(0.1 * dice.standard_normal(round(s * 16_000))).astype(np.float32) for s in seconds]
+
+
 def write_tone(path: Path, seconds: float = 0.5, rate: int = 16_000, channels: int = 1) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, tone(seconds, rate, channels), rate)
