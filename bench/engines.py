@@ -1,9 +1,10 @@
 """Engines that turn clips into text, each in a process of its own: ``python -m bench.engines``.
 
 A process so that one engine's threads and memory are no other's. It says {"load": seconds} once it
-can hear, or {"error": why not}; reads lines of JSON on stdin, {"clips": [NPY, …], "batch": clips
-decoded at once}; and answers {"seconds", "texts", "megabytes"}: of all the clips, features to text,
-greedy, no timestamps; megabytes the process's peak so far. {"reset": true} starts the peak anew.
+can hear, "dynamic" with it where the encoder's cost follows the clip, or {"error": why not}; reads
+lines of JSON on stdin, {"clips": [NPY, …], "batch": clips decoded at once}; and answers {"seconds",
+"texts", "megabytes"}: of all the clips, features to text, greedy, no timestamps; megabytes the
+process's peak so far. {"reset": true} starts the peak anew.
 """
 
 import json
@@ -40,6 +41,7 @@ class Dqw:
         self.engine = open_engine(folder)
         assert isinstance(self.engine, NativeEngine | PlainEngine)
         set_activations(self.engine.model, activations)
+        self.dynamic = self.engine.context is not None
 
     def hear_all(
         self, audios: Sequence[np.ndarray], language: str | None, batch_size: int
@@ -70,7 +72,7 @@ def serve(name: str, path: str, threads: int, kind: str, language: str) -> None:
         engine = open_any(name, path, threads, kind)
     except UserError as error:
         return answer(error=str(error))
-    answer(load=time.perf_counter() - started)
+    answer(load=time.perf_counter() - started, dynamic=getattr(engine, "dynamic", False))
     for line in sys.stdin:
         question = json.loads(line)
         if "reset" in question:

@@ -3,9 +3,10 @@
 Printed: relative squared error in %, each row or group with its best scale, as it is stored, over
 some rows of every quantized Linear layer and the embedding, each layer weighing alike.
 ``--search 4`` looks for the integer levels of least error instead: one level moved by one at a
-time, from those of ``dqw.grids``, until none helps.
+time, from those of ``dqw.grids`` as far apart as ``--top`` allows, until none helps.
 """
 
+from fnmatch import fnmatchcase
 from typing import Annotated
 
 import torch
@@ -14,18 +15,26 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.__main__ import exit_with_a_sentence
 from dqw import grids, ops
+from dqw.errors import UserError
 from dqw.fake_quant import FakeQuantize, least_squares_scale
 from dqw.recipe import QuantSpec, Recipe
 
 COLUMNS = 384  # of a layer, so that layers of all widths make one matrix; divisible by all groups
 
 
-def sample(model: torch.nn.Module, rows: int) -> Tensor:
-    """(layers × rows, up to 384): random rows of each layer over the layer's deviation."""
+def sample(model: torch.nn.Module, rows: int, layers: str = "*") -> Tensor:
+    """(layers × rows, up to 384): random rows of each layer over the layer's deviation.
+
+    layers: a glob of names. Raises UserError if it matches no Linear layer and no embedding.
+    """
     draw = torch.Generator().manual_seed(0)
-    weights = [model.get_submodule(name).weight.detach() for name in Recipe().plan(model)]
+    names = [name for name in Recipe().plan(model) if fnmatchcase(name, layers)]
+    weights = [model.get_submodule(name).weight.detach() for name in names]
     weights = [w.float() for w in weights if w.dim() == 2]  # convolutions are stored otherwise
+    if not weights:
+        raise UserError(f"--layers {layers!r} matches no layer: try '*.decoder.layers.2.fc1'.")
     columns = min(COLUMNS, *(w.shape[1] for w in weights))
     parts = [w[torch.randperm(len(w), generator=draw)[:rows], :columns] for w in weights]
     return torch.cat([part / part.std() for part in parts]).contiguous()
@@ -68,6 +77,7 @@ def main(
     model: Annotated[str, typer.Option(help="A float Whisper: hub id or folder.")],
     groups: Annotated[str, typer.Option(help="Group sizes; 0: one scale a row.")] = "0,64,32,16",
     rows: Annotated[int, typer.Option(help="Rows taken of each layer.")] = 32,
+    layers: Annotated[str, typer.Option(help="Glob of the layers' names.")] = "*",
     search_bits: Annotated[
         int | None, typer.Option("--search", help="Search Lloyd levels of so many bits.")
     ] = None,
@@ -76,10 +86,12 @@ def main(
     """Squared error of every grid on a model's own weights."""
     from dqw.whisper.checkpoint import load_whisper
 
-    weight = sample(load_whisper(model)[0], rows)
+    weight = sample(load_whisper(model)[0], rows, layers)
     sizes = [int(g) for g in groups.split(",")]
     if search_bits:
-        search(weight, grids.magnitudes("lloyd", search_bits), top, sizes[-1])
+        known = grids.magnitudes("lloyd", search_bits)
+        finer = max(top // known[-1], 1)
+        search(weight, tuple(finer * value for value in known), top, sizes[-1])
         return
     for size in sizes:
         title = f"groups of {size}" if size else "one scale a row"
@@ -96,4 +108,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    exit_with_a_sentence(lambda: typer.run(main))

@@ -136,6 +136,11 @@ def write_csv(file: Path, rows: list[Row]) -> None:
         cells = row.as_json()
         peers = cells.pop("peers")
         flat.append(cells | {f"{n} {k}": v for n, p in peers.items() for k, v in p.items()})
+    write_cells(file, flat)
+
+
+def write_cells(file: Path, flat: list[dict]) -> None:
+    """Any rows as CSV; the columns are all their keys, in order of appearance."""
     columns = list(dict.fromkeys(name for cells in flat for name in cells))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -75,7 +75,8 @@ class Files:
 
 @dataclass
 class Engine:
-    """An engine in its process, and what it took: seconds by clip length."""
+    """An engine in its process, and what it took: seconds by clip length. dynamic: its encoder
+    takes longer for a longer clip, so that two clips do not tell what a token costs."""
 
     name: str
     kind: str
@@ -87,6 +88,7 @@ class Engine:
     text: dict[int, str] = field(default_factory=dict)
     megabytes: float = 0.0
     files: Files | None = None
+    dynamic: bool = False
 
     @property
     def label(self) -> str:
@@ -103,7 +105,9 @@ class Engine:
     def per_token(self) -> float | None:
         short, long = min(self.seconds, default=0), max(self.seconds, default=0)
         more = self.tokens.get(long, 0) - self.tokens.get(short, 0)
-        return (self.clip(long) - self.clip(short)) / more if more >= 10 else None
+        if more < 10 or self.dynamic:
+            return None
+        return (self.clip(long) - self.clip(short)) / more
 
     @property
     def once(self) -> float | None:
@@ -229,7 +233,7 @@ def start(
             skipped[f"{name} {kind}"] = answer.get("error", "it ended while loading")
             return None
         if engine is None:
-            engine = Engine(name, kind, process)
+            engine = Engine(name, kind, process, dynamic=answer["dynamic"])
         engine.process = process
         engine.load.append(answer["load"])
         if first is not None:

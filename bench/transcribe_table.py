@@ -4,8 +4,6 @@ A row is an engine on a clip (measure "clip"), or on all files (measure "files")
 seconds over those of dqw's best, so that above 1 dqw is faster.
 """
 
-import csv
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.rows import write
+from bench.rows import write, write_cells
 from bench.table import print_skipped
 from bench.timing import summary
 from bench.transcribe import TURN, Engine
@@ -129,10 +127,4 @@ def write_json(
 
 
 def write_csv(file: Path, engines: list[Engine], threads: int) -> None:
-    flat = rows(engines, threads)
-    columns = list(dict.fromkeys(name for row in flat for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    write(file, text.getvalue())
+    write_cells(file, rows(engines, threads))

@@ -55,18 +55,17 @@ class Choice:
 
 
 def candidates(spec: QuantSpec, widths: Sequence[int] = WIDTHS) -> list[QuantSpec]:
-    """``spec`` at every width. From 5 bits on, with groups, uniform has less error than APoT."""
-    wide = "uniform" if spec.group_size and spec.grid != "lloyd" else spec.grid
-    grid = {b: grids.at_bits(wide if b >= 5 else spec.grid, b) for b in widths}
-    return [replace(spec, bits=b, grid=grid[b]) for b in widths]
+    """``spec`` at every width. From 5 bits on, with groups, uniform has less error than APoT and
+    PoT (``bench.grids``); from 6 on there is no lloyd."""
+    last = 4 if spec.group_size and spec.grid in ("apot", "pot") else grids.widths(spec.grid)[-1]
+    return [replace(spec, bits=b, grid=spec.grid if b <= last else "uniform") for b in widths]
 
 
 def stored_bytes(rows: int, cols: int, spec: QuantSpec) -> int:
     """Bytes of a packed layer: codes, scales and table."""
-    groups = -(-cols // spec.group_size) if spec.group_size else 1
-    scales = packed_scale_bytes(rows, groups) if spec.group_size else 4 * rows
-    if spec.per_tensor:
-        scales = 4
+    scales = 4 if spec.per_tensor else 4 * rows
+    if spec.group_size:
+        scales = packed_scale_bytes(rows, -(-cols // spec.group_size))
     return packed_bytes(rows, cols, spec.bits) + scales + 2 * 2**spec.bits
 
 

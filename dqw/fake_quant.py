@@ -79,11 +79,6 @@ class FakeQuantize(nn.Module):
         return f"{s.bits} bits {s.grid}, per {where}"
 
 
-def scale_dtype(spec: QuantSpec) -> torch.dtype:
-    """Groups have many scales: float16. Rows and tensors have few: float32."""
-    return torch.float16 if spec.group_size else torch.float32
-
-
 def _window(scale: Tensor) -> Tensor:
     """From 12 octaves below the largest scale's to 3 above it, float32 (2,)."""
     largest = scale.amax() if scale.numel() else scale.new_ones(())

@@ -21,10 +21,11 @@ GRIDS = ("apot", "pot", "uniform", "lloyd")
 
 # Lloyd-Max levels (Lloyd 1982, "Least squares quantization in PCM") of Whisper's weights in groups,
 # each with its best scale. No level is 0, so all 2^bits codes count, where a grid with a zero has
-# two of it. Integers of at most 31 up to 4 bits, where the int8 kernels are fastest: finer ones
-# (4, 13, 22, 32, 44, 58, 74, 96) would take 2 % off the error at 4 bits, and a table for each
-# matrix 0.1 % more. Searched on whisper-base in groups of 16 (``bench.grids``). Relative squared
-# error over its layers in %, groups of 16 / 64:
+# two of it. Integers of at most 31 up to 4 bits, where the int8 kernels are fastest: finer ones,
+# such as 5, 15, 25, 36, 49, 65, 84, 109, would take 2 to 3 % off the error at 4 bits, and the
+# layers' own searches end at nearly the same levels, so there is one table for all
+# (``bench.grids --search 4 --top 110 --layers GLOB``). Relative squared error over whisper-base's
+# layers in %, groups of 16 / 64 (``bench.grids``):
 #   bits   lloyd          apot           uniform
 #   2      10.62 / 13.61   17.40 / 20.44   17.40 / 20.44
 #   3       2.31 /  3.62    3.03 /  4.55    3.52 /  5.22

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqw import grids, ops
-from dqw.fake_quant import FakeQuantize, scale_dtype
+from dqw.fake_quant import FakeQuantize
 from dqw.packing import pack, packed_bytes, packed_scale_bytes, unpack_scales
 from dqw.recipe import QuantSpec
 
@@ -107,7 +107,8 @@ class QuantModule(nn.Module):
         self.quantizer = self.rest_quantizer = None
         self.chosen, self.frozen = True, True
         self.register_buffer("weight", packed)
-        self.register_buffer("scale", scale.to(scale_dtype(self.spec)))
+        # Rows have few scales: float32. Groups' are rounded already to what float16 holds.
+        self.register_buffer("scale", scale.half() if self.group_size else scale)
         levels = grids.levels(self.spec.grid, self.spec.bits).clone().to(packed.device)
         self.register_buffer("levels", levels)
 

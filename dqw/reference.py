@@ -25,7 +25,7 @@ def _doubled(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tenso
 
 
 def quantize(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
-    """The signed level nearest to each x (rows, cols) → int16. NaN gives level 0."""
+    """The signed level nearest to each x (rows, cols) → int16. NaN gives the level of 0."""
     t = _doubled(x, scale, bucket, group_size)
     index = t.nan_to_num(0.0).clamp(max=bucket.numel() - 1).floor().long()
     level = bucket[index]

@@ -34,6 +34,8 @@ def test_figures_of_an_engine():
     assert found.per_token == pytest.approx(0.02)
     assert found.once == pytest.approx(1.1 - 30 * 0.02)
     assert engine([1.0], [1.1], tokens=(30, 34)).per_token is None
+    found.dynamic = True
+    assert found.per_token is None and found.once is None
     bare = transcribe.Engine("dqw", "int8", None)
     assert bare.per_token is None and bare.once is None and bare.first_text is None
     bare.first = [4.0, 2.0, 3.0]

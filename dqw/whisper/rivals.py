@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from dqw.errors import UserError
+from dqw.whisper.audio import SAMPLE_RATE
 
-RATE = 16_000
-WINDOW = 30 * RATE
+WINDOW = 30 * SAMPLE_RATE
 Heard = tuple[str, str | None]  # text, language: the one given, or found; None where it is not said
 
 
@@ -132,7 +132,7 @@ class FasterWhisper(Rival):
         """One recording of all clips and where each lies: the pipeline batches such parts."""
         if min(len(audios), batch_size) <= 1:
             return super().hear_all(audios, language, batch_size)
-        ends = np.cumsum([len(audio) for audio in audios]) / RATE
+        ends = np.cumsum([len(audio) for audio in audios]) / SAMPLE_RATE
         starts = [0.0, *ends[:-1]]
         parts = [{"start": float(a), "end": float(b)} for a, b in zip(starts, ends, strict=True)]
         segments, _ = self.batched.transcribe(
@@ -210,7 +210,7 @@ class Transformers(Rival):
         long = len(audio) > WINDOW
         with quiet_transformers():
             inputs = self.processor.feature_extractor(
-                audio, sampling_rate=RATE, return_tensors="pt", truncation=not long,
+                audio, sampling_rate=SAMPLE_RATE, return_tensors="pt", truncation=not long,
                 padding="longest" if long else "max_length", return_attention_mask=long,
             )  # fmt: skip
             features = inputs["input_features"].to(self.model.dtype)
