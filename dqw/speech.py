@@ -98,8 +98,17 @@ def _dataset(
 
 @contextlib.contextmanager
 def lowered(model: Any) -> Iterator[None]:
-    """bfloat16 matrix products within the block, where the machine multiplies it in hardware."""
+    """bfloat16 matrix products within the block, where the machine multiplies it in hardware.
+
+    Weights may change within it: autocast's own copies, which would be those of the first use, are
+    switched off.
+    """
     from dqw.distill.arguments import fast_precision
 
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=fast_precision() == "bf16"):
+    with torch.autocast(
+        model.device.type,
+        torch.bfloat16,
+        enabled=fast_precision() == "bf16",
+        cache_enabled=False,
+    ):
         yield

@@ -31,6 +31,7 @@ from dqw.errors import UserError
 from dqw.hf import packed_state
 from dqw.linear import QuantLinear
 from dqw.recipe import QuantSpec, Recipe
+from dqw.speech import lowered
 from dqw.whisper.checkpoint import load_whisper
 from dqw.whisper.report import model_bytes
 
@@ -76,15 +77,20 @@ def test_allocation_is_the_best_of_all() -> None:
         )
 
 
+def windows() -> list[dict[str, torch.Tensor]]:
+    return [
+        {
+            "input_features": torch.randn(2, 80, 100),
+            "decoder_input_ids": torch.randint(0, 120, (2, 9)),
+            "decoder_mask": torch.ones(2, 9, dtype=torch.bool),
+        }
+    ]
+
+
 def test_a_layer_that_matters_costs_more() -> None:
     model = make_tiny_whisper(max_source_positions=50)
     model.model.encoder.layers[0].fc1.weight.data *= 0.0  # says nothing, rounds to itself
-    batch = {
-        "input_features": torch.randn(2, 80, 100),
-        "decoder_input_ids": torch.randint(0, 120, (2, 9)),
-        "decoder_mask": torch.ones(2, 9, dtype=torch.bool),
-    }
-    probe = Probe(model, [batch])
+    probe = Probe(model, windows())
     assert probe.kl() < 1e-6
     plan = Recipe().plan(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -108,6 +114,17 @@ def test_a_layer_that_matters_costs_more() -> None:
     with_formula = float_bytes(model, plan)
     positions.data += torch.randn_like(positions)  # trained: the folder holds them
     assert float_bytes(model, plan) - with_formula == 2 * positions.numel()
+
+
+def test_changed_weights_are_felt_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    # autocast keeps its copies of the weights it has met, unless it is told not to
+    monkeypatch.setattr("dqw.distill.arguments.fast_precision", lambda: "bf16")
+    model = make_tiny_whisper(max_source_positions=50)
+    layer = model.model.encoder.layers[0].fc1
+    with lowered(model):
+        probe = Probe(model, windows())
+        with changed(layer, torch.zeros_like(layer.weight)):
+            assert probe.kl() > 0
 
 
 def test_compress_keeps_within_the_budget(tmp_path: Path) -> None:
