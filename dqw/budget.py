@@ -2,8 +2,8 @@
 
 What a layer's rounding costs is measured: the layer alone is rounded to 3 bits, and the mean KL of
 the next-token distributions from those of the float model is taken on speech. That is quadratic in
-small errors, so at other widths it goes with the squared error of the weights. The costs of layers
-add up; which widths cost least in all and fit the budget is then found exactly.
+small errors, so at other widths and group sizes it goes with the squared error of the weights. The
+costs of layers add up; which choices cost least in all and fit the budget is then found exactly.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from dqw.errors import UserError
 from dqw.fake_quant import least_squares_scale
 from dqw.hf import POSITIONS, sinusoidal_positions
 from dqw.packing import packed_bytes, packed_scale_bytes
-from dqw.recipe import Override, QuantSpec, Recipe
+from dqw.recipe import GROUP_SIZES, Override, QuantSpec, Recipe
 from dqw.speech import lowered, spread
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
+# Larger groups take fewer scales. Base on lloyd, about 3 bits a weight in all: 2 bits in groups of
+# 16 (2.5 bits) leave more error than 2 and 3 bits in groups of 64, mixed to the same size.
+LARGEST_GROUP = 64
 PROBE = 3  # bits at which a layer's KL is measured
 WINDOWS = 8  # of speech, for that
 # config.json with its plan and the other small files: 30 KiB for whisper-base; and the header.
@@ -55,10 +58,19 @@ class Choice:
 
 
 def candidates(spec: QuantSpec, widths: Sequence[int] = WIDTHS) -> list[QuantSpec]:
-    """``spec`` at every width. From 5 bits on, with groups, uniform has less error than APoT and
-    PoT (``bench.grids``); from 6 on there is no lloyd."""
+    """``spec`` at every width, and in groups of its size to ``LARGEST_GROUP``.
+
+    From 5 bits on, with groups, uniform has less error than APoT and PoT (``bench.grids``); from 6
+    on there is no lloyd.
+    """
     last = 4 if spec.group_size and spec.grid in ("apot", "pot") else grids.widths(spec.grid)[-1]
-    return [replace(spec, bits=b, grid=spec.grid if b <= last else "uniform") for b in widths]
+    own = spec.group_size
+    groups = [own, *(g for g in GROUP_SIZES if own and own < g <= LARGEST_GROUP)]
+    return [
+        replace(spec, bits=b, grid=spec.grid if b <= last else "uniform", group_size=group)
+        for b in widths
+        for group in groups
+    ]
 
 
 def stored_bytes(rows: int, cols: int, spec: QuantSpec) -> int:
@@ -150,7 +162,8 @@ def sensitivities(
         for option in candidates(spec):
             q = rounded(matrix, option)
             errors[option] = float((q - matrix).square().sum())
-            if option.bits == PROBE and errors[option]:  # weights of zeros cost nothing
+            probed = option.bits == PROBE and option.group_size == spec.group_size
+            if probed and errors[option]:  # weights of zeros cost nothing
                 with changed(layer, q):
                     cost = probe.kl(encoder_changed=".encoder." in f".{name}") / errors[option]
         found[name] = [
@@ -262,12 +275,17 @@ def kind_of(name: str) -> str:
 
 
 def described(chosen: Mapping[str, Choice]) -> list[str]:
-    """One line for each kind of layer: the bits of its layers, first to last."""
+    """One line for each kind of layer: the bits of its layers, first to last, and the columns that
+    share a scale: "3/16"."""
     kinds: dict[str, list[Choice]] = {}
     for name, choice in chosen.items():
         kinds.setdefault(kind_of(name), []).append(choice)
     return [
-        f"  {kind:32} {' '.join(str(c.spec.bits) for c in row)} bits, "
-        f"{sum(c.size for c in row) / 2**20:.2f} MiB"
+        f"  {kind:32} {' '.join(map(_width, row))} bits, {sum(c.size for c in row) / 2**20:.2f} MiB"
         for kind, row in kinds.items()
     ]
+
+
+def _width(choice: Choice) -> str:
+    group = choice.spec.group_size
+    return f"{choice.spec.bits}/{group}" if group else str(choice.spec.bits)

@@ -108,6 +108,8 @@ def test_a_layer_that_matters_costs_more() -> None:
     sizes = {c.spec.bits: c.size for c in found[name]}
     assert sizes[2] < sizes[3] < sizes[8]
     assert [s.grid for s in candidates(QuantSpec())] == ["apot"] * 3 + ["uniform"] * 3
+    groups = [s.group_size for s in candidates(QuantSpec(grid="lloyd", group_size=16))]
+    assert groups == [16, 32, 64] * 6
     lloyd = candidates(QuantSpec(grid="lloyd"))
     assert [s.grid for s in lloyd] == ["lloyd"] * 4 + ["uniform"] * 2
     positions = model.model.encoder.embed_positions.weight

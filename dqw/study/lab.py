@@ -176,10 +176,11 @@ class Lab:
         return copy.deepcopy(self._start[1])
 
     def _calibrated(self, model: Any, recipe: Recipe) -> Any:
+        batches = self.calibration  # made before: the mel filters must not run in bfloat16
         quantize(model, recipe)
         model.eval()
         with lowered(model):
-            calibrate(model, self.calibration)
+            calibrate(model, batches)
         return model
 
     def folder(self, setting: Setting, seed: int, number: int) -> Path:
