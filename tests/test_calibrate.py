@@ -64,3 +64,17 @@ def test_a_whole_model_comes_closer_to_its_float_self() -> None:
         calibrate(model, [batch])
         after = (model(**batch).logits - target).square().mean()
     assert after < 0.8 * before
+
+
+def test_a_moment_is_symmetric_and_near_in_bfloat16_too() -> None:
+    x, weight = torch.randn(300, 24), torch.rand(300)
+    exact = (x.double() * weight.double()[:, None]).T @ x.double()
+    for lowered in (False, True):
+        moment = Moment(torch.zeros(24, 24), torch.zeros(24))
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            moment.add(x, weight)
+        assert torch.equal(moment.second, moment.second.T)
+        error = (moment.second - exact).abs().max() / exact.diagonal().mean()
+        assert error < (2**-8 if lowered else 1e-6)
+        torch.testing.assert_close(moment.first, weight @ x, rtol=1e-5, atol=1e-4)
+        assert torch.get_float32_matmul_precision() == "highest"
