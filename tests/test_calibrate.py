@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import make_tiny_whisper
@@ -10,6 +12,7 @@ import dqw
 from dqw.calibrate import EMBEDDING_DAMPING, Moment, calibrate, compensated, round_layer
 from dqw.embedding import QuantEmbedding
 from dqw.fake_quant import FakeQuantize
+from dqw.linear import QuantLinear
 from dqw.recipe import QuantSpec
 
 
@@ -51,6 +54,17 @@ def test_an_embedding_is_damped_more_because_its_rows_are_inputs() -> None:
     less = compensated(table.weight.detach().clone(), x.T @ x, quantizer)
     round_layer("embed_tokens", layer, Moment(x.T @ x, x.sum(0), len(x)))
     assert torch.equal(layer.weight, want) and not torch.equal(want, less)
+
+
+def test_rounding_itself_is_never_in_bfloat16() -> None:
+    x, linear = inputs(512, 192), torch.nn.Linear(192, 48)
+    moment, found = Moment(x.T @ x, x.sum(0), len(x)), []
+    for lowered in (False, True):
+        layer = QuantLinear.from_linear(copy.deepcopy(linear), QuantSpec(bits=3, group_size=64))
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            round_layer("fc1", layer, moment)
+        found.append((layer.weight, layer.bias))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 def test_a_whole_model_comes_closer_to_its_float_self() -> None:
