@@ -76,7 +76,7 @@ def print_sizes(report: Report, folder: Path) -> None:
     for part in [*report.parts, total]:
         if part is total:
             table.add_section()
-        stored = "; ".join(name for name, _ in part.formats.most_common())
+        stored = "\n".join(name for name, _ in part.formats.most_common())
         sizes = (part.codes, part.scales, part.floats, part.bytes)
         figures = (f"{part.parameters / 1e6:.2f}", *(f"{size / mib:.2f}" for size in sizes))
         table.add_row(part.kind, stored, *figures, f"{part.bits:.2f}")
