@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dqw import grids, ops, packing
 
-INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 BITS = range(2, 9)
 
 needs_library = pytest.mark.skipif(

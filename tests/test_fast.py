@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_whisper
+from kernel_helpers import INSTRUCTION_SETS as TIERS
 from kernel_helpers import instruction_set, needs_library
 from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -27,7 +28,6 @@ from dqw.whisper.transcribe import transcribe
 
 pytestmark = needs_library
 CHECKS = ("test_schema", "test_faketensor")
-TIERS = ("scalar", "avx2", "avx512")
 
 
 def packed(model, **quant):

@@ -72,6 +72,6 @@ struct WhisperKernels {
 };
 
 extern const WhisperKernels whisper_scalar, whisper_avx2, whisper_avx512;
-const WhisperKernels& whisper_kernels();  // of the tier in use
+inline const WhisperKernels& whisper_kernels() { return *tier().whisper; }
 
 }  // namespace dqw
