@@ -11,6 +11,7 @@
 #include <unistd.h>
 #endif
 
+#include "bf16.h"
 #include "tensors.h"
 #include "whisper.h"
 
@@ -35,11 +36,12 @@ CeilingKernels ceilings_with(int64_t (*bf16)(int64_t, void*), int64_t (*int8)(in
 const CeilingKernels ceilings_avx512_bf16 =
     ceilings_with(multiply_bf16_avx512, ceilings_avx512.multiply_int8);
 const CeilingKernels ceilings_amx = ceilings_with(multiply_bf16_amx, multiply_int8_amx);
-constexpr Bf16Kernels bf16_with(void (*multiply)(const Bf16Block&), int64_t cycles, int64_t few) {
-    return {decode_bf16, convert_bf16, multiply, round_bf16, cycles, few};
+constexpr Bf16Kernels bf16_with(void (*multiply)(const Bf16Block&), int64_t cycles, int64_t panel,
+                                int64_t few) {
+    return {decode_bf16, convert_bf16, multiply, cycles, panel, few};
 }
-constexpr Bf16Kernels bf16_avx512_bf16 = bf16_with(multiply_avx512_bf16, 2048, 16);
-constexpr Bf16Kernels bf16_amx = bf16_with(multiply_amx, 128, 16);
+constexpr Bf16Kernels bf16_avx512_bf16 = bf16_with(multiply_avx512_bf16, 2048, 1 << 19, 16);
+constexpr Bf16Kernels bf16_amx = bf16_with(multiply_amx, 170, 1 << 20, 16);
 LinearKernels linear_with(const Bf16Kernels& bf16) {
     LinearKernels k = linear_avx512;
     k.bf16 = &bf16;

@@ -101,7 +101,7 @@ inline size_t activation_bytes(const Weight& w, int64_t m, int bytes) {
 
 inline size_t product_own_bytes(const Weight& w, int64_t m, const LinearKernels& k) {
     const int bytes = byte_rows(w, m, k);
-    if (takes_bf16(m, k)) return scratch_bytes(w.w, Type::f32, m);
+    if (takes_bf16(m, k)) return scratch_bytes(*k.bf16, w.w, Type::f32, m);
     if (!takes_gemm(w, m, k)) return activation_bytes(w, std::min(m, gemv_step(w, m, k)), bytes);
     return w.w.blocks * 64 * k.tile_rows * (bytes ? (w.w.wide ? 2 : 1) : 4) +
            group_count(w.w) * k.tile_rows * sizeof(float) + 64;

@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-#include "kernels.h"
+#include "bf16.h"
 
 namespace dqw {
 
@@ -16,15 +16,17 @@ constexpr int64_t kStripRows = 32, kBlockRows = 32;      // of W, of x
 constexpr int64_t kBlockBytes = kStripRows * 64 * 2;     // 64 columns of either
 constexpr int64_t kPanelBytes = 1 << 19, kDeepest = 24;  // blocks
 
+inline int64_t strip_count(const Packed& w) { return (w.rows + kStripRows - 1) / kStripRows; }
+
 // Panels are so many blocks of 64 columns deep and so many strips wide.
 inline int64_t panel_blocks(const Packed& w) {
     const int64_t chunks = std::max<int64_t>((w.blocks + kDeepest - 1) / kDeepest, 1);
     return (w.blocks + chunks - 1) / chunks;
 }
-inline int64_t panel_strips(const Packed& w) {
-    return std::max<int64_t>(kPanelBytes / kBlockBytes / std::max<int64_t>(panel_blocks(w), 1), 1);
+inline int64_t panel_strips(const Bf16Kernels& k, const Packed& w) {
+    const int64_t bytes = kBlockBytes * std::max<int64_t>(panel_blocks(w), 1);
+    return std::clamp<int64_t>(k.panel_bytes / bytes, 1, std::max<int64_t>(strip_count(w), 1));
 }
-inline int64_t strip_count(const Packed& w) { return (w.rows + kStripRows - 1) / kStripRows; }
 
 // Rows of x and strips of W are each cut into so many parts: a thread for every pair.
 struct Parts {
@@ -39,7 +41,7 @@ inline Parts parts_of(const Bf16Kernels& k, const Packed& w, int64_t m, int64_t 
     for (int64_t n = 1; n <= threads; n++) {
         if (threads % n) continue;
         const int64_t s = (strips + n - 1) / n, r = (blocks + threads / n - 1) / (threads / n);
-        const int64_t panels = (s + panel_strips(w) - 1) / panel_strips(w);
+        const int64_t panels = (s + panel_strips(k, w) - 1) / panel_strips(k, w);
         const int64_t cost = s * (kDecode + r * k.cycles) + r * panels * kConvert;
         if (cost < least) {
             least = cost;
@@ -61,13 +63,12 @@ struct Bf16Product {
 };
 
 // Bytes of scratch for a part of so many rows.
-inline int64_t scratch_bytes(const Packed& w, Type y_type, int64_t rows) {
-    const int64_t blocks = panel_blocks(w), strips = std::min(panel_strips(w), strip_count(w));
+inline int64_t scratch_bytes(const Bf16Kernels& k, const Packed& w, Type y_type, int64_t rows) {
+    const int64_t blocks = panel_blocks(w), strips = panel_strips(k, w);
     const int64_t groups = w.group ? blocks * 64 / w.group + 2 : 1;
     const int64_t kept = blocks < w.blocks ? (rows + kBlockRows - 1) / kBlockRows : 1;
     const int64_t sums = y_type == Type::bf16 ? kept * kBlockRows * strips * kStripRows * 4 : 0;
-    return (strips + 1) * (blocks * kBlockBytes + kStripRows * 4) + groups * kStripRows * 4 + sums +
-           64;
+    return (strips + 2) * blocks * kBlockBytes + (strips + groups) * kStripRows * 4 + sums;
 }
 
 // Part `part` of parts.rows * parts.strips; on(m begin, m end, n begin, n end) follows every block
@@ -81,16 +82,18 @@ void product_bf16(const Bf16Product& p, const Parts& parts, int64_t part, char* 
     const int64_t m0 = row_blocks * i / parts.rows * kBlockRows;
     const int64_t m1 = std::min(row_blocks * (i + 1) / parts.rows * kBlockRows, p.m);
     const int64_t end = strips * (j + 1) / parts.strips;
-    const int64_t deep = panel_blocks(w), wide = std::min(panel_strips(w), strips);
-    uint16_t* panel = reinterpret_cast<uint16_t*>(scratch);
-    uint16_t* converted = panel + wide * deep * (kBlockBytes / 2);
-    float* bias = reinterpret_cast<float*>(converted + deep * (kBlockBytes / 2));
-    float* own_sums = bias + (wide + 1) * kStripRows;
-    const int64_t kept = p.y_type == Type::bf16 ? (deep < w.blocks ? m1 - m0 : kBlockRows) : 0;
-    float* scales =
-        own_sums + (kept + kBlockRows - 1) / kBlockRows * kBlockRows * wide * kStripRows;
-    const int64_t x_bytes = p.x_type == Type::bf16 ? 2 : 4;
     if (m0 >= m1) return;
+    const int64_t deep = panel_blocks(w), wide = panel_strips(p.k, w);
+    const int64_t block_size = kBlockBytes / 2;  // numbers
+    const bool rounds = p.y_type == Type::bf16, parts_of_sums = deep < w.blocks;
+    uint16_t* panel = reinterpret_cast<uint16_t*>(scratch);
+    uint16_t* converted[2] = {panel + wide * deep * block_size,
+                              panel + (wide + 1) * deep * block_size};
+    float* bias = reinterpret_cast<float*>(panel + (wide + 2) * deep * block_size);
+    float* sums = bias + wide * kStripRows;
+    const int64_t kept = !rounds ? 0 : parts_of_sums ? (m1 - m0 + 31) / 32 * 32 : kBlockRows;
+    float* scales = sums + kept * wide * kStripRows;
+    const int64_t row_bytes = w.cols * (p.x_type == Type::bf16 ? 2 : 4);
     for (int64_t s = strips * j / parts.strips; s < end; s += wide) {
         const int64_t s1 = std::min(s + wide, end), n = s * kStripRows;
         const int64_t width = std::min(s1 * kStripRows, w.rows) - n;
@@ -100,27 +103,38 @@ void product_bf16(const Bf16Product& p, const Parts& parts, int64_t part, char* 
         for (int64_t b = 0; b < w.blocks; b += deep) {
             const int64_t b1 = std::min(b + deep, w.blocks);
             for (int64_t t = s; t < s1; t++) {
-                p.k.decode(w, t, b, b1, scales, panel + (t - s) * (b1 - b) * (kBlockBytes / 2));
+                p.k.decode(w, t, b, b1, scales, panel + (t - s) * (b1 - b) * block_size);
             }
-            for (int64_t m = m0; m < m1; m += kBlockRows) {
-                Bf16Block block{converted, panel, std::min(kBlockRows, m1 - m), b1 - b, width};
+            const auto rows_at = [&](int64_t m, int which) {
+                return Bf16Rows{static_cast<const char*>(p.x) + m * row_bytes,
+                                p.x_type,
+                                std::min(kBlockRows, m1 - m),
+                                w.cols,
+                                b,
+                                b1,
+                                converted[which]};
+            };
+            const Bf16Rows first = rows_at(m0, 0);
+            p.k.convert(first, 0, first.rows);
+            int which = 0;
+            for (int64_t m = m0; m < m1; m += kBlockRows, which ^= 1) {
+                Bf16Block block{converted[which], panel, std::min(kBlockRows, m1 - m), b1 - b,
+                                width};
                 block.bias = p.bias ? bias : nullptr;
                 block.more = b > 0;
-                if (p.y_type == Type::f32) {
-                    block.sums = static_cast<float*>(p.y) + m * w.rows + n;
-                    block.stride = w.rows;
-                } else {
+                if (rounds) {
                     block.stride = wide * kStripRows;
-                    block.sums = own_sums + (deep < w.blocks ? m - m0 : 0) * block.stride;
+                    block.sums = sums + (parts_of_sums ? m - m0 : 0) * block.stride;
+                    block.y_stride = w.rows;
+                    if (b1 == w.blocks) block.y = static_cast<uint16_t*>(p.y) + m * w.rows + n;
+                } else {
+                    block.stride = w.rows;
+                    block.sums = static_cast<float*>(p.y) + m * w.rows + n;
                 }
-                p.k.convert(static_cast<const char*>(p.x) + m * w.cols * x_bytes, p.x_type,
-                            block.rows, w.cols, b, b1, converted);
+                const Bf16Rows next = rows_at(m + kBlockRows, which ^ 1);
+                if (m + kBlockRows < m1) block.next = &next;
                 p.k.multiply(block);
-                if (b1 < w.blocks) continue;
-                if (p.y_type == Type::bf16) {
-                    p.k.round(block, static_cast<uint16_t*>(p.y) + m * w.rows + n, w.rows);
-                }
-                on(m, m + block.rows, n, n + width);
+                if (b1 == w.blocks) on(m, m + block.rows, n, n + width);
             }
         }
     }

@@ -1,5 +1,6 @@
-// Products of bfloat16 (kernels.h, Bf16Kernels): W decoded, x and y converted, and the product by
+// Products of bfloat16 (bf16.h): W decoded, x and y converted, and the product by
 // vdpbf16ps, which adds two products of bfloat16 to each float32 sum.
+#include "bf16.h"
 #include "isa_avx512.h"
 // The loops need the lanes above, and each other in this order.
 #include "decode.h"
@@ -73,23 +74,23 @@ void decode(const Packed& whole, int64_t strip, int64_t begin, int64_t end, floa
 }
 
 template <Type T>
-void convert(const void* x, int64_t rows, int64_t cols, int64_t begin, int64_t end, uint16_t* out) {
-    for (int64_t r = 0; r < rows; r++) {
-        uint16_t* to = out + r / 16 * 512 + r % 16 * 32;
-        const int64_t row = r * cols;
-        int64_t i = begin * 64;
-        for (; i < end * 64 && i + 32 <= cols; i += 32, to += 1024) {
+void convert(const Bf16Rows& a, int64_t row_begin, int64_t row_end) {
+    for (int64_t r = row_begin; r < row_end; r++) {
+        uint16_t* to = a.out + r / 16 * 512 + r % 16 * 32;
+        const int64_t row = r * a.cols;
+        int64_t i = a.begin * 64;
+        for (; i < a.end * 64 && i + 32 <= a.cols; i += 32, to += 1024) {
             if (T == Type::bf16) {
-                store_int(to, load_int((const uint16_t*)x + row + i));
+                store_int(to, load_int((const uint16_t*)a.x + row + i));
             } else {
-                store_int(to, (i32)_mm512_cvtne2ps_pbh(read<Type::f32>(x, row + i + W),
-                                                       read<Type::f32>(x, row + i)));
+                store_int(to, (i32)_mm512_cvtne2ps_pbh(read<Type::f32>(a.x, row + i + W),
+                                                       read<Type::f32>(a.x, row + i)));
             }
         }
-        for (; i < end * 64; i += 32, to += 1024) {
+        for (; i < a.end * 64; i += 32, to += 1024) {
             const auto some = [&](int64_t at) {
-                const int64_t left = cols - at;
-                return left > 0 ? read<T>(x, row + at, left < W ? left : W) : zero();
+                const int64_t left = a.cols - at;
+                return left > 0 ? read<T>(a.x, row + at, left < W ? left : W) : zero();
             };
             store_int(to, (i32)_mm512_cvtne2ps_pbh(some(i + W), some(i)));
         }
@@ -143,17 +144,20 @@ void decode_bf16(const Packed& w, int64_t strip, int64_t begin, int64_t end, flo
     });
 }
 
-void convert_bf16(const void* x, Type type, int64_t rows, int64_t cols, int64_t begin, int64_t end,
-                  uint16_t* out) {
-    (type == Type::bf16 ? convert<Type::bf16> : convert<Type::f32>)(x, rows, cols, begin, end, out);
+void convert_bf16(const Bf16Rows& a, int64_t row_begin, int64_t row_end) {
+    (a.type == Type::bf16 ? convert<Type::bf16> : convert<Type::f32>)(a, row_begin, row_end);
 }
 
-void round_bf16(const Bf16Block& b, uint16_t* y, int64_t y_stride) {
-    for (int64_t r = 0; r < b.rows; r++) {
-        for (int64_t i = 0; i < b.width; i += W) {
-            const __m256i v = (__m256i)_mm512_cvtneps_pbh(load(b.sums + r * b.stride + i));
-            const int64_t left = b.width - i;
-            _mm256_mask_storeu_epi16(y + r * y_stride + i, lanes(left < W ? left : W), v);
+void round_bf16(const Bf16Block& b, int64_t strip) {
+    const int64_t n = strip * 32, left = b.width - n;
+    const float* from = b.sums + n;
+    uint16_t* to = b.y + n;
+    for (int64_t r = 0; r < b.rows; r++, from += b.stride, to += b.y_stride) {
+        const i32 v = (i32)_mm512_cvtne2ps_pbh(load(from + W), load(from));
+        if (left >= 32) {
+            store_int(to, v);
+        } else {
+            _mm512_mask_storeu_epi16(to, (__mmask32)((1u << left) - 1), v);
         }
     }
 }
@@ -161,7 +165,9 @@ void round_bf16(const Bf16Block& b, uint16_t* y, int64_t y_stride) {
 void multiply_avx512_bf16(const Bf16Block& b) {
     for (int64_t strip = 0; strip * 32 < b.width; strip++) {
         for (int64_t row = 0; row < b.rows; row += kRows) multiply_rows(b, row, strip);
+        if (b.y) round_bf16(b, strip);
     }
+    if (b.next) convert_bf16(*b.next, 0, b.next->rows);
 }
 
 }  // namespace dqw

@@ -5,6 +5,7 @@
 //                       few rows of x             many
 //   float activations   gemv: widen in registers  gemm: decode a tile of W, FMA register block
 //   int8 activations    gemv: table, dot product  gemm: the same with integer dot products
+//   bfloat16 x, floats  gemv                      product_bf16.h, on the tiers that have it
 //
 // Exact where the reference is: int8 sums are integers, float weights are level * scale rounded
 // once. What a tier has no kernel for goes through torch's matmul on the unpacked matrix: many rows
@@ -101,7 +102,7 @@ void product_in_bf16(const Linear& a, const void* x, const Bf16Kernels& k) {
     const Bf16Product p{k, a.w, a.bias, x, a.type, a.m, a.y, a.type};
     const Parts parts = parts_of(k, a.w, a.m, torch::stable::get_num_threads());
     torch::stable::parallel_for(0, parts.rows * parts.strips, 1, [&](int64_t begin, int64_t end) {
-        char* own = static_cast<char*>(scratch<1>(scratch_bytes(a.w, a.type, a.m)));
+        char* own = static_cast<char*>(scratch<1>(scratch_bytes(k, a.w, a.type, a.m)));
         for (int64_t i = begin; i < end; i++) {
             product_bf16(p, parts, i, own, [](int64_t, int64_t, int64_t, int64_t) {});
         }

@@ -60,6 +60,8 @@ struct WhisperKernels {
                        float* y);
     void (*gelu)(float* x, int64_t n);                 // in place, exact (erf), n any
     void (*add)(float* x, const float* y, int64_t n);  // x += y
+    // out (n, 3): three neighbouring columns of what a convolution takes.
+    void (*interleave)(const float* a, const float* b, const float* c, int64_t n, float* out);
     void (*self_attention)(const SelfAttention&);
     void (*pack_cross)(const CrossHead&, const float* keys, const float* values, int64_t stride);
     void (*cross_attention)(const CrossAttention&);
