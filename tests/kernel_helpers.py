@@ -33,6 +33,14 @@ def instruction_set(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def float_products() -> Iterator[None]:
+    """The best tier that multiplies many rows in float32: equal texts need equal numbers."""
+    sets = torch.ops.dqw_cpu.instruction_sets().split()
+    with instruction_set(next(name for name in sets if name not in BF16_SETS)):
+        yield
+
+
+@contextmanager
 def in_bfloat16(model: torch.nn.Module) -> Iterator[None]:
     """Round what goes into every packed layer and what comes out, as autocast does."""
     hooks = []

@@ -117,7 +117,7 @@ struct Edge {
 }  // namespace
 
 void multiply_amx(const Bf16Block& b) {
-    const Tiles tiles;
+    take_tiles();
     Edge edge;
     const bool two = b.rows > 16;
     // Rows that end inside 32 columns are converted elsewhere.
@@ -151,6 +151,7 @@ void multiply_amx(const Bf16Block& b) {
             if (b.y && c + 1 == chunks && s > 0) round_bf16(b, s - 1);
         }
     }
+    _tile_release();
     if (b.y) round_bf16(b, strips - 1);
     if (b.next && run == plain) convert_bf16(*b.next, 0, b.next->rows);
 }
