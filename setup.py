@@ -4,9 +4,10 @@
 `torch.ops.load_library`. It uses PyTorch's stable ABI, so one build serves every torch from
 2.10 on, and it has no Python symbol, so it serves every Python.
 
-Each file gets its own flags by its name: `*_avx512.cpp` and `*_avx2.cpp` may use those
-instructions, the rest may not; which of them runs is decided by the processor at run time. There
-is no global -march: code that every machine runs must not contain what some machines lack.
+Each file gets its own flags by its name: `*_amx.cpp`, `*_avx512_bf16.cpp`, `*_avx512.cpp` and
+`*_avx2.cpp` may use those instructions, the rest may not; which of them runs is decided by the
+processor at run time. There is no global -march: code that every machine runs must not contain what
+some machines lack.
 
 `csrc/cuda/*.cu` become dqw/_C_cuda*.so by nvcc, where there is one and torch was built for CUDA.
 
@@ -51,16 +52,13 @@ COMMON = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vnni")]
+AMX = ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+# GCC 12 warns about its own intrinsics (_mm512_undefined_*).
+GCC_12 = ["-mprefer-vector-width=512", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 BY_SUFFIX = {
-    # GCC 12 warns about its own intrinsics (_mm512_undefined_*).
-    "_avx512.cpp": [
-        *AVX2,
-        *AVX512,
-        "-mprefer-vector-width=512",
-        "-Wno-maybe-uninitialized",
-        "-Wno-uninitialized",
-    ],
-    "_avx512_bf16.cpp": [*AVX2, *AVX512, "-mavx512bf16"],
+    "_avx512.cpp": [*AVX2, *AVX512, *GCC_12],
+    "_avx512_bf16.cpp": [*AVX2, *AVX512, "-mavx512bf16", *GCC_12],
+    "_amx.cpp": [*AVX2, *AVX512, "-mavx512bf16", *AMX, *GCC_12],
     "_avx2.cpp": AVX2,
     "_scalar.cpp": ["-O2"],
 }

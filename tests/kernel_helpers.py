@@ -1,6 +1,6 @@
 """What the kernel tests share: instruction sets, scales and packed weights of every shape."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from dqw import grids, ops, packing
+from dqw.linear import QuantModule
 
-INSTRUCTION_SETS = ("scalar", "avx2", "avx512")
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+BF16_SETS = ("avx512_bf16", "amx")  # many rows of the native networks run in bfloat16
 BITS = range(2, 9)
 
 needs_library = pytest.mark.skipif(
@@ -28,6 +30,44 @@ def instruction_set(name: str) -> Iterator[None]:
         yield
     finally:
         torch.ops.dqw_cpu.set_instruction_set(before)
+
+
+@contextmanager
+def float_products() -> Iterator[None]:
+    """The best tier that multiplies many rows in float32: equal texts need equal numbers."""
+    sets = torch.ops.dqw_cpu.instruction_sets().split()
+    with instruction_set(next(name for name in sets if name not in BF16_SETS)):
+        yield
+
+
+@contextmanager
+def in_bfloat16(model: torch.nn.Module) -> Iterator[None]:
+    """Round what goes into every packed layer and what comes out, as autocast does."""
+    hooks = []
+    for layer in model.modules():
+        if isinstance(layer, QuantModule):
+            hooks.append(
+                layer.register_forward_pre_hook(lambda _, x: (x[0].bfloat16().float(), *x[1:]))
+            )
+            hooks.append(layer.register_forward_hook(lambda _, x, y: y.bfloat16().float()))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def tolerance(
+    model: torch.nn.Module, run: Callable[[], Tensor], wanted: Tensor, share: float
+) -> float:
+    """How far native states may be from ``wanted = run()`` of the plain modules: ``share`` of the
+    largest, and where the tier in use multiplies in bfloat16, twice what that costs the plain ones.
+    """
+    limit = share * float(wanted.abs().max())
+    if torch.ops.dqw_cpu.instruction_set() in BF16_SETS:
+        with in_bfloat16(model):
+            limit += 2 * float((run() - wanted).abs().max())
+    return limit
 
 
 def random_scale(rows: int, cols: int, granularity: str, size: float = 1.0) -> tuple[Tensor, int]:

@@ -15,22 +15,12 @@ struct alignas(64) Sink {
     char bytes[64];
 };
 
-bool has_bf16() {
-#if defined(__x86_64__)
-    return std::string(tier().name) == "avx512" && __builtin_cpu_supports("avx512bf16");
-#else
-    return false;
-#endif
-}
-
 int64_t ceiling_multiply(std::string kind, int64_t parts, int64_t rounds) {
     const CeilingKernels& k = *tier().ceilings;
     int64_t (*run)(int64_t, void*) = nullptr;
     if (kind == "float32") run = k.multiply_float;
     if (kind == "int8") run = k.multiply_int8;
-#if defined(__x86_64__)
-    if (kind == "bfloat16" && has_bf16()) run = multiply_bf16_avx512;
-#endif
+    if (kind == "bfloat16") run = k.multiply_bf16;
     if (run == nullptr) return 0;
     std::vector<int64_t> done(parts);
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {

@@ -49,6 +49,6 @@ void read(const uint8_t* data, int64_t bytes, void* sink) {
 
 }  // namespace
 
-const CeilingKernels ceilings_avx2 = {multiply_float, multiply_int8, read};
+const CeilingKernels ceilings_avx2 = {multiply_float, multiply_int8, read, nullptr};
 
 }  // namespace dqw

@@ -45,7 +45,7 @@ struct Encoder {
     float* out;                              // (clips, positions, width)
 
     // scratch, shared
-    float *normed, *q, *k, *v, *hidden, *keys, *values, *columns, *first;
+    float *normed, *q, *k, *v, *hidden, *keys, *values, *columns, *first, *spectra, *zeros;
     char* product_area;
     // scratch, each thread's
     char* own_area;
@@ -69,10 +69,12 @@ struct Encoder {
         own_bytes = own_product_bytes + kAttentionRows * padded() * 4;
         own_area = p.take<char>(own_bytes * torch::stable::get_num_threads());
         product_area = p.take<char>(shared);
+        zeros = p.take<float>(std::max(d, mels));
         // The convolutions are done before the layers start: they share memory.
         Pieces convolutions = p;
         columns = convolutions.take<float>(std::max(frames * 3 * mels, positions * 3 * d));
         first = convolutions.take<float>(frames * d);
+        spectra = convolutions.take<float>(frames * mels);
         normed = p.take<float>(positions * d);
         q = p.take<float>(positions * d);
         // Nothing of attention is wanted any more where fc1 writes.
@@ -106,49 +108,53 @@ struct Encoder {
         me.barrier();
     }
 
-    // y = gelu(y), for columns of y (rows, width) that a product has just written.
-    auto activate(float* y, int64_t rows, int64_t width) const {
-        return [=, this](int64_t begin, int64_t end) {
-            for (int64_t t = 0; t < rows; t++) kernels.gelu(y + t * width + begin, end - begin);
+    // y = gelu(y), for what a product has just written of y (…, width).
+    auto activate(float* y, int64_t width) const {
+        return [=, this](int64_t m0, int64_t m1, int64_t begin, int64_t end) {
+            for (int64_t t = m0; t < m1; t++) kernels.gelu(y + t * width + begin, end - begin);
         };
+    }
+
+    // columns (rows, width x 3): of each row t the rows step t - 1 … step t + 1 of x (frames,
+    // width), side by side, zeros outside.
+    void gather(Member& me, const float* x, int64_t width, int64_t rows, int64_t step) const {
+        me.share(rows, [&](int64_t begin, int64_t end) {
+            const auto row = [&](int64_t t) {
+                return t >= 0 && t < frames ? x + t * width : zeros;
+            };
+            for (int64_t t = begin; t < end; t++) {
+                kernels.interleave(row(step * t - 1), row(step * t), row(step * t + 1), width,
+                                   columns + t * width * 3);
+            }
+        });
+        me.barrier();
     }
 
     void convolve(Member& me, const Area& area, const float* mel, float* x) const {
         const int64_t d = net.width;
         const Weight* conv = net.weights.data() + net.weights.size() - 2;
         me.share(frames, [&](int64_t begin, int64_t end) {
-            for (int64_t c = 0; c < mels; c++) {
-                for (int64_t t = begin; t < end; t++) {
-                    for (int64_t j = 0; j < 3; j++) {
-                        const int64_t at = t + j - 1;
-                        columns[(t * mels + c) * 3 + j] =
-                            at >= 0 && at < frames ? mel[c * frames + at] : 0.0f;
+            for (int64_t some = begin; some < end; some += 16) {  // rows that stay in the cache
+                for (int64_t c = 0; c < mels; c++) {
+                    for (int64_t t = some; t < std::min(some + 16, end); t++) {
+                        spectra[t * mels + c] = mel[c * frames + t];
                     }
                 }
             }
         });
         me.barrier();
-        product(me, conv[0], linear, area, columns, frames, first, activate(first, frames, d));
+        gather(me, spectra, mels, frames, 1);
+        product(me, conv[0], linear, area, columns, frames, first, activate(first, d));
         me.barrier();
-        me.share(positions, [&](int64_t begin, int64_t end) {
-            for (int64_t t = begin; t < end; t++) {
-                for (int64_t j = 0; j < 3; j++) {
-                    const int64_t at = 2 * t + j - 1;
-                    for (int64_t c = 0; c < d; c++) {
-                        columns[(t * d + c) * 3 + j] =
-                            at >= 0 && at < frames ? first[at * d + c] : 0.0f;
-                    }
-                }
-            }
-        });
-        me.barrier();
+        gather(me, first, d, positions, 2);
         const float* table = net.floats.back();
-        product(me, conv[1], linear, area, columns, positions, x, [&](int64_t begin, int64_t end) {
-            for (int64_t t = 0; t < positions; t++) {
-                kernels.gelu(x + t * d + begin, end - begin);
-                kernels.add(x + t * d + begin, table + t * d + begin, end - begin);
-            }
-        });
+        product(me, conv[1], linear, area, columns, positions, x,
+                [&](int64_t m0, int64_t m1, int64_t begin, int64_t end) {
+                    for (int64_t t = m0; t < m1; t++) {
+                        kernels.gelu(x + t * d + begin, end - begin);
+                        kernels.add(x + t * d + begin, table + t * d + begin, end - begin);
+                    }
+                });
         me.barrier();
     }
 
@@ -156,15 +162,16 @@ struct Encoder {
         const int64_t d = net.width, width = net.head_dim();
         const Weight* w = net.weights.data() + layer * kWeights;
         const float* const* norm = net.floats.data() + layer * kNorms;
-        const auto nothing = [](int64_t, int64_t) {};
+        const auto nothing = [](int64_t, int64_t, int64_t, int64_t) {};
         const float scale = 1.0f / std::sqrt(static_cast<float>(width));
 
         normalize(me, norm, x, normed);
-        product(me, w[0], linear, area, normed, positions, q, [&](int64_t begin, int64_t end) {
-            for (int64_t t = 0; t < positions; t++) {
-                for (int64_t i = begin; i < end; i++) q[t * d + i] *= scale;
-            }
-        });
+        product(me, w[0], linear, area, normed, positions, q,
+                [&](int64_t m0, int64_t m1, int64_t begin, int64_t end) {
+                    for (int64_t t = m0; t < m1; t++) {
+                        for (int64_t i = begin; i < end; i++) q[t * d + i] *= scale;
+                    }
+                });
         product(me, w[1], linear, area, normed, positions, k, nothing);
         product(me, w[2], linear, area, normed, positions, v, nothing);
         me.barrier();
@@ -195,8 +202,8 @@ struct Encoder {
         me.barrier();
 
         float* y = q;
-        const auto residual = [&](int64_t begin, int64_t end) {
-            for (int64_t t = 0; t < positions; t++) {
+        const auto residual = [&](int64_t m0, int64_t m1, int64_t begin, int64_t end) {
+            for (int64_t t = m0; t < m1; t++) {
                 kernels.add(x + t * d + begin, y + t * d + begin, end - begin);
             }
         };
@@ -204,8 +211,7 @@ struct Encoder {
         me.barrier();
         normalize(me, norm + 2, x, normed);
         const int64_t inner = w[4].w.rows;
-        product(me, w[4], linear, area, normed, positions, hidden,
-                activate(hidden, positions, inner));
+        product(me, w[4], linear, area, normed, positions, hidden, activate(hidden, inner));
         me.barrier();
         product(me, w[5], linear, area, hidden, positions, y, residual);
         me.barrier();
@@ -231,6 +237,7 @@ Tensor encoder(int64_t handle, const Tensor& features_) {
     Pieces count{nullptr};
     Pieces memory{static_cast<char*>(scratch<2>(e.place(count)))};
     e.place(memory);
+    std::fill(e.zeros, e.zeros + std::max(net->width, e.mels), 0.0f);
     run_team(torch::stable::get_num_threads(), e);
     return out;
 }

@@ -81,6 +81,8 @@ struct Linear {
     int64_t block_rows;   // gemm: rows of q in a register block
 };
 
+struct Bf16Kernels;  // bf16.h
+
 struct LinearKernels {
     int gemv_rows;  // gemv takes at most this many rows of x (of q, if there are planes) at a time
     // Up to so many rows of x the gemv, in turns, is faster than the alternative.
@@ -108,6 +110,7 @@ struct LinearKernels {
     // y[m_begin:m_end, n:n+tile_rows]; m_begin is a multiple of block_rows.
     void (*gemm_float)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, void* scratch);
     void (*gemm_int8)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, void* scratch);
+    const Bf16Kernels* bf16;  // null where the processor has no products of bfloat16
 };
 
 // ---- what the machine can do at most: csrc/cpu/ceilings.cpp ----
@@ -117,17 +120,22 @@ struct CeilingKernels {
     int64_t (*multiply_float)(int64_t rounds, void* sink);
     int64_t (*multiply_int8)(int64_t rounds, void* sink);
     void (*read)(const uint8_t* data, int64_t bytes, void* sink);
+    int64_t (*multiply_bf16)(int64_t rounds, void* sink);  // or null
 };
 
-// Only where the processor has AVX512_BF16.
 int64_t multiply_bf16_avx512(int64_t rounds, void* sink);
+int64_t multiply_bf16_amx(int64_t rounds, void* sink);
+int64_t multiply_int8_amx(int64_t rounds, void* sink);
 
 // ---- tiers: csrc/cpu/dispatch.cpp ----
+
+struct WhisperKernels;  // whisper.h
 
 struct Tier {
     const char* name;
     const FakeQuantKernels* fake_quant;
     const LinearKernels* linear;
+    const WhisperKernels* whisper;
     const CeilingKernels* ceilings;
 };
 

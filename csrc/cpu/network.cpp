@@ -66,14 +66,6 @@ std::shared_ptr<const Network> network(int64_t handle) {
     return found->second;
 }
 
-const WhisperKernels& whisper_kernels() {
-#if defined(__x86_64__)
-    if (tier().linear == &linear_avx512) return whisper_avx512;
-    if (tier().linear == &linear_avx2) return whisper_avx2;
-#endif
-    return whisper_scalar;
-}
-
 }  // namespace dqw
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dqw_cpu, m) {

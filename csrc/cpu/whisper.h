@@ -60,6 +60,8 @@ struct WhisperKernels {
                        float* y);
     void (*gelu)(float* x, int64_t n);                 // in place, exact (erf), n any
     void (*add)(float* x, const float* y, int64_t n);  // x += y
+    // out (n, 3): three neighbouring columns of what a convolution takes.
+    void (*interleave)(const float* a, const float* b, const float* c, int64_t n, float* out);
     void (*self_attention)(const SelfAttention&);
     void (*pack_cross)(const CrossHead&, const float* keys, const float* values, int64_t stride);
     void (*cross_attention)(const CrossAttention&);
@@ -72,6 +74,6 @@ struct WhisperKernels {
 };
 
 extern const WhisperKernels whisper_scalar, whisper_avx2, whisper_avx512;
-const WhisperKernels& whisper_kernels();  // of the tier in use
+inline const WhisperKernels& whisper_kernels() { return *tier().whisper; }
 
 }  // namespace dqw

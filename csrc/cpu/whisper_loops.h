@@ -55,6 +55,15 @@ void run_add(float* x, const float* y, int64_t n) {
     for (; i < n; i++) x[i] += y[i];
 }
 
+void run_interleave(const float* a, const float* b, const float* c, int64_t n,
+                    float* __restrict out) {
+    for (int64_t i = 0; i < n; i++) {
+        out[3 * i] = a[i];
+        out[3 * i + 1] = b[i];
+        out[3 * i + 2] = c[i];
+    }
+}
+
 void run_self_attention(const SelfAttention& a) {
     for (int64_t t = 0; t < a.count; t++) {
         const float* key = a.keys + a.source[t] * a.row_stride + t * a.token_stride;
@@ -96,6 +105,7 @@ constexpr WhisperKernels kWhisperKernels = {
     .layer_norm = run_layer_norm,
     .gelu = run_gelu,
     .add = run_add,
+    .interleave = run_interleave,
     .self_attention = run_self_attention,
     .pack_cross = run_pack_cross,
     .cross_attention = run_cross_attention,
