@@ -99,6 +99,7 @@ void* scratch(size_t bytes) {
             buffer.size = 0;
             throw std::bad_alloc();
         }
+        use_large_pages(buffer.data, static_cast<int64_t>(buffer.size));
     }
     return buffer.data;
 }
