@@ -8,6 +8,8 @@ from kernel_helpers import INSTRUCTION_SETS, instruction_set, needs_library
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench import attention
+
 pytestmark = needs_library
 HALF = ("avx512_bf16", "amx")  # tiers that multiply bfloat16
 EXACT = tuple(tier for tier in INSTRUCTION_SETS if tier not in HALF)
@@ -157,3 +159,13 @@ def test_unfit_arguments_are_refused() -> None:
     with pytest.raises(RuntimeError, match="multiples of 16"):
         operator(x, x, x, 8)
     assert operator(x[:0], x[:0], x[:0], 1).shape == (0, 64)
+
+
+def test_the_benchmark_compares_every_tier() -> None:
+    before = torch.ops.dqw_cpu.instruction_set()
+    found = {name: (ms, error) for name, ms, _, error in attention.compare(40, 64, quick=True)}
+    tiers = torch.ops.dqw_cpu.instruction_sets().split()
+    assert set(found) == {"torch float32", "torch bfloat16", *(f"dqw {tier}" for tier in tiers)}
+    assert all(ms > 0 for ms, _ in found.values())
+    assert found["dqw scalar"][1] < 1e-5 < found["torch bfloat16"][1] < 2e-2
+    assert torch.ops.dqw_cpu.instruction_set() == before

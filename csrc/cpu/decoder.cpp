@@ -121,14 +121,14 @@ struct Step {
         for (int64_t layer = 0; layer < net.layers; layer++) {
             const Weight* w = net.weights.data() + layer * kWeights;
             const float* const* norm = net.floats.data() + layer * kNorms;
-            const auto residual = [&](int64_t begin, int64_t end) {
-                for (int64_t r = 0; r < rows; r++) {
+            const auto residual = [&](int64_t m0, int64_t m1, int64_t begin, int64_t end) {
+                for (int64_t r = m0; r < m1; r++) {
                     kernels.add(x + r * d + begin, y + r * d + begin, end - begin);
                 }
             };
             const float scale = 1.0f / std::sqrt(static_cast<float>(net.head_dim()));
-            const auto scaled = [&](int64_t begin, int64_t end) {
-                for (int64_t r = 0; r < rows; r++) {
+            const auto scaled = [&](int64_t m0, int64_t m1, int64_t begin, int64_t end) {
+                for (int64_t r = m0; r < m1; r++) {
                     for (int64_t i = begin; i < end; i++) q[r * d + i] *= scale;
                 }
             };
@@ -138,8 +138,8 @@ struct Step {
             float* keys = cache + (2 * layer) * slots * longest * d;
             float* values = keys + slots * longest * d;
             const auto keep = [&](const float* from, float* to) {
-                return [=, this](int64_t begin, int64_t end) {
-                    for (int64_t r = 0; r < rows; r++) {
+                return [=, this](int64_t m0, int64_t m1, int64_t begin, int64_t end) {
+                    for (int64_t r = m0; r < m1; r++) {
                         const int64_t t = positions[r], slot = sources[r * longest + t];
                         std::copy(from + r * d + begin, from + r * d + end,
                                   to + (slot * longest + t) * d + begin);
@@ -173,11 +173,12 @@ struct Step {
 
             h = normalize(me, norm + 4, few);
             const int64_t inner = w[8].w.rows;
-            product(me, w[8], linear, area, h, rows, hidden, [&](int64_t begin, int64_t end) {
-                for (int64_t r = 0; r < rows; r++) {
-                    kernels.gelu(hidden + r * inner + begin, end - begin);
-                }
-            });
+            product(me, w[8], linear, area, h, rows, hidden,
+                    [&](int64_t m0, int64_t m1, int64_t begin, int64_t end) {
+                        for (int64_t r = m0; r < m1; r++) {
+                            kernels.gelu(hidden + r * inner + begin, end - begin);
+                        }
+                    });
             me.barrier();
             product(me, w[9], linear, area, hidden, rows, y, residual);
             me.barrier();
@@ -190,7 +191,8 @@ struct Step {
             }
         });
         me.barrier();
-        product(me, embedding, linear, area, normed, wanted, logits, [](int64_t, int64_t) {});
+        product(me, embedding, linear, area, normed, wanted, logits,
+                [](int64_t, int64_t, int64_t, int64_t) {});
     }
 
     // x by a norm, readable by this thread.
@@ -323,7 +325,7 @@ Tensor decoder_cross(int64_t handle, const Tensor& states_, int64_t type) {
             const float* source = x + clip * positions * d;
             for (int64_t layer = 0; layer < net->layers; layer++) {
                 const Weight* w = net->weights.data() + layer * kWeights;
-                const auto nothing = [](int64_t, int64_t) {};
+                const auto nothing = [](int64_t, int64_t, int64_t, int64_t) {};
                 product(me, w[5], linear, mine, source, positions, keys, nothing);
                 product(me, w[6], linear, mine, source, positions, values, nothing);
                 me.barrier();

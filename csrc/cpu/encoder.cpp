@@ -142,10 +142,10 @@ struct Encoder {
         me.barrier();
     }
 
-    // y = gelu(y), for columns of y (rows, width) that a product has just written.
-    auto activate(float* y, int64_t rows, int64_t width) const {
-        return [=, this](int64_t begin, int64_t end) {
-            for (int64_t t = 0; t < rows; t++) kernels.gelu(y + t * width + begin, end - begin);
+    // y = gelu(y), for what a product has just written of y (…, width).
+    auto activate(float* y, int64_t width) const {
+        return [=, this](int64_t m0, int64_t m1, int64_t begin, int64_t end) {
+            for (int64_t t = m0; t < m1; t++) kernels.gelu(y + t * width + begin, end - begin);
         };
     }
 
@@ -164,7 +164,7 @@ struct Encoder {
             }
         });
         me.barrier();
-        product(me, conv[0], linear, area, columns, frames, first, activate(first, frames, d));
+        product(me, conv[0], linear, area, columns, frames, first, activate(first, d));
         me.barrier();
         me.share(positions, [&](int64_t begin, int64_t end) {
             for (int64_t t = begin; t < end; t++) {
@@ -179,12 +179,13 @@ struct Encoder {
         });
         me.barrier();
         const float* table = net.floats.back();
-        product(me, conv[1], linear, area, columns, positions, x, [&](int64_t begin, int64_t end) {
-            for (int64_t t = 0; t < positions; t++) {
-                kernels.gelu(x + t * d + begin, end - begin);
-                kernels.add(x + t * d + begin, table + t * d + begin, end - begin);
-            }
-        });
+        product(me, conv[1], linear, area, columns, positions, x,
+                [&](int64_t m0, int64_t m1, int64_t begin, int64_t end) {
+                    for (int64_t t = m0; t < m1; t++) {
+                        kernels.gelu(x + t * d + begin, end - begin);
+                        kernels.add(x + t * d + begin, table + t * d + begin, end - begin);
+                    }
+                });
         me.barrier();
     }
 
@@ -192,15 +193,16 @@ struct Encoder {
         const int64_t d = net.width;
         const Weight* w = net.weights.data() + layer * kWeights;
         const float* const* norm = net.floats.data() + layer * kNorms;
-        const auto nothing = [](int64_t, int64_t) {};
+        const auto nothing = [](int64_t, int64_t, int64_t, int64_t) {};
         const float scale = 1.0f / std::sqrt(static_cast<float>(net.head_dim()));
 
         normalize(me, norm, x, normed);
-        product(me, w[0], linear, area, normed, positions, q, [&](int64_t begin, int64_t end) {
-            for (int64_t t = 0; t < positions; t++) {
-                for (int64_t i = begin; i < end; i++) q[t * d + i] *= scale;
-            }
-        });
+        product(me, w[0], linear, area, normed, positions, q,
+                [&](int64_t m0, int64_t m1, int64_t begin, int64_t end) {
+                    for (int64_t t = m0; t < m1; t++) {
+                        for (int64_t i = begin; i < end; i++) q[t * d + i] *= scale;
+                    }
+                });
         product(me, w[1], linear, area, normed, positions, k, nothing);
         product(me, w[2], linear, area, normed, positions, v, nothing);
         me.barrier();
@@ -209,8 +211,8 @@ struct Encoder {
         me.barrier();
 
         float* y = q;
-        const auto residual = [&](int64_t begin, int64_t end) {
-            for (int64_t t = 0; t < positions; t++) {
+        const auto residual = [&](int64_t m0, int64_t m1, int64_t begin, int64_t end) {
+            for (int64_t t = m0; t < m1; t++) {
                 kernels.add(x + t * d + begin, y + t * d + begin, end - begin);
             }
         };
@@ -218,8 +220,7 @@ struct Encoder {
         me.barrier();
         normalize(me, norm + 2, x, normed);
         const int64_t inner = w[4].w.rows;
-        product(me, w[4], linear, area, normed, positions, hidden,
-                activate(hidden, positions, inner));
+        product(me, w[4], linear, area, normed, positions, hidden, activate(hidden, inner));
         me.barrier();
         product(me, w[5], linear, area, hidden, positions, y, residual);
         me.barrier();

@@ -81,7 +81,43 @@ struct Linear {
     int64_t block_rows;   // gemm: rows of q in a register block
 };
 
-struct Bf16Kernels;
+// ---- products of bfloat16: csrc/cpu/product_bf16.h ----
+
+// A block: up to 32 rows of x by some strips of 32 rows of W, over some blocks of 64 columns.
+struct Bf16Block {
+    const uint16_t* x;            // of convert
+    const uint16_t* strips;       // of decode
+    int64_t rows, blocks, width;  // width: outputs, at most 32 a strip
+    const float* bias;            // what sums start from, zeros behind `width`; or null
+    bool more;                    // sums start from what is there
+    float* sums;                  // (rows, width), rows `stride` apart
+    int64_t stride;
+};
+
+struct Bf16Kernels {
+    // Strip `strip` of W, columns [64 begin, 64 end): level * scale, rounded to float32 and then to
+    // bfloat16, in 2048 numbers a block: for each 32 columns and each 16 rows of the strip
+    // (16 pairs of columns, 16 rows, 2 columns). scales: room for 32 floats a group.
+    void (*decode)(const Packed&, int64_t strip, int64_t begin, int64_t end, float* scales,
+                   uint16_t* out);
+    // The same columns of up to 32 rows of x, `cols` apart, as bfloat16, zeros behind the last one:
+    // for each 32 columns (2, 16 rows, 32 columns).
+    void (*convert)(const void* x, Type type, int64_t rows, int64_t cols, int64_t begin,
+                    int64_t end, uint16_t* out);
+    void (*multiply)(const Bf16Block&);
+    // Sums as bfloat16, y (rows, width) with rows `y_stride` apart.
+    void (*round)(const Bf16Block&, uint16_t* y, int64_t y_stride);
+    int64_t cycles;  // of multiply for 32 rows, 32 outputs and 64 columns
+    int64_t few;     // up to so many rows of x the other kernels are faster
+};
+
+void decode_bf16(const Packed&, int64_t strip, int64_t begin, int64_t end, float* scales,
+                 uint16_t* out);
+void convert_bf16(const void* x, Type type, int64_t rows, int64_t cols, int64_t begin, int64_t end,
+                  uint16_t* out);
+void round_bf16(const Bf16Block&, uint16_t* y, int64_t y_stride);
+void multiply_avx512_bf16(const Bf16Block&);
+void multiply_amx(const Bf16Block&);
 
 struct LinearKernels {
     int gemv_rows;  // gemv takes at most this many rows of x (of q, if there are planes) at a time

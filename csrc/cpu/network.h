@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "product_bf16.h"
 #include "team.h"
 #include "whisper.h"
 
@@ -45,10 +46,10 @@ struct Area {
 size_t product_own_bytes(const Weight& w, int64_t m, const LinearKernels& k);
 size_t product_shared_bytes(const Weight& w, int64_t m, const LinearKernels& k);
 
-// y (m, rows) = x (m, cols) W^T + bias, x and y float32. Every thread of the team calls it with the
-// same arguments; x must be written by all (a barrier) before, y is after the next barrier, except
-// that f(column begin, column end) runs on the thread that has just written these columns of y,
-// all m rows.
+// y (m, rows) = x (m, cols) W^T + bias, x and y float32; many rows are multiplied in bfloat16 where
+// the processor can. Every thread of the team calls it with the same arguments; x must be written
+// by all (a barrier) before, y is after the next barrier, except that finish(row begin, row end,
+// column begin, column end) runs on the thread that has just written these of y.
 template <class F>
 void product(Member& me, const Weight& weight, const LinearKernels& k, const Area& area,
              const float* x, int64_t m, float* y, const F& finish);
@@ -84,6 +85,9 @@ inline int byte_rows(const Weight& w, int64_t m, const LinearKernels& k) {
     return 3 * m <= k.int8_gemv_limit && k.takes_planes(w.w) ? 3 : 0;
 }
 
+// Many rows, whatever the activations are: int8 ones are rounded less here, and faster.
+inline bool takes_bf16(int64_t m, const LinearKernels& k) { return k.bf16 && m > k.bf16->few; }
+
 inline bool takes_gemm(const Weight& w, int64_t m, const LinearKernels& k) {
     const int bytes = byte_rows(w, m, k);
     return k.gemm_int8 && (bytes ? m * bytes > k.int8_gemv_limit : m > k.float_gemv_limit);
@@ -102,12 +106,14 @@ inline size_t activation_bytes(const Weight& w, int64_t m, int bytes) {
 
 inline size_t product_own_bytes(const Weight& w, int64_t m, const LinearKernels& k) {
     const int bytes = byte_rows(w, m, k);
+    if (takes_bf16(m, k)) return scratch_bytes(w.w, Type::f32, m);
     if (!takes_gemm(w, m, k)) return activation_bytes(w, std::min(m, gemv_step(w, m, k)), bytes);
     return w.w.blocks * 64 * k.tile_rows * (bytes ? (w.w.wide ? 2 : 1) : 4) +
            group_count(w.w) * k.tile_rows * sizeof(float) + 64;
 }
 
 inline size_t product_shared_bytes(const Weight& w, int64_t m, const LinearKernels& k) {
+    if (takes_bf16(m, k)) return 0;
     return takes_gemm(w, m, k) ? activation_bytes(w, m, byte_rows(w, m, k)) : 0;
 }
 
@@ -136,6 +142,14 @@ void product(Member& me, const Weight& weight, const LinearKernels& k, const Are
              const float* x, int64_t m, float* y, const F& finish) {
     const int bytes = byte_rows(weight, m, k);
     const int64_t rows = weight.w.rows;
+    if (takes_bf16(m, k)) {
+        const Bf16Product p{*k.bf16, weight.w, weight.bias, x, Type::f32, m, y, Type::f32};
+        const Parts parts = parts_of(p.k, p.w, m, me.slots());
+        me.share(parts.rows * parts.strips, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; i++) product_bf16(p, parts, i, area.own, finish);
+        });
+        return;
+    }
     const auto prepare = bytes ? k.prepare_int8 : k.prepare_float;
     if (!takes_gemm(weight, m, k)) {
         // Every thread prepares all of the few rows for itself: cheaper than a barrier.
@@ -148,8 +162,9 @@ void product(Member& me, const Weight& weight, const LinearKernels& k, const Are
                 (bytes ? k.gemv_int8 : k.gemv_float)(a, begin * 16, std::min(end * 16, rows));
             });
         }
-        me.share((rows + 15) / 16,
-                 [&](int64_t begin, int64_t end) { finish(begin * 16, std::min(end * 16, rows)); });
+        me.share((rows + 15) / 16, [&](int64_t begin, int64_t end) {
+            finish(0, m, begin * 16, std::min(end * 16, rows));
+        });
         return;
     }
     Linear a = linear_of(weight, m, bytes, area.shared, y);
@@ -170,7 +185,7 @@ void product(Member& me, const Weight& weight, const LinearKernels& k, const Are
         for (int64_t tile = begin; tile < end; tile++) {
             const int64_t n = tile * k.tile_rows;
             (bytes ? k.gemm_int8 : k.gemm_float)(a, n, 0, m, area.own);
-            finish(n, std::min(n + k.tile_rows, rows));
+            finish(0, m, n, std::min(n + k.tile_rows, rows));
         }
     });
     me.barrier();  // the activations' memory is free for the next product

@@ -11,6 +11,7 @@
 // without vector instructions, and in int8 group sizes that are no multiple of 16 and rows longer
 // than the int32 sums allow.
 
+#include "product_bf16.h"
 #include "tensors.h"
 
 namespace dqw {
@@ -91,6 +92,18 @@ void gemm(Linear& a, const void* x, bool int8, const LinearKernels& k) {
             const int64_t n = task / parts * k.tile_rows, m0 = task % parts * part_rows;
             const int64_t m1 = std::min(m0 + part_rows, a.m);
             if (m0 < m1) (int8 ? k.gemm_int8 : k.gemm_float)(a, n, m0, m1, tile);
+        }
+    });
+}
+
+// In bfloat16: x is so, many rows of it.
+void product_in_bf16(const Linear& a, const void* x, const Bf16Kernels& k) {
+    const Bf16Product p{k, a.w, a.bias, x, a.type, a.m, a.y, a.type};
+    const Parts parts = parts_of(k, a.w, a.m, torch::stable::get_num_threads());
+    torch::stable::parallel_for(0, parts.rows * parts.strips, 1, [&](int64_t begin, int64_t end) {
+        char* own = static_cast<char*>(scratch<1>(scratch_bytes(a.w, a.type, a.m)));
+        for (int64_t i = begin; i < end; i++) {
+            product_bf16(p, parts, i, own, [](int64_t, int64_t, int64_t, int64_t) {});
         }
     });
 }
@@ -210,6 +223,10 @@ Tensor quant_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale_
     const void* source = x.const_data_ptr();
     a.y = y.mutable_data_ptr();
 
+    if (k.bf16 && a.type == Type::bf16 && !int8_activations && a.m > k.bf16->few && cols > 0) {
+        product_in_bf16(a, source, *k.bf16);
+        return y;
+    }
     const bool odd_groups = a.w.group % 16 != 0, too_long = cols > kLongestInt8Row;
     // Float activations as digits of integers, where that is faster.
     if (!int8_activations && !odd_groups && !too_long && a.m <= k.planes_limit &&

@@ -24,6 +24,7 @@ class Member {
         : arrived_(arrived), begin_(begin), end_(end), slots_(slots) {}
 
     int64_t index() const { return begin_; }  // differs between the threads
+    int64_t slots() const { return slots_; }  // threads that were asked for
 
     // f(begin, end) with this thread's part of [0, n), none of the others'.
     template <class F>
