@@ -7,6 +7,7 @@ namespace dqw {
 namespace {
 
 constexpr int kQueryRows = W == 16 ? 12 : 6;  // register block: so many queries, two registers
+constexpr int64_t kAttentionRows = 24;
 
 // c (M, N W) = or += a (M, depth) b (depth, N W): rows of a and c have strides, b is dense.
 template <int M, int N>
@@ -48,10 +49,21 @@ void multiply_rows(const float* a, int64_t a_stride, const float* b, int64_t dep
 
 // Keys in strips of 2 W positions: (head_dim, 2 W); values in strips of columns: (padded, width).
 DQW_INLINE int64_t value_strip(int64_t head_dim) { return head_dim % (2 * W) == 0 ? 2 * W : W; }
+DQW_INLINE int64_t padded(const EncoderHead& h) { return (h.positions + 31) / 32 * 32; }
+DQW_INLINE float* keys_of(const EncoderHead& h) { return (float*)h.packed; }
+DQW_INLINE float* values_of(const EncoderHead& h) { return keys_of(h) + padded(h) * h.head_dim; }
 
-void run_pack_head(const EncoderHead& h) {
-    for (int64_t t = 0; t < h.padded; t++) {
-        float* key = h.keys + t / (2 * W) * 2 * W * h.head_dim + t % (2 * W);
+int64_t run_packed_bytes(int64_t positions, int64_t head_dim) {
+    return (positions + 31) / 32 * 32 * head_dim * 2 * 4;
+}
+int64_t run_scratch_bytes(int64_t positions, int64_t) {
+    return kAttentionRows * ((positions + 31) / 32 * 32) * 4;
+}
+
+void run_pack(const EncoderHead& h) {
+    const int64_t end = padded(h);
+    for (int64_t t = 0; t < end; t++) {
+        float* key = keys_of(h) + t / (2 * W) * 2 * W * h.head_dim + t % (2 * W);
         const float* from = h.k + t * h.stride;
         for (int64_t i = 0; i < h.head_dim; i++) {
             key[i * 2 * W] = t < h.positions ? from[i] : 0.0f;
@@ -59,14 +71,16 @@ void run_pack_head(const EncoderHead& h) {
     }
     const int64_t strip = value_strip(h.head_dim);
     for (int64_t i = 0; i < h.head_dim; i += W) {
-        float* to = h.values + i / strip * strip * h.padded + i % strip;
-        for (int64_t t = 0; t < h.padded; t++) {
+        float* to = values_of(h) + i / strip * strip * end + i % strip;
+        for (int64_t t = 0; t < end; t++) {
             store(to + t * strip, t < h.positions ? load(h.v + t * h.stride + i) : zero());
         }
     }
 }
 
-void run_attend_head(const EncoderHead& h, int64_t begin, int64_t end, float* scores, float* out) {
+void run_attend(const EncoderHead& h, int64_t begin, int64_t end, char* scratch, float* out) {
+    float* scores = (float*)scratch;
+    const int64_t depth = padded(h);
     const int64_t rows = end - begin, width = h.head_dim;
     // Queries and results side by side: at the model's width, a power of two, a block's rows would
     // fall on two or three of the cache's sets and throw each other out.
@@ -75,22 +89,22 @@ void run_attend_head(const EncoderHead& h, int64_t begin, int64_t end, float* sc
         const float* from = h.q + (begin + r) * h.stride;
         for (int64_t i = 0; i < width; i += W) store(q + r * width + i, load(from + i));
     }
-    for (int64_t t = 0; t < h.padded; t += 2 * W) {
-        multiply_rows<2>(q, width, h.keys + t * width, width, scores + t, h.padded, false, rows);
+    for (int64_t t = 0; t < depth; t += 2 * W) {
+        multiply_rows<2>(q, width, keys_of(h) + t * width, width, scores + t, depth, false, rows);
     }
     float factor[kAttentionRows];
     for (int64_t r = 0; r < rows; r++) {
-        float* row = scores + r * h.padded;
+        float* row = scores + r * depth;
         factor[r] = 1.0f / softmax(row, h.positions);
-        for (int64_t t = round_up_to_16(h.positions); t < h.padded; t++) row[t] = 0.0f;
+        for (int64_t t = round_up_to_16(h.positions); t < depth; t++) row[t] = 0.0f;
     }
     const int64_t strip = value_strip(width), chunk = 128;
     for (int64_t i = 0; i < width; i += strip) {
-        const float* values = h.values + i * h.padded;
-        for (int64_t t = 0; t < h.padded; t += chunk) {
-            const int64_t depth = h.padded - t < chunk ? h.padded - t : chunk;
+        const float* values = values_of(h) + i * depth;
+        for (int64_t t = 0; t < depth; t += chunk) {
+            const int64_t some = depth - t < chunk ? depth - t : chunk;
             const auto part = strip == W ? multiply_rows<1> : multiply_rows<2>;
-            part(scores + t, h.padded, values + t * strip, depth, sums + i, width, t > 0, rows);
+            part(scores + t, depth, values + t * strip, some, sums + i, width, t > 0, rows);
         }
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -100,6 +114,14 @@ void run_attend_head(const EncoderHead& h, int64_t begin, int64_t end, float* sc
         }
     }
 }
+
+constexpr EncoderAttention kEncoderAttention = {
+    .rows = kAttentionRows,
+    .packed_bytes = run_packed_bytes,
+    .scratch_bytes = run_scratch_bytes,
+    .pack = run_pack,
+    .attend = run_attend,
+};
 
 }  // namespace
 }  // namespace dqw

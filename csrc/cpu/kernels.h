@@ -130,12 +130,14 @@ int64_t multiply_int8_amx(int64_t rounds, void* sink);
 // ---- tiers: csrc/cpu/dispatch.cpp ----
 
 struct WhisperKernels;  // whisper.h
+struct EncoderAttention;
 
 struct Tier {
     const char* name;
     const FakeQuantKernels* fake_quant;
     const LinearKernels* linear;
     const WhisperKernels* whisper;
+    const EncoderAttention* attention;
     const CeilingKernels* ceilings;
 };
 

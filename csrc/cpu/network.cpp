@@ -17,9 +17,8 @@ int64_t last_handle = 0;
 int64_t network_new(std::vector<Tensor> floats, std::vector<Tensor> packed,
                     std::vector<int64_t> layout, int64_t heads, int64_t layers, int64_t width) {
     DQW_CHECK(layout.size() * 4 == packed.size() * 5, "five numbers for every packed matrix");
-    DQW_CHECK(heads > 0 && layers > 0 && width % heads == 0 && width / heads % 16 == 0 &&
-                  width / heads <= 256,
-              "heads must be multiples of 16, at most 256 wide");
+    DQW_CHECK(layers > 0, "a network has layers");
+    check_heads(width, heads);
     auto made = std::make_shared<Network>();
     made->heads = heads;
     made->layers = layers;

@@ -27,6 +27,11 @@ struct Network {
     int64_t head_dim() const { return width / heads; }
 };
 
+inline void check_heads(int64_t width, int64_t heads) {
+    DQW_CHECK(heads > 0 && width % heads == 0 && width / heads % 16 == 0 && width / heads <= 256,
+              "heads must be multiples of 16, at most 256 wide");
+}
+
 // The network that network_new returned as a number. Throws for one that is gone.
 std::shared_ptr<const Network> network(int64_t handle);
 

@@ -54,11 +54,12 @@ inline Type type_of(const Tensor& t, const char* name) {
 }
 
 // What is too large for malloc to keep comes new from the system, a page fault for every 4 KiB:
-// three times as slow as writing it. Pages of 2 MiB take that away where the system has them.
+// three times as slow as writing it. Pages of 2 MiB take that away where the system has them, and
+// read 1.1 to 1.4 times as fast: the cross-attention cache of a clip is 18 MiB a token.
 inline void use_large_pages(void* data, int64_t bytes) {
 #if defined(__linux__)
     constexpr uintptr_t page = 1 << 21;
-    if (bytes < (int64_t{1} << 25)) return;  // glibc's largest threshold for keeping memory
+    if (bytes < 4 * static_cast<int64_t>(page)) return;
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
     const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
@@ -99,6 +100,7 @@ void* scratch(size_t bytes) {
             buffer.size = 0;
             throw std::bad_alloc();
         }
+        use_large_pages(buffer.data, static_cast<int64_t>(buffer.size));
     }
     return buffer.data;
 }

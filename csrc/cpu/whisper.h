@@ -45,15 +45,22 @@ struct SelfAttention {
     float* out;
 };
 
-// One head of the encoder: every position attends to every other. `keys` and `values` are packed
-// from k and v (positions, stride); padded is a multiple of 32.
+// One head of the encoder: every position attends to every other.
 struct EncoderHead {
-    const float *q, *k, *v;  // this head's columns, q scaled
-    int64_t stride, positions, padded, head_dim;
-    float* keys;    // (padded * head_dim)
-    float* values;  // (padded * head_dim)
+    const float *q, *k, *v;  // this head's columns of (positions, stride); q scaled
+    int64_t stride, positions, head_dim;
+    char* packed;  // packed_bytes of it, aligned to a cache line, by pack
 };
-constexpr int64_t kAttentionRows = 24;  // queries that share their way through keys and values
+
+// How a tier does it: keys and values are packed once, then blocks of queries attend in any order.
+struct EncoderAttention {
+    int64_t rows;  // queries that share their way through keys and values
+    int64_t (*packed_bytes)(int64_t positions, int64_t head_dim);
+    int64_t (*scratch_bytes)(int64_t positions, int64_t head_dim);  // of a thread
+    void (*pack)(const EncoderHead&);
+    // Queries [begin, end), at most `rows`, to the same rows of out (positions, stride).
+    void (*attend)(const EncoderHead&, int64_t begin, int64_t end, char* scratch, float* out);
+};
 
 struct WhisperKernels {
     void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, int64_t n,
@@ -65,15 +72,15 @@ struct WhisperKernels {
     void (*self_attention)(const SelfAttention&);
     void (*pack_cross)(const CrossHead&, const float* keys, const float* values, int64_t stride);
     void (*cross_attention)(const CrossAttention&);
-    void (*pack_head)(const EncoderHead&);
-    // Rows [begin, end), at most kAttentionRows, of out (positions, stride). scratch:
-    // kAttentionRows * padded floats.
-    void (*attend_head)(const EncoderHead&, int64_t begin, int64_t end, float* scratch, float* out);
     // The first largest of x[begin:end]; NaN is never one. Returns `begin` for an empty range.
     int64_t (*argmax)(const float* x, int64_t begin, int64_t end);
 };
 
 extern const WhisperKernels whisper_scalar, whisper_avx2, whisper_avx512;
 inline const WhisperKernels& whisper_kernels() { return *tier().whisper; }
+
+extern const EncoderAttention attention_scalar, attention_avx2, attention_avx512,
+    attention_avx512_bf16, attention_amx;
+inline const EncoderAttention& encoder_attention() { return *tier().attention; }
 
 }  // namespace dqw

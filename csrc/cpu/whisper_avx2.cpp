@@ -16,4 +16,5 @@ constexpr int kByteOffset = 0;
 
 namespace dqw {
 const WhisperKernels whisper_avx2 = kWhisperKernels;
-}
+const EncoderAttention attention_avx2 = kEncoderAttention;
+}  // namespace dqw

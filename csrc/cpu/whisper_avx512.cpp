@@ -16,4 +16,5 @@ constexpr int kByteOffset = 128;
 
 namespace dqw {
 const WhisperKernels whisper_avx512 = kWhisperKernels;
-}
+const EncoderAttention attention_avx512 = kEncoderAttention;
+}  // namespace dqw

@@ -109,8 +109,6 @@ constexpr WhisperKernels kWhisperKernels = {
     .self_attention = run_self_attention,
     .pack_cross = run_pack_cross,
     .cross_attention = run_cross_attention,
-    .pack_head = run_pack_head,
-    .attend_head = run_attend_head,
     .argmax = run_argmax,
 };
 

@@ -16,4 +16,5 @@ constexpr int kByteOffset = 0;
 
 namespace dqw {
 const WhisperKernels whisper_scalar = kWhisperKernels;
-}
+const EncoderAttention attention_scalar = kEncoderAttention;
+}  // namespace dqw
