@@ -19,6 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
 Candidate = Callable[[int], float]  # repeats → seconds of all of them
+# OpenVINO's and libgomp's threads spin for some milliseconds after their last call.
+REST = 5e-3  # seconds
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def time_interleaved(
 
     A turn repeats its candidate for about 2 ms (quick: 0.5 ms), so that the clock's own cost
     vanishes, after one call that is not counted and brings back what the others threw out of the
-    caches, and the threads that they put to sleep.
+    caches, and the threads that they put to sleep. Before it the machine rests: threads of another
+    package that still spin would take the cores of the next in turn.
     """
     rounds = rounds or (7 if quick else 21)
     span = 0.5e-3 if quick else 2e-3
@@ -72,6 +75,7 @@ def time_interleaved(
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
+            time.sleep(REST)
             if not slow[name]:
                 run(1)
             samples[name].append(run(repeats[name]) / repeats[name])

@@ -156,18 +156,26 @@ def test_groups(isa: str, int8: bool) -> None:
                     )
 
 
-@pytest.mark.parametrize("group", [16, 32, 64])
+@pytest.mark.parametrize("group", [16, 32, 48, 64, 96, 128, 192])
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_int8_sums_of_groups_are_exact(isa: str, group: int) -> None:
     """Scales that are powers of two, and exact sums of few groups: bit for bit those of int64."""
     with instruction_set(isa):
         for bits in BITS:
             levels = grids.levels("uniform", bits)
-            for m, rows, cols in ((1, 17, 70), (2, 9, 129), (4, 33, 200), (9, 40, 130)):
+            # 2240 columns: more than the gemv has room for scales.
+            for m, rows, cols, most in (
+                (1, 17, 70, 126),
+                (2, 9, 129, 126),
+                (4, 33, 200, 126),
+                (9, 40, 130, 126),
+                (1, 18, 2240, 12),
+                (3, 18, 2240, 12),
+            ):
                 weight, level = random_weight(rows, cols, bits, levels)
                 shape = rows, -(-cols // group)
                 scale = 2.0 ** torch.randint(0, 3, shape).float() / 4
-                x = torch.randint(-126, 127, (m, cols)).float()
+                x = torch.randint(-most, most + 1, (m, cols)).float()
                 x[:, 0] = 127.0  # so that q = x
                 unit = scale.repeat_interleave(group, 1)[:, :cols].mul(4).long()
                 want = (x.long() @ (level * unit).T).float() / 4

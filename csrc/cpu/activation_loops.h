@@ -28,12 +28,15 @@ DQW_INLINE f32 read_some(const void* p, int64_t i, int64_t n) {
     return n >= W ? read<T>(p, i) : read<T>(p, i, n);
 }
 
-// Scales of W rows from n, of groups [g0, g1), as floats; → the step from row to row. Whole rows
-// lie side by side as they do in memory.
+// Scales of W rows from n as floats, one for every Span columns of [begin, end); → the step from
+// row to row. Groups are multiples of Span columns. Where whole rows need no copy of any scale they
+// lie side by side, as they do in memory.
 constexpr int64_t kScaleColumns = 2048;  // at most, for the room of `out`
 constexpr int64_t kMostScales = kScaleColumns / kQuarter;
-DQW_INLINE int64_t load_scales(const Packed& w, int64_t n, int64_t g0, int64_t g1, int64_t groups,
-                               float* out) {
+template <int Span>
+DQW_INLINE int64_t load_scales(const Packed& w, int64_t n, int64_t begin, int64_t end, float* out) {
+    const GroupOf group_of(w.group);
+    const int64_t groups = (w.cols + w.group - 1) / w.group, spans = (end - begin) / Span;
     const int64_t rows = w.rows - n < W ? w.rows - n : W;
     const auto convert = [&](int64_t from, int64_t count, float* to) {
         for (int64_t i = 0; i < count; i += W) {
@@ -42,12 +45,31 @@ DQW_INLINE int64_t load_scales(const Packed& w, int64_t n, int64_t g0, int64_t g
                                           : read_some<Type::f32>(w.scale, from + i, left));
         }
     };
-    if (g1 - g0 == groups) {
-        convert(n * groups, rows * groups, out);
-        return groups;
+    const int64_t each = w.group / Span;
+    if (spans == groups * each) {
+        float scale[W * kMostScales / 2 + W];
+        float* own = each == 1 ? out : scale;
+        convert(n * groups, rows * groups, own);
+        for (int64_t i = 0; each == 2 && i < rows * groups; i++)
+            out[2 * i] = out[2 * i + 1] = own[i];
+        for (int64_t i = 0; each > 2 && i < rows * groups; i++) {
+            for (int64_t j = 0; j < each; j++) out[i * each + j] = own[i];
+        }
+        return spans;
     }
+    const int64_t g0 = group_of(begin), own = group_of(end - 1) + 1;
+    const int64_t g1 = own < groups ? own : groups;
     for (int64_t r = 0; r < rows; r++) {
-        convert((n + r) * groups + g0, g1 - g0, out + r * kMostScales);
+        float scale[kMostScales + W];
+        convert((n + r) * groups + g0, g1 - g0, scale);
+        int64_t i = 0;
+        for (int64_t g = g0; g < g1; g++) {
+            // Up to the next group, and a little too far; the last one fills the row up.
+            const int64_t stop = g + 1 < g1 ? ((g + 1) * w.group - begin) / Span : spans;
+            for (int64_t j = i; j < stop; j += W)
+                store(out + r * kMostScales + j, all(scale[g - g0]));
+            i = stop;
+        }
     }
     return kMostScales;
 }

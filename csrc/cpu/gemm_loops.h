@@ -21,9 +21,22 @@ void fill_int8_tile(const Packed& w, const int8_t* levels, int64_t n, int32_t* t
 // Scales of kTileRows rows from n, by groups: (groups, kTileRows).
 DQW_INLINE void fill_scales(const Packed& w, int64_t n, float* scales) {
     const int64_t groups = w.group ? (w.cols + w.group - 1) / w.group : 1;
-    for (int64_t i = 0; i < kTileRows; i++) {
-        for (int64_t g = 0; g < groups; g++) {
-            scales[g * kTileRows + i] = n + i < w.rows ? scale_at(w, n + i, g) : 0.0f;
+    for (int64_t t = 0; t < kTileRows; t += W) {
+        for (int64_t g = 0; g < groups; g += W) {
+            i32 v[W];
+            for (int r = 0; r < W; r++) {
+                const int64_t i = n + t + r, at = i * w.scale_stride + g, left = groups - g;
+                f32 own = zero();
+                if (i < w.rows) {
+                    own = w.scale_is_half ? read_some<Type::f16>(w.scale, at, left)
+                                          : read_some<Type::f32>(w.scale, at, left);
+                }
+                v[r] = bits_of(own);
+            }
+            transpose(v);
+            for (int64_t j = 0; j < W && g + j < groups; j++) {
+                store_int(scales + (g + j) * kTileRows + t, v[j]);
+            }
         }
     }
 }

@@ -17,48 +17,69 @@ struct RowPointers {
     }
 };
 
+// Codes so far ahead of those in work are fetched: the processor does not look beyond a page by
+// itself. Sapphire Rapids, one row of 512 -> 51865 in groups of 16: 0.94 ms without, 0.58 with.
+constexpr int64_t kAhead = 1024;
+DQW_INLINE void fetch(const uint8_t* p) { __builtin_prefetch(p + kAhead); }
+
 template <int B, int M>
 void float_rows(const Linear& a, int64_t m0, int64_t begin, int64_t end) {
     constexpr int R = kGemvOutputs;
     const Packed& w = a.w;
     const FloatTable<B> table(w.low);
-    const GroupOf group_of(w.group);
     const int64_t padded = w.blocks * kUnit;
+    const bool whole = w.group && w.group % kUnit == 0;  // blocks have one scale
     const float* x = a.x + m0 * padded;
-    float sums[M][W];
+    float sums[M][W], scales[W * kMostScales + W];
     for (int64_t n = begin; n < end; n += W) {
-        for (int64_t r0 = 0; r0 < W && n + r0 < end; r0 += R) {
-            const RowPointers<R> rows(w, n + r0);
-            f32 acc[R][M];
-            unroll<R * M>([&](auto i) DQW_INLINED { acc[i.value / M][i.value % M] = zero(); });
-            for (int64_t b = 0; b < w.blocks; b++) {
-                unroll<R>([&](auto r) DQW_INLINED {
-                    const Bytes v = table(codes<B>(rows.p[r.value] + b * 8 * B));
-                    // Groups: the sum of a part is scaled once; without them, at the end.
-                    f32 part[kParts][M];
-                    unroll<kParts * 4>([&](auto i) DQW_INLINED {
-                        constexpr int p = i.value / 4, j = i.value % 4;
-                        const f32 level = table.template part<j>(v.part[p]);
-                        const float* at = x + b * kUnit + i.value * W;
-                        unroll<M>([&](auto m) DQW_INLINED {
-                            const f32 value = load(at + m.value * padded);
-                            f32& sum = w.group ? part[p][m.value] : acc[r.value][m.value];
-                            sum = w.group && j == 0 ? mul(level, value) : fma(level, value, sum);
+        for (int m = 0; m < M; m++) store(sums[m], zero());
+        for (int64_t c = 0; c < padded; c += kScaleColumns) {
+            const int64_t stop = c + kScaleColumns < padded ? c + kScaleColumns : padded;
+            int64_t stride = 0;
+            if (whole) {
+                stride = load_scales<kUnit>(w, n, c, stop, scales);
+            } else if (w.group) {
+                stride = load_scales<kQuarter>(w, n, c, stop, scales);
+            }
+            for (int64_t r0 = 0; r0 < W && n + r0 < end; r0 += R) {
+                const RowPointers<R> rows(w, n + r0);
+                f32 acc[R][M];
+                unroll<R * M>([&](auto i) DQW_INLINED { acc[i.value / M][i.value % M] = zero(); });
+                for (int64_t b = c / kUnit; b < stop / kUnit; b++) {
+                    unroll<R>([&](auto r) DQW_INLINED {
+                        fetch(rows.p[r.value] + b * 8 * B);
+                        const Bytes v = table(codes<B>(rows.p[r.value] + b * 8 * B));
+                        // Groups: the sum of a part is scaled once; without them, at the end.
+                        f32 part[kParts][M];
+                        unroll<kParts * 4>([&](auto i) DQW_INLINED {
+                            constexpr int p = i.value / 4, j = i.value % 4;
+                            const f32 level = table.template part<j>(v.part[p]);
+                            const float* at = x + b * kUnit + i.value * W;
+                            unroll<M>([&](auto m) DQW_INLINED {
+                                const f32 value = load(at + m.value * padded);
+                                f32& sum = w.group ? part[p][m.value] : acc[r.value][m.value];
+                                sum =
+                                    w.group && j == 0 ? mul(level, value) : fma(level, value, sum);
+                            });
+                        });
+                        if (w.group == 0) return;
+                        const int64_t row =
+                            n + r0 + r.value < w.rows ? r0 + r.value : w.rows - 1 - n;
+                        const float* own =
+                            scales + row * stride + (b * kUnit - c) / (whole ? kUnit : kQuarter);
+                        unroll<kParts>([&](auto p) DQW_INLINED {
+                            const f32 scale = whole ? all(*own) : quarters<p.value>(own);
+                            unroll<M>([&](auto m) DQW_INLINED {
+                                f32& sum = acc[r.value][m.value];
+                                sum = fma(part[p.value][m.value], scale, sum);
+                            });
                         });
                     });
-                    if (w.group == 0) return;
-                    float scale[64 / kQuarter];
-                    const int64_t row = n + r0 + r.value;
-                    scales_of_block(w, group_of, row < w.rows ? row : w.rows - 1, b, scale);
-                    unroll<kParts * M>([&](auto i) DQW_INLINED {
-                        constexpr int p = i.value / M, m = i.value % M;
-                        acc[r.value][m] = fma(part[p][m], quarters<p>(scale), acc[r.value][m]);
-                    });
+                }
+                unroll<R * M>([&](auto i) DQW_INLINED {
+                    sums[i.value % M][r0 + i.value / M] += sum(acc[i.value / M][i.value % M]);
                 });
             }
-            unroll<R * M>([&](auto i) DQW_INLINED {
-                sums[i.value % M][r0 + i.value / M] = sum(acc[i.value / M][i.value % M]);
-            });
         }
         const Outputs o(w, a.bias, n, end - n);
         for (int m = 0; m < M; m++) finish_float(a, o, m0 + m, n, load(sums[m]));
@@ -92,6 +113,7 @@ DQW_INLINE void int8_sums(const Linear& a, const Table<B>& table, int64_t n, int
                 const int8_t* q = a.q + s * kStepBlocks * kUnit;
                 unroll<R>([&](auto r) DQW_INLINED {
                     const uint8_t* p = rows.p[r.value] + s * kStepBlocks * 8 * B;
+                    fetch(p);
                     const auto v = table(step_codes<B, blocks.value>(p));
                     unroll<M * 2>([&](auto i) DQW_INLINED {
                         constexpr int m = i.value / 2, h = i.value % 2;
@@ -143,39 +165,32 @@ DQW_INLINE void group_sums(const Linear& a, const Table<B>& table, int64_t n, in
     constexpr int R = kSideBySide<M>, kParts = Span < 64 ? 2 : 1;
     constexpr int64_t kStep = kStepBlocks * kUnit;
     const Packed& w = a.w;
-    const GroupOf group_of(w.group);
-    const int64_t padded = w.blocks * kUnit, groups = (w.cols + w.group - 1) / w.group;
+    const int64_t padded = w.blocks * kUnit;
     for (int m = 0; m < M; m++) store(sums[m], zero());
     for (int64_t c = 0; c < padded; c += kScaleColumns) {
         const int64_t stop = c + kScaleColumns < padded ? c + kScaleColumns : padded;
-        const int64_t g0 = group_of(c), own = group_of(stop - 1) + 1;
-        const int64_t g1 = own < groups ? own : groups;
         float scales[W * kMostScales + W];
-        const int64_t stride = load_scales(w, n, g0, g1, groups, scales);
+        const int64_t stride = load_scales<Span>(w, n, c, stop, scales);
         for (int64_t r0 = 0; r0 < W && n + r0 < end; r0 += R) {
             const RowPointers<R> rows(w, n + r0);
             const float* scale_of[R];
             for (int r = 0; r < R; r++) {
-                scale_of[r] = scales + (n + r0 + r < w.rows ? r0 + r : w.rows - 1 - n) * stride;
+                const int64_t row = n + r0 + r < w.rows ? r0 + r : w.rows - 1 - n;
+                scale_of[r] = scales + row * stride - c / Span;
             }
             f32 acc[M][R];
             unroll<R * M>([&](auto i) DQW_INLINED { acc[i.value / R][i.value % R] = zero(); });
             const auto step = [&](int64_t s, auto blocks) DQW_INLINED {
-                int64_t g[4 * blocks.value];  // of every quarter of a block
-                for (int i = 0; i < 4 * blocks.value; i += Span / kQuarter) {
-                    g[i] = group_of(s * kStep + kQuarter * i);
-                    if (Span < 64 && g[i] >= g1) g[i] = g1 - 1;  // only fills the last block up
-                    g[i] -= g0;
-                }
                 const int8_t* q = a.q + s * kStep;
                 const int8_t* start = (const int8_t*)a.lane_start + s * kStep;
                 unroll<R>([&](auto r) DQW_INLINED {
-                    const auto v = table(
-                        step_codes<B, blocks.value>(rows.p[r.value] + s * kStepBlocks * 8 * B));
+                    const uint8_t* p = rows.p[r.value] + s * kStepBlocks * 8 * B;
+                    fetch(p);
+                    const auto v = table(step_codes<B, blocks.value>(p));
+                    const float* own = scale_of[r.value] + s * (kStep / Span);
                     // Part by part: one scale at a time is in a register.
                     unroll<kParts>([&](auto i) DQW_INLINED {
-                        const f32 scale =
-                            part_scale<blocks.value, Span>(scale_of[r.value], g, i.value);
+                        const f32 scale = part_scale<blocks.value, Span>(own, i.value);
                         unroll<M>([&](auto m) DQW_INLINED {
                             const int64_t at = m.value * padded;
                             i32 part = all_int(0);

@@ -292,12 +292,11 @@ DQW_INLINE int64_t place_of(int64_t chunk, int64_t) { return chunk; }
 DQW_INLINE f32 by_columns(float first, float second) {
     return _mm256_blend_ps(all(first), all(second), 0xf0);
 }
-// Scales of the lanes of a step's part, by the groups of the step's columns, 16 each; Span of them
-// share one.
+// Scales of the lanes of a step's part, from those of every Span columns of the step.
 template <int Blocks, int Span>
-DQW_INLINE f32 part_scale(const float* s, const int64_t* group, int part) {
-    if constexpr (Span > 16) return all(s[group[2 * part]]);
-    return by_columns(s[group[2 * part]], s[group[2 * part + 1]]);
+DQW_INLINE f32 part_scale(const float* s, int part) {
+    if constexpr (Span == 16) return by_columns(s[2 * part], s[2 * part + 1]);
+    return all(s[Span == 32 ? part : 0]);
 }
 
 // The sums of all lanes, of R registers.
@@ -336,6 +335,11 @@ struct Table {
             t[i] = _mm256_broadcastsi128_si256(_mm_add_epi8(own, add));
         }
     }
+    // 4 bits: of codes that are the lower or the upper halves of bytes.
+    i32 packed_low(i32 x) const {
+        return _mm256_shuffle_epi8(t[0], _mm256_and_si256(x, _mm256_set1_epi8(15)));
+    }
+    i32 packed_high(i32 x) const { return packed_low(_mm256_srli_epi16(x, 4)); }
     Bytes operator()(Bytes c) const {
         for (int h = 0; h < kParts; h++) {
             if constexpr (n == 1) {
@@ -360,6 +364,8 @@ struct FloatTable {
     const Table<B> bytes;
     explicit FloatTable(const int8_t* levels) : bytes(levels, 0) {}
     Bytes operator()(Bytes c) const { return bytes(c); }
+    i32 packed_low(i32 x) const { return bytes.packed_low(x); }
+    i32 packed_high(i32 x) const { return bytes.packed_high(x); }
     template <int J>
     f32 part(i32 v) const {
         return to_float(_mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * J), 24));
@@ -375,7 +381,7 @@ DQW_INLINE i32 widen(Bytes b) {
 }
 // The scales of part P of a block, given for every 16 columns.
 template <int P>
-DQW_INLINE f32 quarters(const float (&s)[4]) {
+DQW_INLINE f32 quarters(const float* s) {
     return by_columns(s[2 * P], s[2 * P + 1]);
 }
 

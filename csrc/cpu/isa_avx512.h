@@ -92,7 +92,11 @@ DQW_INLINE void store_words(int16_t* p, i32 x) {
 struct Offset128 {
     static constexpr bool has_offset = true;
     static constexpr bool direct = true;
-    DQW_INLINE i32 dot(i32 part, i32 w, i32 q) { return _mm512_dpbusd_epi32(part, w, q); }
+    DQW_INLINE i32 dot(i32 part, i32 w, i32 q) {
+        // Added in place: GCC 12 copies every sum before and after the intrinsic in a loop.
+        asm("vpdpbusd %2, %1, %0" : "+v"(part) : "v"(w), "vm"(q));
+        return part;
+    }
     DQW_INLINE i32 widen(i32 part) { return part; }
     // What a sum starts from to take the offset of all products with q0 and q1 back.
     DQW_INLINE i32 start(i32 q0, i32 q1, int) {
@@ -251,6 +255,9 @@ struct Table {
     }
     Bytes operator()(Bytes c) const { return {{look_up(c.part[0])}}; }
     Step operator()(Step c) const { return {{look_up(c.part[0]), look_up(c.part[1])}}; }
+    // 4 bits: of codes that are the lower or the upper halves of bytes.
+    i32 packed_low(i32 x) const { return look_up(x); }
+    i32 packed_high(i32 x) const { return look_up(_mm512_srli_epi16(x, 4)); }
     i32 look_up(i32 k) const {
         if constexpr (B <= 6) return _mm512_permutexvar_epi8(k, t[0]);
         if constexpr (B == 7) return _mm512_permutex2var_epi8(t[0], k, t[1]);
@@ -351,15 +358,18 @@ DQW_INLINE int64_t place_of(int64_t chunk, int64_t chunks) {
 DQW_INLINE f32 with_scale(f32 x, __mmask16 mask, const float* s) {
     return _mm512_mask_broadcastss_ps(x, mask, _mm_load_ss(s));
 }
-// Scales of the lanes of a step's part, by the groups of the step's columns, 16 each; Span of them
-// share one.
+// Scales of the lanes of a step's part, from those of every Span columns of the step.
 template <int Blocks, int Span>
-DQW_INLINE f32 part_scale(const float* s, const int64_t* group, int part) {
-    f32 x = all(s[group[2 * part]]);
-    if constexpr (Span == 16) x = with_scale(x, 0x00f0, s + group[2 * part + 1]);
-    if constexpr (Blocks == 2) x = with_scale(x, 0xff00, s + group[4 + 2 * part]);
-    if constexpr (Blocks == 2 && Span == 16) x = with_scale(x, 0xf000, s + group[5 + 2 * part]);
-    return x;
+DQW_INLINE f32 part_scale(const float* s, int part) {
+    if constexpr (Span == 16) {
+        const i32 of_lane = add_int(
+            _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 4, 4, 4, 4, 5, 5, 5, 5), all_int(2 * part));
+        const f32 own = Blocks == 2 ? _mm512_castps256_ps512(_mm256_loadu_ps(s))
+                                    : _mm512_broadcast_f32x4(_mm_loadu_ps(s));
+        return _mm512_permutexvar_ps(of_lane, own);
+    }
+    const f32 first = all(s[Span == 32 ? part : 0]);
+    return Blocks == 1 ? first : with_scale(first, 0xff00, s + (Span == 32 ? 2 + part : 1));
 }
 
 // The sums of all lanes, of four registers.
@@ -395,6 +405,8 @@ struct FloatTable {
     explicit FloatTable(const int8_t* levels)
         : low(first(levels)), high(first(levels + 16)), bytes(levels, 0) {}
     Bytes operator()(Bytes c) const { return B <= 5 ? c : bytes(c); }
+    i32 packed_low(i32 x) const { return x; }
+    i32 packed_high(i32 x) const { return _mm512_srli_epi16(x, 4); }
     template <int J>
     f32 part(i32 v) const {
         if constexpr (B <= 4) return _mm512_permutexvar_ps(_mm512_srli_epi32(v, 8 * J), low);
@@ -413,9 +425,9 @@ DQW_INLINE i32 widen(Bytes b) {
 }
 // The scales of part P of a block, given for every 16 columns.
 template <int P>
-DQW_INLINE f32 quarters(const float (&s)[4]) {
-    return with_scale(with_scale(with_scale(all(s[0]), 0x00f0, s + 1), 0x0f00, s + 2), 0xf000,
-                      s + 3);
+DQW_INLINE f32 quarters(const float* s) {
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                                 _mm512_castps128_ps512(_mm_loadu_ps(s)));
 }
 
 // v[i] lane j <-> v[j] lane i.

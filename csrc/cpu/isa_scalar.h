@@ -305,12 +305,11 @@ DQW_INLINE int64_t place_of(int64_t chunk, int64_t) { return chunk; }
 DQW_INLINE f32 by_columns(float first, float second) {
     return each<f32>([&](int i) { return i < W / 2 ? first : second; });
 }
-// Scales of the lanes of a step's part, by the groups of the step's columns, 16 each; Span of them
-// share one.
+// Scales of the lanes of a step's part, from those of every Span columns of the step.
 template <int Blocks, int Span>
-DQW_INLINE f32 part_scale(const float* s, const int64_t* group, int part) {
-    if constexpr (Span > 16) return all(s[group[2 * part]]);
-    return by_columns(s[group[2 * part]], s[group[2 * part + 1]]);
+DQW_INLINE f32 part_scale(const float* s, int part) {
+    if constexpr (Span == 16) return by_columns(s[2 * part], s[2 * part + 1]);
+    return all(s[Span == 32 ? part : 0]);
 }
 template <int R>
 DQW_INLINE void store_sums(int32_t* out, const i32 (&v)[R]) {
@@ -353,7 +352,7 @@ DQW_INLINE i32 widen(Bytes b) {
     return each<i32>([&](int i) { return (int32_t)c[W * J + i]; });
 }
 template <int P>
-DQW_INLINE f32 quarters(const float (&s)[4]) {
+DQW_INLINE f32 quarters(const float* s) {
     return by_columns(s[2 * P], s[2 * P + 1]);
 }
 

@@ -39,6 +39,14 @@ DQW_INLINE i32 pair(f32 a, f32 b) {
     return _mm512_permutexvar_epi16(order, (i32)_mm512_cvtne2ps_pbh(b, a));
 }
 
+// What fill_tile asks of a table, for codes as they are; those of 4 bits keep their upper bits,
+// which the lookup of floats does not mind.
+struct Codes {
+    Bytes operator()(Bytes c) const { return c; }
+    i32 packed_low(i32 x) const { return x; }
+    i32 packed_high(i32 x) const { return _mm512_srli_epi16(x, 4); }
+};
+
 template <int B, bool Wide>
 void decode(const Packed& whole, int64_t strip, int64_t begin, int64_t end, float* scales,
             uint16_t* out) {
@@ -53,8 +61,7 @@ void decode(const Packed& whole, int64_t strip, int64_t begin, int64_t end, floa
     scales_of_strip(w, n, first, group_at(end * 64 - 1), scales);
     const bool split = w.group % 4 != 0;  // a scale may change inside 4 columns
     const FloatTable<B> low(w.low), high(w.high);
-    const auto codes_of = [](Bytes c) DQW_INLINED { return c; };
-    fill_tile<B>(w, n, codes_of, [&](int64_t unit, int t, i32 v) DQW_INLINED {
+    fill_tile<B>(w, n, Codes(), [&](int64_t unit, int t, i32 v) DQW_INLINED {
         const auto scale_at = [&](int j) DQW_INLINED {
             const int64_t g = group_at(begin * 64 + unit * 4 + j) - first;
             return load(scales + g * kTileRows + t * W);
