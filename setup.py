@@ -52,7 +52,8 @@ COMMON = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vbmi", "vnni")]
-AMX = ["-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+# Nothing throws there; with exceptions, what releases the tiles would need a weak symbol.
+AMX = ["-mamx-tile", "-mamx-bf16", "-mamx-int8", "-fno-exceptions"]
 # GCC 12 warns about its own intrinsics (_mm512_undefined_*).
 GCC_12 = ["-mprefer-vector-width=512", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 BY_SUFFIX = {

@@ -27,9 +27,9 @@ struct TileProducts {
         }
         for (int64_t i = 0; i < chunks; i++) {
             _tile_loadd(4, a + i * 32, a_stride * 2);
-            _tile_loadd(6, b + i * kTile, 64);
+            _tile_stream_loadd(6, b + i * kTile, 64);
             _tile_loadd(5, a + 16 * a_stride + i * 32, a_stride * 2);
-            _tile_loadd(7, b + b_step + i * kTile, 64);
+            _tile_stream_loadd(7, b + b_step + i * kTile, 64);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(2, 5, 6);
