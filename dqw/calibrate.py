@@ -47,20 +47,22 @@ class Moment:
 
     def add(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Rows x (n, cols) of equal weight, or ``weight`` (n,)."""
-        x = x.float()
-        root = x if weight is None else x * weight.sqrt()[:, None]
-        # Sums of thousands: in float32, though of bfloat16 products under autocast (2048 columns,
-        # AMX: 40 instead of 102 ms). A moment of rounded inputs is a moment still.
-        before = torch.get_float32_matmul_precision()
+        weight = x.new_ones(len(x), dtype=torch.float32) if weight is None else weight.float()
+        root = x.float() * weight.sqrt()[:, None]
         lower = torch.is_autocast_enabled(x.device.type)
+        if lower:  # first, too, so that both are moments of the same inputs: centred() needs that
+            root = root.bfloat16().float()
+        # Sums of thousands: in float32, though of bfloat16 products under autocast (2048 columns,
+        # AMX: 40 instead of 102 ms).
+        before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("medium" if lower else before)
         try:
             with torch.autocast(x.device.type, enabled=False):
                 self.second.addmm_(root.T, root)
         finally:
             torch.set_float32_matmul_precision(before)
-        self.first += x.sum(0) if weight is None else (x * weight[:, None]).sum(0)
-        self.count += len(x) if weight is None else float(weight.sum())
+        self.first += (root * weight.sqrt()[:, None]).sum(0)
+        self.count += float(weight.sum())
 
     def centred(self) -> Tensor:
         """Σ w (x - mean)(x - mean)ᵀ."""
