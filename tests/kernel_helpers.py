@@ -58,13 +58,14 @@ def in_bfloat16(model: torch.nn.Module) -> Iterator[None]:
 
 
 def tolerance(
-    model: torch.nn.Module, run: Callable[[], Tensor], wanted: Tensor, share: float
-) -> float:
+    model: torch.nn.Module, run: Callable[[], Tensor], wanted: Tensor, share: float,
+    bf16: bool = False,
+) -> float:  # fmt: skip
     """How far native states may be from ``wanted = run()`` of the plain modules: ``share`` of the
-    largest, and where the tier in use multiplies in bfloat16, twice what that costs the plain ones.
-    """
+    largest, and where products may be of bfloat16 and are on the tier in use, twice what that costs
+    the plain ones."""
     limit = share * float(wanted.abs().max())
-    if torch.ops.dqw_cpu.instruction_set() in BF16_SETS:
+    if bf16 and torch.ops.dqw_cpu.instruction_set() in BF16_SETS:
         with in_bfloat16(model):
             limit += 2 * float((run() - wanted).abs().max())
     return limit

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from kernel_helpers import float_products, instruction_set, needs_library, tolerance
+from kernel_helpers import BF16_SETS, float_products, instruction_set, needs_library, tolerance
 from speech_helpers import Noise, clips, one_thread, tiny_model, tiny_processor  # noqa: F401
 from test_fast import TIERS, packed, plain
 from transformers import WhisperForConditionalGeneration
@@ -118,8 +118,12 @@ def test_native_states_at_any_length(tier, activations):
             alone = fast_encoder(encoder)(cut[1:])
             # int8: which way a tie of the activations' rounding falls is chance.
             share = 2e-5 if activations == "float" else 2e-2
-            limit = tolerance(encoder, partial(by_hand, encoder, cut), wanted, share)
-        torch.testing.assert_close(found, wanted, rtol=0, atol=limit)
+            run = partial(by_hand, encoder, cut)
+            limits = [tolerance(encoder, run, wanted, share, bf16) for bf16 in (False, True)]
+            lowered = fast_encoder(encoder)(cut, bf16=True)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=limits[0])
+        torch.testing.assert_close(lowered, wanted, rtol=0, atol=limits[1])
+        assert tier in BF16_SETS or torch.equal(lowered, found)
         assert torch.equal(alone[0], found[1])
 
 
@@ -140,19 +144,20 @@ def last_logits(model, features, ids):
 
 @needs_library
 @pytest.mark.parametrize("tier", TIERS)
-def test_the_decoder_after_a_short_context(tier):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_decoder_after_a_short_context(tier, bf16):
     """Encoder and decoder together against transformers' modules."""
     model = packed(tiny_model())
     ids = torch.randint(3, 250, (2, 6))
     for positions in (1, 13, 29, 50):
         cut = torch.randn(2, 80, 2 * positions)
         with instruction_set(tier), torch.inference_mode():
-            states = fast_encoder(model.model.encoder)(cut)
-            session = Session(fast_decoder(model), states, 16, cross_type="float32")
+            states = fast_encoder(model.model.encoder)(cut, bf16)
+            session = Session(fast_decoder(model), states, 16, cross_type="float32", bf16=bf16)
             found = session.step(ids)
             run = partial(last_logits, plain(model), cut, ids)
             wanted = run()
-            limit = tolerance(model, run, wanted, 4e-5)
+            limit = tolerance(model, run, wanted, 4e-5, bf16)
         torch.testing.assert_close(found, wanted, rtol=0, atol=limit)
 
 

@@ -231,7 +231,7 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& positions, 
     const std::shared_ptr<const Network> net = network(handle);
     check_decoder(*net);
     const int64_t vocabulary = net->weights.back().w.rows, rows = ids.numel();
-    Step s{*net, *tier().linear, whisper_kernels(), rows, wanted.numel()};
+    Step s{*net, *tier(false).linear, whisper_kernels(), rows, wanted.numel()};
     DQW_CHECK(cache.scalar_type() == ScalarType::Float && cache.is_contiguous() &&
                   cache.dim() == 5 && cache.size(0) == net->layers && cache.size(1) == 2 &&
                   cache.size(4) == net->width,
@@ -281,7 +281,7 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& positions, 
 
 // The audio's keys and values for every layer and head, from the encoder's states (clips,
 // positions, width) float32. type: 0 int8, 1 bfloat16, 2 float32.
-Tensor decoder_cross(int64_t handle, const Tensor& states_, int64_t type) {
+Tensor decoder_cross(int64_t handle, const Tensor& states_, int64_t type, bool bf16) {
     const std::shared_ptr<const Network> net = network(handle);
     check_decoder(*net);
     const Tensor states = as_float(states_);
@@ -296,7 +296,7 @@ Tensor decoder_cross(int64_t handle, const Tensor& states_, int64_t type) {
     if (cross.numel() == 0) return cross;
     uint8_t* out = static_cast<uint8_t*>(cross.mutable_data_ptr());
     const float* x = static_cast<const float*>(states.const_data_ptr());
-    const LinearKernels& linear = *tier().linear;
+    const LinearKernels& linear = *tier(bf16).linear;
     const WhisperKernels& kernels = whisper_kernels();
     const int64_t slots = torch::stable::get_num_threads();
     size_t shared = 0, own = 0;
@@ -352,7 +352,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dqw_cpu, m) {
     m.def(
         "decoder_step(int network, Tensor ids, Tensor positions, Tensor clips, Tensor sources, "
         "Tensor(a!) cache, Tensor cross, int audio, int type, Tensor wanted) -> Tensor");
-    m.def("decoder_cross(int network, Tensor states, int type) -> Tensor");
+    m.def("decoder_cross(int network, Tensor states, int type, bool bf16=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dqw_cpu, CPU, m) {

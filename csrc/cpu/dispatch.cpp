@@ -18,14 +18,14 @@
 namespace dqw {
 namespace {
 
-const Tier kScalar = {"scalar",        &fake_quant_scalar, &linear_scalar,
-                      &whisper_scalar, &attention_scalar,  &ceilings_scalar};
+const Tier kScalar = {"scalar",          &fake_quant_scalar, &linear_scalar, &whisper_scalar,
+                      &attention_scalar, &ceilings_scalar,   nullptr};
 
 #if defined(__x86_64__)
-const Tier kAvx2 = {"avx2",        &fake_quant_avx2, &linear_avx2,
-                    &whisper_avx2, &attention_avx2,  &ceilings_avx2};
-const Tier kAvx512 = {"avx512",        &fake_quant_avx512, &linear_avx512,
-                      &whisper_avx512, &attention_avx512,  &ceilings_avx512};
+const Tier kAvx2 = {"avx2",          &fake_quant_avx2, &linear_avx2, &whisper_avx2,
+                    &attention_avx2, &ceilings_avx2,   nullptr};
+const Tier kAvx512 = {"avx512",          &fake_quant_avx512, &linear_avx512, &whisper_avx512,
+                      &attention_avx512, &ceilings_avx512,   nullptr};
 
 // Those above AVX-512 are AVX-512 in all but their products of bfloat16.
 CeilingKernels ceilings_with(int64_t (*bf16)(int64_t, void*), int64_t (*int8)(int64_t, void*)) {
@@ -51,9 +51,10 @@ LinearKernels linear_with(const Bf16Kernels& bf16) {
 const LinearKernels linear_avx512_bf16 = linear_with(bf16_avx512_bf16);
 const LinearKernels linear_amx = linear_with(bf16_amx);
 const Tier kAvx512Bf16 = {"avx512_bf16",   &fake_quant_avx512,     &linear_avx512_bf16,
-                          &whisper_avx512, &attention_avx512_bf16, &ceilings_avx512_bf16};
-const Tier kAmx = {"amx",           &fake_quant_avx512, &linear_amx,
-                   &whisper_avx512, &attention_amx,     &ceilings_amx};
+                          &whisper_avx512, &attention_avx512_bf16, &ceilings_avx512_bf16,
+                          &kAvx512};
+const Tier kAmx = {"amx",          &fake_quant_avx512, &linear_amx, &whisper_avx512,
+                   &attention_amx, &ceilings_amx,      &kAvx512};
 
 // __builtin_cpu_supports also asks whether the operating system saves the wide registers.
 bool has_avx2() {

@@ -78,6 +78,7 @@ struct Encoder {
     const Network& net;
     const LinearKernels& linear;
     const WhisperKernels& kernels;
+    const EncoderAttention& attends;
     int64_t clips, mels, frames, positions;  // frames of the features, positions behind conv2
     const float* features;                   // (clips, mels, frames)
     float* out;                              // (clips, positions, width)
@@ -102,7 +103,7 @@ struct Encoder {
             own_product_bytes = std::max(own_product_bytes, product_own_bytes(w, m, linear));
         }
         own_product_bytes = round_up(own_product_bytes, 64);
-        const Attention attention{encoder_attention(), net.heads, positions, d};
+        const Attention attention{attends, net.heads, positions, d};
         own_bytes = own_product_bytes + attention.scratch_bytes();
         own_area = p.take<char>(own_bytes * torch::stable::get_num_threads());
         product_area = p.take<char>(shared);
@@ -211,8 +212,8 @@ struct Encoder {
         product(me, w[1], linear, area, normed, positions, k, nothing);
         product(me, w[2], linear, area, normed, positions, v, nothing);
         me.barrier();
-        Attention{encoder_attention(), net.heads, positions, d, q, k, v, packed}(
-            me, area.own + area.own_bytes, normed);
+        Attention{attends, net.heads, positions, d, q, k, v, packed}(me, area.own + area.own_bytes,
+                                                                     normed);
         me.barrier();
 
         float* y = q;
@@ -232,13 +233,15 @@ struct Encoder {
     }
 };
 
-// features (clips, mels, frames) float32, frames even → states (clips, frames / 2, width).
-Tensor encoder(int64_t handle, const Tensor& features_) {
+// features (clips, mels, frames) float32, frames even → states (clips, frames / 2, width). bf16:
+// products may be of bfloat16, where that is faster.
+Tensor encoder(int64_t handle, const Tensor& features_, bool bf16) {
     const std::shared_ptr<const Network> net = network(handle);
     const Tensor features = as_float(features_);
     DQW_CHECK(features.dim() == 3 && features.size(2) % 2 == 0,
               "features must be (clips, mel bins, frames), with an even number of frames");
-    Encoder e{*net, *tier().linear, whisper_kernels()};
+    const Tier& t = tier(bf16);
+    Encoder e{*net, *t.linear, *t.whisper, *t.attention};
     e.clips = features.size(0);
     e.mels = features.size(1);
     e.frames = features.size(2);
@@ -269,7 +272,7 @@ Tensor attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, int64_t h
     Tensor out = new_tensor({positions, width}, ScalarType::Float);
     if (out.numel() == 0) return out;
     const auto data = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
-    Attention a{encoder_attention(), heads, positions, width, data(q), data(k), data(v)};
+    Attention a{*tier().attention, heads, positions, width, data(q), data(k), data(v)};
     const int64_t slots = torch::stable::get_num_threads();
     const int64_t packed = heads * a.packed_bytes(), own = a.scratch_bytes();
     a.packed = static_cast<char*>(scratch<2>(packed + slots * own));
@@ -282,7 +285,7 @@ Tensor attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, int64_t h
 }  // namespace dqw
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dqw_cpu, m) {
-    m.def("encoder(int network, Tensor features) -> Tensor");
+    m.def("encoder(int network, Tensor features, bool bf16=False) -> Tensor");
     m.def("encoder_attention(Tensor q, Tensor k, Tensor v, int heads) -> Tensor");
 }
 

@@ -139,6 +139,8 @@ struct Tier {
     const WhisperKernels* whisper;
     const EncoderAttention* attention;
     const CeilingKernels* ceilings;
+    const Tier*
+        exact;  // where float32 products are rounded to bfloat16, the tier that does not; or null
 };
 
 extern const FakeQuantKernels fake_quant_scalar, fake_quant_avx2, fake_quant_avx512;
@@ -147,5 +149,10 @@ extern const CeilingKernels ceilings_scalar, ceilings_avx2, ceilings_avx512;
 
 // The tier in use: the best that the machine runs, or what DQW_CPU_ISA asks for if it runs that.
 const Tier& tier();
+// The same, or the one that multiplies float32 as float32.
+inline const Tier& tier(bool bf16) {
+    const Tier& best = tier();
+    return bf16 || best.exact == nullptr ? best : *best.exact;
+}
 
 }  // namespace dqw

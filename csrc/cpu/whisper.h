@@ -81,6 +81,5 @@ inline const WhisperKernels& whisper_kernels() { return *tier().whisper; }
 
 extern const EncoderAttention attention_scalar, attention_avx2, attention_avx512,
     attention_avx512_bf16, attention_amx;
-inline const EncoderAttention& encoder_attention() { return *tier().attention; }
 
 }  // namespace dqw

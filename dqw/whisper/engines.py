@@ -78,6 +78,9 @@ class PlainEngine:
 
     def encode(self, features: Tensor) -> Tensor:
         encoder: Any = self.model.get_encoder()
+        native = fast_encoder(encoder) if self.native() else None
+        if native is not None:
+            return native(features, bf16=True)
         with narrowed(encoder, features.shape[-1] // 2):
             return encoder(features.to(self.model.device, self.model.dtype))[0]
 
@@ -124,7 +127,7 @@ class NativeEngine:
     def encode(self, features: Tensor) -> Tensor:
         encoder = fast_encoder(self.model.model.encoder)
         assert encoder is not None
-        return encoder(features)
+        return encoder(features, bf16=True)
 
     def native(self) -> FastDecoder | None:
         return fast_decoder(self.model)
@@ -134,7 +137,7 @@ class NativeEngine:
         assert decoder is not None
         start = torch.full((len(states), 1), self.settings.decoder_start_token_id)
         ids = torch.tensor(sorted(self.settings.lang_to_id.values()))
-        return ids[Session(decoder, states, 1).step(start)[:, ids].argmax(1)].tolist()
+        return ids[Session(decoder, states, 1, bf16=True).step(start)[:, ids].argmax(1)].tolist()
 
     def generate(self, states: Tensor, languages: Sequence[str | None], **options: Any) -> Tensor:
         raise NotImplementedError("beams need transformers' generate: take a PlainEngine")

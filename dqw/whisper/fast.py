@@ -143,11 +143,11 @@ _networks: weakref.WeakValueDictionary[int, Network] = weakref.WeakValueDictiona
 def _register_shapes() -> None:
     """What the operators return, without data (torch.compile and opcheck ask)."""
 
-    def encoder(network: int, features: Tensor) -> Tensor:
+    def encoder(network: int, features: Tensor, bf16: bool = False) -> Tensor:
         clips, _, frames = features.shape
         return features.new_empty(clips, frames // 2, _networks[network].width)
 
-    def decoder_cross(network: int, states: Tensor, type: int) -> Tensor:
+    def decoder_cross(network: int, states: Tensor, type: int, bf16: bool = False) -> Tensor:
         net, padded = _networks[network], -(-states.shape[1] // 16) * 16
         width = net.width // net.heads
         size = 2 * padded * (width + 4 if type == 0 else width * 2 * type)
@@ -176,14 +176,17 @@ def _norms(layer: Any) -> list[Tensor]:
 
 
 class FastEncoder:
-    """The native encoder: features (clips, mels, frames) → states (clips, frames / 2, width)."""
+    """The native encoder: features (clips, mels, frames) → states (clips, frames / 2, width).
+
+    bf16: products may be of bfloat16, with float32 sums, where the machine is faster so (AMX).
+    """
 
     def __init__(self, encoder: Any) -> None:
         packed = [module for _, module in _linears(encoder)] + [encoder.conv1, encoder.conv2]
         self.network = Network(encoder, packed, encoder.config.encoder_attention_heads)
 
-    def __call__(self, features: Tensor) -> Tensor:
-        return torch.ops.dqw_cpu.encoder(self.network.handle, features)
+    def __call__(self, features: Tensor, bf16: bool = False) -> Tensor:
+        return torch.ops.dqw_cpu.encoder(self.network.handle, features, bf16)
 
 
 class FastDecoder:
@@ -199,15 +202,16 @@ class FastDecoder:
         self.cross_type = "int8" if int8 else "bfloat16"
         packed = [*modules, decoder.embed_tokens]
         self.network = Network(decoder, packed, config.decoder_attention_heads)
-        self._last: tuple[weakref.ref, int, Tensor] | None = None
+        self._last: tuple[weakref.ref, tuple[int, bool], Tensor] | None = None
 
-    def cross(self, states: Tensor, cross_type: int) -> Tensor:
+    def cross(self, states: Tensor, cross_type: int, bf16: bool = False) -> Tensor:
         """The keys and values of the encoder's ``states``. The last ones are remembered for as
         long as the states live: detecting the language and decoding ask for the same."""
         last = self._last
-        if last is None or last[0]() is not states or last[1] != cross_type:
-            made = torch.ops.dqw_cpu.decoder_cross(self.network.handle, states, cross_type)
-            last = self._last = weakref.ref(states, self._forget), cross_type, made
+        asked = cross_type, bf16
+        if last is None or last[0]() is not states or last[1] != asked:
+            made = torch.ops.dqw_cpu.decoder_cross(self.network.handle, states, *asked)
+            last = self._last = weakref.ref(states, self._forget), asked, made
         return last[2]
 
     def _forget(self, dead: weakref.ref) -> None:
@@ -252,6 +256,7 @@ class Session:
     """Sequences being decoded, ``per_clip`` of them for each clip (beams).
 
     states: the encoder's (clips, positions, width) float32. longest: tokens a sequence may have.
+    bf16: keys and values of the audio may be products of bfloat16, as in ``FastEncoder``.
     """
 
     # what generate asks a cache
@@ -261,12 +266,12 @@ class Session:
 
     def __init__(
         self, decoder: FastDecoder, states: Tensor, longest: int, per_clip: int = 1,
-        cross_type: str | None = None,
+        cross_type: str | None = None, bf16: bool = False,
     ) -> None:  # fmt: skip
         self.audio = states.shape[1]
         self.type = CROSS_TYPES.index(cross_type or decoder.cross_type)
         self.network = decoder.network
-        self.cross = decoder.cross(states, self.type)
+        self.cross = decoder.cross(states, self.type, bf16)
         count = states.shape[0] * per_clip
         self.longest = min(longest, decoder.positions)
         self.cache = torch.empty(decoder.layers, 2, count, self.longest, decoder.width)

@@ -70,6 +70,7 @@ def greedy(
     scores: bool = False,
     logits: bool = False,
     streamer: Any = None,
+    bf16: bool = False,
 ) -> Decoded:
     """Decode ``prompt`` (sequences, tokens), one sequence for each of the encoder's ``states``.
 
@@ -80,7 +81,7 @@ def greedy(
     ids = torch.full((count, max(longest, length + 1)), pad, dtype=torch.long)
     ids[:, :length] = prompt
     found = Decoded(ids)
-    session = Session(decoder, states, longest)
+    session = Session(decoder, states, longest, bf16=bf16)
     running = torch.arange(count)
     new = prompt
     while True:

@@ -338,7 +338,7 @@ class _Decoder:
         positions = self.engine.positions
         longest = min((self.settings.max_length or positions) + begin, positions)
         stop = Stop(longest, (self.end,))
-        return greedy(decoder, states, prompt, processors, stop, pad=self.end).ids
+        return greedy(decoder, states, prompt, processors, stop, pad=self.end, bf16=True).ids
 
     def _reported(self, code: str | None) -> str | None:
         return code if self.multilingual else "en"
