@@ -54,8 +54,8 @@ class Member {
 };
 
 // As long as this lives, numbers below 1e-38 count as 0 on this thread. A softmax's small
-// probabilities times a value would be such, and so would GELU's far tail; x86 takes a hundred cycles
-// for one. Without this, float32 attention with scores hundreds apart took 28 times as long.
+// probabilities times a value would be such, and so would GELU's far tail; x86 takes a hundred
+// cycles for one. Without this, float32 attention with scores hundreds apart took 28 times as long.
 class NoTinyNumbers {
   public:
 #if defined(__x86_64__)
