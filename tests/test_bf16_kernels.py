@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_helpers import (
+    BF16_SETS,
     BITS,
     instruction_set,
     needs_library,
@@ -17,7 +18,6 @@ from dqw import grids, reference
 
 pytestmark = needs_library
 dqw = torch.ops.dqw
-TIERS = ("avx512_bf16", "amx")
 GRANULARITIES = ("tensor", "channel", "6", "16", "24", "32", "64", "128")
 
 
@@ -39,7 +39,7 @@ def weight_of(args: tuple, cols: int) -> Tensor:
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", BF16_SETS)
 def test_as_good_as_torch(tier: str, bits: int, granularity: str) -> None:
     shapes = ((17, 33, 7), (31, 32, 64), (33, 70, 1023), (65, 40, 2100), (100, 97, 130))
     with instruction_set(tier):
@@ -54,7 +54,7 @@ def test_as_good_as_torch(tier: str, bits: int, granularity: str) -> None:
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", BF16_SETS)
 def test_identity_gives_the_weight_rounded_once(tier: str, granularity: str) -> None:
     with instruction_set(tier):
         for bits, levels in [(b, grids.levels("apot", b)) for b in BITS] + [(6, wildest_levels(6))]:
@@ -68,7 +68,7 @@ def test_identity_gives_the_weight_rounded_once(tier: str, granularity: str) -> 
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", BF16_SETS)
 def test_every_number_of_rows(tier: str, threads: int) -> None:
     """A row's result does not depend on its company nor on who computes it."""
     before = torch.get_num_threads()
@@ -91,7 +91,7 @@ def test_every_number_of_rows(tier: str, threads: int) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", BF16_SETS)
 def test_nan_and_infinity_stay_in_their_row(tier: str) -> None:
     with instruction_set(tier):
         levels = grids.levels("uniform", 4)
@@ -106,7 +106,7 @@ def test_nan_and_infinity_stay_in_their_row(tier: str) -> None:
                 assert got[2:].isfinite().all()
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", BF16_SETS)
 def test_any_strides_and_dimensions(tier: str) -> None:
     levels = grids.levels("apot", 4)
     weight, _ = random_weight(40, 80, 4, levels)
@@ -119,7 +119,7 @@ def test_any_strides_and_dimensions(tier: str) -> None:
         assert torch.equal(got, dqw.quant_linear(x.contiguous(), *args))
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", BF16_SETS)
 def test_float32_and_int8_stay_what_they_are(tier: str) -> None:
     """Only bfloat16 x is multiplied so: elsewhere the tiers are AVX-512, bit for bit."""
     levels = grids.levels("apot", 4)

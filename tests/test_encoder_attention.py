@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from kernel_helpers import BF16_SETS as HALF
 from kernel_helpers import INSTRUCTION_SETS, instruction_set, needs_library
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -11,7 +12,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench import attention
 
 pytestmark = needs_library
-HALF = ("avx512_bf16", "amx")  # tiers that multiply bfloat16
 EXACT = tuple(tier for tier in INSTRUCTION_SETS if tier not in HALF)
 
 

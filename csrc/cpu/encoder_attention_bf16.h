@@ -19,6 +19,8 @@
 
 #include "isa_avx512.h"
 #include "whisper.h"
+//
+#include "bf16_pairs.h"
 
 namespace dqw {
 namespace {
@@ -63,16 +65,13 @@ void run_pack(const EncoderHead& h) {
         }
     }
     // Numbers of two positions, one after the other, become pairs.
-    const i32 weave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                       23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t t = 0; t < positions; t += 2) {
         for (int64_t i = 0; i < width; i += 16) {
             const float* v = h.v + t * h.stride + i;
             const bool there = i < h.head_dim;
             const f32 a = there && t < h.positions ? load(v) : zero();
             const f32 b = there && t + 1 < h.positions ? load(v + h.stride) : zero();
-            const i32 both = (i32)_mm512_cvtne2ps_pbh(b, a);
-            store_int(to + i * positions + t * 16, _mm512_permutexvar_epi16(weave, both));
+            store_int(to + i * positions + t * 16, bf16_pairs(a, b));
         }
     }
 }

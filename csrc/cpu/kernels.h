@@ -139,8 +139,9 @@ struct Tier {
     const WhisperKernels* whisper;
     const EncoderAttention* attention;
     const CeilingKernels* ceilings;
-    const Tier*
-        exact;  // where float32 products are rounded to bfloat16, the tier that does not; or null
+    // Where Whisper's float32 products may be rounded to bfloat16: the tier that rounds none; or
+    // null.
+    const Tier* exact;
 };
 
 extern const FakeQuantKernels fake_quant_scalar, fake_quant_avx2, fake_quant_avx512;

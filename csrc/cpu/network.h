@@ -46,10 +46,10 @@ struct Area {
 size_t product_own_bytes(const Weight& w, int64_t m, const LinearKernels& k);
 size_t product_shared_bytes(const Weight& w, int64_t m, const LinearKernels& k);
 
-// y (m, rows) = x (m, cols) W^T + bias, x and y float32; many rows are multiplied in bfloat16 where
-// the processor can. Every thread of the team calls it with the same arguments; x must be written
-// by all (a barrier) before, y is after the next barrier, except that finish(row begin, row end,
-// column begin, column end) runs on the thread that has just written these of y.
+// y (m, rows) = x (m, cols) W^T + bias, x and y float32; many rows are multiplied in bfloat16 if
+// `k` has that (see tier(bool)). Every thread of the team calls it with the same arguments; x must
+// be written by all (a barrier) before, y is after the next barrier, except that finish(row begin,
+// row end, column begin, column end) runs on the thread that has just written these of y.
 template <class F>
 void product(Member& me, const Weight& weight, const LinearKernels& k, const Area& area,
              const float* x, int64_t m, float* y, const F& finish);

@@ -12,9 +12,9 @@
 
 namespace dqw {
 
-constexpr int64_t kStripRows = 32, kBlockRows = 32;      // of W, of x
-constexpr int64_t kBlockBytes = kStripRows * 64 * 2;     // 64 columns of either
-constexpr int64_t kPanelBytes = 1 << 19, kDeepest = 24;  // blocks
+constexpr int64_t kStripRows = 32, kBlockRows = 32;   // of W, of x
+constexpr int64_t kBlockBytes = kStripRows * 64 * 2;  // 64 columns of either
+constexpr int64_t kDeepest = 24;                      // blocks of a panel
 
 inline int64_t strip_count(const Packed& w) { return (w.rows + kStripRows - 1) / kStripRows; }
 

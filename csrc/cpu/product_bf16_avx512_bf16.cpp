@@ -3,6 +3,8 @@
 #include "bf16.h"
 #include "isa_avx512.h"
 // The loops need the lanes above, and each other in this order.
+#include "bf16_pairs.h"
+//
 #include "decode.h"
 //
 #include "tile_loops.h"
@@ -30,13 +32,6 @@ void scales_of_strip(const Packed& w, int64_t n, int64_t first, int64_t last, fl
             }
         }
     }
-}
-
-// Lane i: column a of row i, column b of row i.
-DQW_INLINE i32 pair(f32 a, f32 b) {
-    const i32 order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                       23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, (i32)_mm512_cvtne2ps_pbh(b, a));
 }
 
 // What fill_tile asks of a table, for codes as they are; those of 4 bits keep their upper bits,
@@ -75,8 +70,8 @@ void decode(const Packed& whole, int64_t strip, int64_t begin, int64_t end, floa
             x[j.value] = mul(level, s);
         });
         uint16_t* to = out + (unit / 8 * 2 + t) * 512 + unit % 8 * 64;
-        store_int(to, pair(x[0], x[1]));
-        store_int(to + 32, pair(x[2], x[3]));
+        store_int(to, bf16_pairs(x[0], x[1]));
+        store_int(to + 32, bf16_pairs(x[2], x[3]));
     });
 }
 

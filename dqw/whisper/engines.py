@@ -78,6 +78,7 @@ class PlainEngine:
 
     def encode(self, features: Tensor) -> Tensor:
         encoder: Any = self.model.get_encoder()
+        # Directly, as forward would keep its products in float32.
         native = fast_encoder(encoder) if self.native() else None
         if native is not None:
             return native(features, bf16=True)

@@ -74,7 +74,7 @@ def greedy(
 ) -> Decoded:
     """Decode ``prompt`` (sequences, tokens), one sequence for each of the encoder's ``states``.
 
-    Sequences that ended leave the batch: the rest is decoded without them.
+    Sequences that ended leave the batch: the rest is decoded without them. bf16: as in ``Session``.
     """
     count, length = prompt.shape
     longest = stop.length or decoder.positions + 1
