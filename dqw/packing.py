@@ -14,9 +14,10 @@ matrix of floats, so opening a packed folder without dqw stops with a size misma
 
 Scales of groups are positive floats of 4 exponent and 4 mantissa bits, a byte each: byte 0 of the
 flat tensor is the float32 exponent field of the smallest, the others, row by row, are what the
-upper 12 bits of the float32 exceed those of 2^(byte 0 - 127) by. In memory they are float16, which
-holds them exactly. Against exact scales the squared error of normal weights at 4 bits in groups of
-16 grows by 3 %; groups of 32, which take as many bytes with float16 scales, would add 25 %.
+upper 12 bits of the float32 exceed those of 2^(byte 0 - 127) by. Modules hold them as float16,
+which is exact; the CPU's operators take either. Against exact scales the squared error of normal
+weights at 4 bits in groups of 16 grows by 3 %; groups of 32, which take as many bytes with float16
+scales, would add 25 %.
 """
 
 import torch

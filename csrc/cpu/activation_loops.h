@@ -23,11 +23,6 @@ DQW_INLINE void with_rows(int64_t rows, const F& f) {
     f(Int<Max>());
 }
 
-template <Type T>
-DQW_INLINE f32 read_some(const void* p, int64_t i, int64_t n) {
-    return n >= W ? read<T>(p, i) : read<T>(p, i, n);
-}
-
 // Scales of W rows from n as floats, one for every Span columns of [begin, end); → the step from
 // row to row. Groups are multiples of Span columns. Where whole rows need no copy of any scale they
 // lie side by side, as they do in memory.
@@ -39,11 +34,7 @@ DQW_INLINE int64_t load_scales(const Packed& w, int64_t n, int64_t begin, int64_
     const int64_t groups = (w.cols + w.group - 1) / w.group, spans = (end - begin) / Span;
     const int64_t rows = w.rows - n < W ? w.rows - n : W;
     const auto convert = [&](int64_t from, int64_t count, float* to) {
-        for (int64_t i = 0; i < count; i += W) {
-            const int64_t left = count - i;
-            store(to + i, w.scale_is_half ? read_some<Type::f16>(w.scale, from + i, left)
-                                          : read_some<Type::f32>(w.scale, from + i, left));
-        }
+        for (int64_t i = 0; i < count; i += W) store(to + i, scales_at(w, from + i, count - i));
     };
     const int64_t each = w.group / Span;
     if (spans == groups * each) {
@@ -98,10 +89,8 @@ struct Outputs {
             scale = all(scale_at(w, 0, 0));
         } else if (some <= 0) {
             scale = zero();
-        } else if (w.scale_is_half) {
-            scale = some == W ? read<Type::f16>(w.scale, n) : read<Type::f16>(w.scale, n, some);
         } else {
-            scale = some == W ? read<Type::f32>(w.scale, n) : read<Type::f32>(w.scale, n, some);
+            scale = scales_at(w, n, some);
         }
         bias = zero();
         if (b && some > 0) bias = some == W ? load(b + n) : read<Type::f32>(b, n, some);

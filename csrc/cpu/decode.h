@@ -40,10 +40,36 @@ DQW_INLINE void unroll(const F& f) {
 
 constexpr int kVectors = 64 / W;  // registers of 32-bit lanes for a block of codes
 
+template <Type T>
+DQW_INLINE f32 read_some(const void* p, int64_t i, int64_t n) {
+    return n >= W ? read<T>(p, i) : read<T>(p, i, n);
+}
+
+// W scales from the i-th; those behind the next n are any.
+DQW_INLINE f32 scales_at(const Packed& w, int64_t i, int64_t n) {
+    switch (w.scale_type) {
+        case ScaleType::f32:
+            return read_some<Type::f32>(w.scale, i, n);
+        case ScaleType::f16:
+            return read_some<Type::f16>(w.scale, i, n);
+        default:
+            return read_scales((const uint8_t*)w.scale + i, n < W ? n : W, w.lowest_scale);
+    }
+}
+
 DQW_INLINE float scale_at(const Packed& w, int64_t row, int64_t group) {
     const int64_t i = row * w.scale_stride + group;
-    return w.scale_is_half ? half_to_float(((const uint16_t*)w.scale)[i])
-                           : ((const float*)w.scale)[i];
+    switch (w.scale_type) {
+        case ScaleType::f32:
+            return ((const float*)w.scale)[i];
+        case ScaleType::f16:
+            return half_to_float(((const uint16_t*)w.scale)[i]);
+        default:
+            const int32_t b = (((const uint8_t*)w.scale)[i] << kScaleShift) + w.lowest_scale;
+            float scale;
+            __builtin_memcpy(&scale, &b, 4);
+            return scale;
+    }
 }
 
 // The group of a column: a shift where it can be one. Without groups all columns are group 0.

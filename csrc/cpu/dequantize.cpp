@@ -19,13 +19,25 @@ Packed packed_weight(const Tensor& weight, const Tensor& scale, const Tensor& le
               bits, " bits takes ", rows * w.row_bytes, " bytes of uint8");
     w.data = static_cast<const uint8_t*>(weight.const_data_ptr());
 
-    const bool half = scale.scalar_type() == ScalarType::Half;
-    DQW_CHECK(half || scale.scalar_type() == ScalarType::Float,
-              "scale of a packed weight must be float32 or float16");
-    w.scale = scale.const_data_ptr();
-    w.scale_is_half = half;
-    w.scale_stride = scale_stride(scale, rows, cols, group_size);
     w.group = group_size;
+    w.scale = scale.const_data_ptr();
+    if (scale.scalar_type() == ScalarType::Byte) {
+        DQW_CHECK(group_size > 0, "scales of uint8 are those of groups, and group_size is 0");
+        w.scale_stride = (cols + group_size - 1) / group_size;
+        DQW_CHECK(scale.dim() == 1 && scale.numel() == 1 + rows * w.scale_stride,
+                  "stored scales have ", scale.numel(), " bytes, but those of (", rows, ", ", cols,
+                  ") in groups of ", group_size, " have ", 1 + rows * w.scale_stride);
+        const uint8_t* stored = static_cast<const uint8_t*>(w.scale);
+        w.scale = stored + 1;
+        w.scale_type = ScaleType::byte;
+        w.lowest_scale = stored[0] << 23;
+    } else {
+        const bool half = scale.scalar_type() == ScalarType::Half;
+        DQW_CHECK(half || scale.scalar_type() == ScalarType::Float,
+                  "scale of a packed weight must be float32, float16, or uint8 as it is stored");
+        w.scale_type = half ? ScaleType::f16 : ScaleType::f32;
+        w.scale_stride = scale_stride(scale, rows, cols, group_size);
+    }
 
     const int64_t codes = int64_t{1} << bits;
     DQW_CHECK(levels.scalar_type() == ScalarType::Short && levels.numel() == codes,

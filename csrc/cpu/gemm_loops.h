@@ -26,12 +26,7 @@ DQW_INLINE void fill_scales(const Packed& w, int64_t n, float* scales) {
             i32 v[W];
             for (int r = 0; r < W; r++) {
                 const int64_t i = n + t + r, at = i * w.scale_stride + g, left = groups - g;
-                f32 own = zero();
-                if (i < w.rows) {
-                    own = w.scale_is_half ? read_some<Type::f16>(w.scale, at, left)
-                                          : read_some<Type::f32>(w.scale, at, left);
-                }
-                v[r] = bits_of(own);
+                v[r] = bits_of(i < w.rows ? scales_at(w, at, left) : zero());
             }
             transpose(v);
             for (int64_t j = 0; j < W && g + j < groups; j++) {
@@ -291,6 +286,7 @@ constexpr LinearKernels kLinearKernels = {
     .gemv_int8 = run_gemv_int8,
     .dequantize = run_dequantize,
     .levels = run_levels,
+    .scale = scale_at,
     .int8_block_rows = kInt8BlockRows,
     .float_block_rows = kFloatBlockRows,
     .group_block_rows = kGroupBlockRows,

@@ -188,6 +188,13 @@ DQW_INLINE void write(void* p, int64_t i, f32 x, int64_t n) {
     write<T>(few, 0, x);
     for (int64_t j = 0; j < n; j++) ((uint16_t*)p)[i + j] = few[j];
 }
+// n floats (of W) that are stored as bytes, see ScaleType.
+DQW_INLINE f32 read_scales(const uint8_t* p, int64_t n, int32_t lowest) {
+    uint64_t few = 0;
+    n == W ? __builtin_memcpy(&few, p, W) : __builtin_memcpy(&few, p, n);
+    const i32 code = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)few));
+    return _mm256_castsi256_ps(add_int(_mm256_slli_epi32(code, kScaleShift), all_int(lowest)));
+}
 DQW_INLINE float half_to_float(uint16_t x) { return _cvtsh_ss(x); }
 
 // ---- level lookup for fake quantization: k = floor(2|x|/scale) to a level ----

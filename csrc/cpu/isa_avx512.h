@@ -151,6 +151,11 @@ DQW_INLINE void write(void* p, int64_t i, f32 x, int64_t n) {
     const __m256i y = T == Type::f16 ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT) : to_bf16(x);
     _mm256_mask_storeu_epi16((uint16_t*)p + i, lanes(n), y);
 }
+// n floats (of W) that are stored as bytes, see ScaleType.
+DQW_INLINE f32 read_scales(const uint8_t* p, int64_t n, int32_t lowest) {
+    const i32 code = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(lanes(n), p));
+    return _mm512_castsi512_ps(add_int(_mm512_slli_epi32(code, kScaleShift), all_int(lowest)));
+}
 DQW_INLINE float half_to_float(uint16_t x) { return _cvtsh_ss(x); }
 
 // ---- level lookup for fake quantization: k = floor(2|x|/scale) to a level ----

@@ -211,6 +211,15 @@ DQW_INLINE uint16_t float_to_bf16(float x) {  // to nearest even
     return x != x ? 0x7fc0 : (uint16_t)((b + 0x7fff + (b >> 16 & 1)) >> 16);
 }
 
+// n floats (of W) that are stored as bytes, see ScaleType.
+DQW_INLINE f32 read_scales(const uint8_t* p, int64_t n, int32_t lowest) {
+    f32 x = zero();
+    for (int64_t j = 0; j < n; j++) {
+        x.v[j] = from_bits(((uint32_t)p[j] << kScaleShift) + (uint32_t)lowest);
+    }
+    return x;
+}
+
 template <Type T>
 DQW_INLINE f32 read(const void* p, int64_t i, int64_t n) {  // the first n lanes, zeros behind
     f32 x = zero();

@@ -45,6 +45,11 @@ struct FakeQuantKernels {
 
 // ---- packed weights: csrc/cpu/quant_linear.cpp, csrc/cpu/dequantize.cpp ----
 
+// What scales are kept as: floats, halves, or the bytes that a folder stores for groups
+// (dqw/packing.py), whose float32 is (byte << kScaleShift) + Packed::lowest_scale, as bits.
+enum class ScaleType : int { f32, f16, byte };
+constexpr int kScaleShift = 23 - 4;
+
 // A packed matrix (dqw/packing.py), its scales, and its levels split into bytes.
 struct Packed {
     const uint8_t* data;
@@ -53,7 +58,8 @@ struct Packed {
     int64_t blocks;     // of 64 codes a row; cols padded = 64 * blocks
     int64_t row_bytes;  // 8 * bits * blocks
     const void* scale;
-    bool scale_is_half;
+    ScaleType scale_type;
+    int32_t lowest_scale;  // its bits as a float32, if the scales are bytes
     int64_t scale_stride;  // from row to row, as above
     int64_t group;         // columns that share a scale; 0 unless grouped
     // level = low + 256 * high, low in -128..127. `wide`: some level needs `high`.
@@ -102,6 +108,7 @@ struct LinearKernels {
     // Row `row` as float32 level * scale (cols), or as int16 levels (cols padded).
     void (*dequantize)(const Packed&, int64_t row, float* out);
     void (*levels)(const Packed&, int64_t row, int16_t* out);
+    float (*scale)(const Packed&, int64_t row, int64_t group);
     // Many rows of x; null where torch's matmul on the unpacked matrix is faster.
     int int8_block_rows;  // register block: rows of x
     int float_block_rows;

@@ -23,8 +23,7 @@ void scales_of_strip(const Packed& w, int64_t n, int64_t first, int64_t last, fl
             for (int r = 0; r < W; r++) {
                 const int64_t row = n + t * W + r < w.rows ? n + t * W + r : w.rows - 1;
                 const int64_t i = row * w.scale_stride + g;
-                v[r] = bits_of(w.scale_is_half ? read<Type::f16>(w.scale, i, some)
-                                               : read<Type::f32>(w.scale, i, some));
+                v[r] = bits_of(scales_at(w, i, some));
             }
             transpose(v);
             for (int64_t i = 0; i < some; i++) {

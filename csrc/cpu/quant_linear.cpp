@@ -176,11 +176,7 @@ Tensor matmul_int8(Linear& a, const Tensor& x, const LinearKernels& k) {
         const Tensor sums = product(q, w, begin, std::min(group, cols - begin));
         const void* sum = sums.const_data_ptr();
         for (int64_t n = 0; n < rows; n++) {
-            const int64_t at = n * a.w.scale_stride + g;
-            scale[n] =
-                a.w.scale_is_half
-                    ? static_cast<float>(static_cast<const torch::headeronly::Half*>(a.w.scale)[at])
-                    : static_cast<const float*>(a.w.scale)[at];
+            scale[n] = k.scale(a.w, n, g);
         }
         for (int64_t m = 0; m < a.m; m++) {
             for (int64_t n = 0; n < rows; n++) {

@@ -24,6 +24,7 @@ const LinearKernels linear_scalar = {
     .gemv_int8 = run_gemv_int8,
     .dequantize = run_dequantize,
     .levels = run_levels,
+    .scale = scale_at,
 };
 
 }  // namespace dqw

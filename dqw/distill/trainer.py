@@ -123,7 +123,11 @@ class DistillTrainer(Seq2SeqTrainer):
         wanted, logits = self.teacher_layers_wanted(distilled), self.distill.kl > 0
         if batch.taught is None:
             heard = features if self.distill.teacher_masked else batch.teacher_features
-            teacher = teacher_pass(self.teacher, heard, batch, self.teacher_taps, wanted, logits)
+            # In the student's precision: in float32 it took a third of a step on AMX.
+            with self.accelerator.autocast():
+                teacher = teacher_pass(
+                    self.teacher, heard, batch, self.teacher_taps, wanted, logits
+                )
         else:
             teacher = teacher_recalled(self.teacher, batch, wanted, logits)
         if batch.positions is not None:

@@ -2,7 +2,8 @@
 
 ``skeleton(config)`` has the modules, names and shapes of transformers' Whisper and nothing that
 computes: the native networks (``fast``) read their tensors from it. ``load(folder)`` fills it from
-model.safetensors, which stays mapped into memory: packed tensors are never copied.
+model.safetensors, which stays mapped into memory: packed tensors are never copied, and the networks
+read scales of groups as they are stored.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqw.convert import quant_modules, swap_empty
+from dqw.convert import swap_empty
 from dqw.errors import UserError
 from dqw.packing import FORMAT_VERSION
 from dqw.recipe import QuantSpec
@@ -129,8 +130,6 @@ def load(folder: Path, config: dict[str, Any]) -> Skeleton:
             f"missing, unknown or of another shape, such as {faults[0]}); copy the folder again"
         )
     model.load_state_dict(state, assign=True)
-    for module in quant_modules(model).values():
-        module.unpack_scales()
     return model.requires_grad_(False)
 
 
