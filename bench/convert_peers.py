@@ -17,6 +17,8 @@ from rich.console import Console
 
 from bench import transcribe
 from bench.__main__ import exit_with_a_sentence
+from bench.options import choose
+from bench.reciter import SHAPES, reciter
 from dqw.errors import UserError
 
 KINDS = ("int4", "int8")
@@ -32,6 +34,13 @@ def main(
     optimum_cli: Annotated[
         str, typer.Option(help="The program that exports for OpenVINO.")
     ] = "optimum-cli",
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="tiny, base, small or medium: random weights of that shape, which recite "
+            "a text to any audio (bench.reciter); for speed alone."
+        ),
+    ] = None,
 ) -> None:
     """Convert one float Whisper for every peer that can be converted for here."""
     from dqw.whisper.checkpoint import load_whisper, save_processor
@@ -43,9 +52,12 @@ def main(
     folder = out / "hf"
     if not (folder / "tokenizer.json").is_file():
         model, processor = load_whisper(source)
+        if shape is not None:
+            model = reciter(choose("--shape", shape, tuple(SHAPES)), model, processor)
         model.save_pretrained(folder)
         save_processor(processor, folder)
-    found = [transcribe.ggml(out, Path(source), kind, console.print) for kind in ("q4_0", "q8_0")]
+    written = folder if shape else Path(source)
+    found = [transcribe.ggml(out, written, kind, console.print) for kind in ("q4_0", "q8_0")]
     found += faster_whisper(folder, out / "ct2-int8")
     for kind in KINDS:
         found += openvino(folder, out / f"openvino-{kind}", kind, optimum_cli)

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import soundfile
+import torch
 from kernel_helpers import needs_library
 from rich.console import Console
 from typer.testing import CliRunner
@@ -15,10 +16,10 @@ from whisper_helpers import save_tiny, tiny, tone, write_tone
 
 import dqw
 from bench import __main__ as command
-from bench import clips, convert_peers, ggml, options, plot, transcribe
+from bench import clips, convert_peers, ggml, options, plot, reciter, transcribe
 from bench import transcribe_table as tables
 from dqw.errors import UserError
-from dqw.whisper.checkpoint import save_processor
+from dqw.whisper.checkpoint import load_whisper, save_processor
 
 
 def engine(short, long, tokens=(30, 80), name="dqw"):
@@ -268,3 +269,15 @@ def decoded(raw, number):
         return (rows[:, 2:].view(np.int8) * scale).ravel()
     codes = np.concatenate([rows[:, 2:] & 15, rows[:, 2:] >> 4], axis=1)
     return ((codes.astype(np.float32) - 8) * scale).ravel()
+
+
+def test_a_reciter_says_its_text_to_any_audio(tmp_path, monkeypatch):
+    """Packed, too: its margin is wide enough for 4 bits."""
+    base, processor = load_whisper(str(save_tiny(tmp_path / "tiny")))
+    monkeypatch.setattr(reciter, "TEXT", " hello wor ld")
+    model = reciter.reciter("tiny", base, processor)
+    assert (model.config.d_model, model.config.encoder_layers) == (384, 4)
+    features = torch.randn(2, base.config.num_mel_bins, 2 * base.config.max_source_positions)
+    for said in (model, dqw.freeze(dqw.quantize(model))):
+        ids = said.generate(features, language="en")
+        assert processor.batch_decode(ids, skip_special_tokens=True) == [reciter.TEXT] * 2

@@ -51,14 +51,18 @@ DQW_INLINE int64_t load_scales(const Packed& w, int64_t n, int64_t begin, int64_
     const int64_t g0 = group_of(begin), own = group_of(end - 1) + 1;
     const int64_t g1 = own < groups ? own : groups;
     for (int64_t r = 0; r < rows; r++) {
-        float scale[kMostScales + W];
+        float scale[kMostScales + W], *to = out + r * kMostScales;
+        if (each == 1 && begin % w.group == 0) {
+            convert((n + r) * groups + g0, g1 - g0, to);
+            for (int64_t i = g1 - g0; i < spans; i++) to[i] = to[i - 1];
+            continue;
+        }
         convert((n + r) * groups + g0, g1 - g0, scale);
         int64_t i = 0;
         for (int64_t g = g0; g < g1; g++) {
             // Up to the next group, and a little too far; the last one fills the row up.
             const int64_t stop = g + 1 < g1 ? ((g + 1) * w.group - begin) / Span : spans;
-            for (int64_t j = i; j < stop; j += W)
-                store(out + r * kMostScales + j, all(scale[g - g0]));
+            for (int64_t j = i; j < stop; j += W) store(to + j, all(scale[g - g0]));
             i = stop;
         }
     }

