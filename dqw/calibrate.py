@@ -1,170 +1,153 @@
-"""Error-compensating rounding: a layer's rounding errors made up for by its columns to come.
+"""Error-compensating rounding of a model: layer after layer, each on what those before it give.
 
-With a layer's inputs X on some speech, weights are rounded so that X Wᵀ moves least, in four steps
-that all lower one number, tr(D H Dᵀ) of the rounding error D and the inputs' moment H:
+Two states of every window go through the model side by side, the float model's and the rounded
+one's. At each transformer layer, in the order in which its matrices multiply: the inputs of both
+sides are summed up (``Moment``), the matrices rounded on them (``dqw.compensate``), and the rounded
+side goes on from the rounded layer. So a layer makes up for its own rounding and, as far as it can,
+for that of all layers before it. The embedding is rounded first, for its use as the output
+projection; the decoder then starts from what it has become.
 
-1. GPTQ (arXiv 2210.17323): columns are rounded one after the other, and what a rounding did to
-   X Wᵀ is spread over the columns not yet rounded, by the inverse of H. Each group's scale is
-   searched when its turn comes, on the weights as they have become.
-2. Scales by least squares, all groups of a row at once, for the levels found.
-3. Every level once more, with all the others known (coordinate descent); 2 and 3 are repeated.
-4. The mean of what is left goes into the bias. So H is that of the centred inputs wherever a bias
-   can take the mean; also for keys, whose mean the softmax over keys does not see.
+    float model: all windows ─┬─ moment of the output projection → embedding
+                              └─ what the first layers of both stacks are given
+    encoder layers 0 … : float layer → stage by stage: moments, rounding → rounded layer
+    decoder layers 0 … : the same, listening to the rounded encoder
 
-It fits every grid. Training starts from the weights found, which lie on the grid.
+Training starts from the weights found, which lie on the grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dqw import ops
-from dqw.embedding import QuantEmbedding, TiedProjection
-from dqw.fake_quant import FakeQuantize, search_near
+from dqw.compensate import Moment, round_layer
+from dqw.embedding import TiedProjection
 from dqw.linear import QuantLinear, QuantModule
 
-DAMPING = 0.01  # of H's mean diagonal, as in the paper
-# An embedding's rows are inputs as well, where every column counts alike: base's KL on 2,429
-# held-out tokens is 0.0112 at 0.01, 0.0107 at 0.05, 0.0099 at 0.1, 0.0098 at 0.3 (groups of 32).
-EMBEDDING_DAMPING = 0.15
-BLOCK = 64  # columns whose errors are collected before the rest is updated
 ROWS = 4096  # at most this many rows of one input are taken, evenly spaced
-ROUNDS = 3  # of steps 2 and 3; the first takes 25 % off the error, the second 4 %, the third 2 %
+
+
+class _Seen(Exception):
+    """A layer has been given what was to be caught: the rest of the pass is not needed."""
 
 
 @dataclass
-class Moment:
-    """What a layer's inputs are like: Σ w x xᵀ (cols, cols), Σ w x (cols,) and Σ w, float32."""
+class _Call:
+    """What a transformer layer is called with; hidden: its first argument, (batch, length, width).
+    real: which positions are no padding, (batch, length) bool."""
 
-    second: Tensor
-    first: Tensor
-    count: float = 0.0
+    hidden: Tensor
+    rest: tuple[Any, ...]
+    named: dict[str, Any]
+    real: Tensor | None = None
 
-    def add(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Rows x (n, cols) of equal weight, or ``weight`` (n,)."""
-        weight = x.new_ones(len(x), dtype=torch.float32) if weight is None else weight.float()
-        root = x.float() * weight.sqrt()[:, None]
-        lower = torch.is_autocast_enabled(x.device.type)
-        if lower:  # first, too, so that both are moments of the same inputs: centred() needs that
-            root = root.bfloat16().float()
-        # Sums of thousands: in float32, though of bfloat16 products under autocast (2048 columns,
-        # AMX: 40 instead of 102 ms).
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium" if lower else before)
-        try:
-            with torch.autocast(x.device.type, enabled=False):
-                self.second.addmm_(root.T, root)
-        finally:
-            torch.set_float32_matmul_precision(before)
-        self.first += (root * weight.sqrt()[:, None]).sum(0)
-        self.count += float(weight.sum())
+    def run(self, layer: nn.Module) -> Tensor:
+        output = layer(self.hidden, *self.rest, **self.named)
+        return output[0] if isinstance(output, tuple) else output
 
-    def centred(self) -> Tensor:
-        """Σ w (x - mean)(x - mean)ᵀ."""
-        return self.second - torch.outer(self.first, self.first) / max(self.count, 1e-12)
-
-    def mean(self) -> Tensor:
-        return self.first / max(self.count, 1e-12)
+    def rows(self, x: Tensor, cols: int) -> Tensor:
+        """Rows (n, cols) of a matrix's input that are no padding, evenly spaced."""
+        if self.real is not None and x.shape[:-1] == self.real.shape:
+            x = x[self.real]
+        x = x.reshape(-1, cols)
+        return x[:: max(-(-len(x) // ROWS), 1)]
 
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,
+    model: Any,
     batches: Iterable[dict[str, Tensor]],
     progress: Callable[[str], object] | None = None,
 ) -> None:
-    """Round the Linear weights of a learning ``model`` with compensation, in place.
+    """Round the Linear weights and the embedding of a learning Whisper with compensation, in place.
 
-    batches: keyword arguments of the model's forward, such as input_features and
-    decoder_input_ids; a ``decoder_mask`` (batch, length) bool marks the tokens that are no padding.
-    The model is run on them as it is, so inputs are those that quantized layers give. The
-    embedding is rounded for its use as the output projection. Clips and biases change too.
-    ``progress`` is called with each layer's name.
+    batches: input_features and decoder_input_ids; a ``decoder_mask`` (batch, length) bool marks the
+    tokens that are no padding. Clips and biases change too. Takes 1.5 KB of memory a position and
+    width (base, 160 windows: 2 GB). ``progress`` is called with each layer's name.
     """
-    for name, (module, moment) in input_moments(model, batches).items():
-        if progress is not None:
-            progress(name)
-        round_layer(name, module, moment)
-
-
-@torch.no_grad()
-def round_layer(name: str, module: QuantModule, moment: Moment) -> None:
-    """Round one layer's weight with compensation, in place; its bias takes the mean error."""
-    quantizer = module.quantizer
-    assert quantizer is not None
-    before = module.weight.float()
-    bias: Tensor | None = getattr(module, "bias", None)  # an embedding has none
-    free_mean = bias is not None or name.endswith("k_proj")
-    damping = EMBEDDING_DAMPING if isinstance(module, QuantEmbedding) else DAMPING
-    # The model may run in bfloat16; what is solved here may not (base: a KL of 5 instead of 0.03).
-    with torch.autocast(before.device.type, enabled=False):
-        h = moment.centred() if free_mean else moment.second
-        after = compensated(before, h, quantizer, damping)
-        if bias is not None:
-            bias += ((before - after) @ moment.mean()).to(bias.dtype)
-    module.weight.copy_(after)
-
-
-def _multiplying(model: nn.Module) -> list[tuple[str, nn.Module, QuantModule]]:
-    """Name, module that multiplies, and module that holds its weight, of every learning layer."""
-    found = []
-    for name, layer in model.named_modules():
-        holder = layer.embedding if isinstance(layer, TiedProjection) else layer
-        multiplies = isinstance(layer, QuantLinear | TiedProjection)
-        if multiplies and not holder.frozen and holder.chosen:
-            found.append((name, layer, holder))
-    return found
+    say = progress or (lambda name: None)
+    encoder, decoder = model.model.encoder, model.model.decoder
+    given = [{k: v.to(model.device) for k, v in batch.items()} for batch in batches]
+    masks = [batch.pop("decoder_mask", None) for batch in given]
+    heard, told = _float_pass(model, given, masks, say)
+    now = [_caught(encoder, input_features=batch["input_features"]) for batch in given]
+    _walk("model.encoder.layers", encoder.layers, heard, now, say)
+    states = [encoder.layer_norm(call.hidden) for call in now]
+    now = [
+        _caught(decoder, mask, input_ids=batch["decoder_input_ids"], encoder_hidden_states=state,
+                use_cache=False)
+        for batch, mask, state in zip(given, masks, states, strict=True)
+    ]  # fmt: skip
+    _walk("model.decoder.layers", decoder.layers, told, now, say)
 
 
 def layer_count(model: nn.Module) -> int:
     """How many layers ``calibrate`` will round."""
-    return len(_multiplying(model))
+    return len(_learning(model))
 
 
-def input_moments(
-    model: nn.Module, batches: Iterable[dict[str, Tensor]]
-) -> dict[str, tuple[QuantModule, Moment]]:
-    """Layer name → (layer, moment of its inputs), for every learning layer that multiplies.
+def _learning(part: nn.Module) -> dict[str, tuple[nn.Module, QuantModule]]:
+    """Name → (module that multiplies, module that holds its weight) of every learning layer."""
+    found = {}
+    for name, layer in part.named_modules():
+        holder = layer.embedding if isinstance(layer, TiedProjection) else layer
+        multiplies = isinstance(layer, QuantLinear | TiedProjection)
+        if multiplies and not holder.frozen and holder.chosen:
+            found[name] = layer, holder
+    return found
 
-    Inputs of the output projection count by how undecided the next token is, 1 - Σ p²: where the
-    model is sure, errors in the logits change nothing.
-    """
-    moments: dict[str, tuple[QuantModule, Moment]] = {}
-    mask: list[Tensor | None] = [None]
 
-    def watch(name: str, layer: nn.Module, holder: QuantModule) -> Any:
-        device = holder.weight.device
-        zero = torch.zeros(holder.cols, holder.cols, device=device)
-        moments[name] = holder, Moment(zero, torch.zeros(holder.cols, device=device))
-
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x, real = inputs[0], mask[0]
-            if real is not None and x.shape[:-1] == real.shape:
-                x, output = x[real], output[real]
-            x = x.reshape(-1, holder.cols)
-            stride = max(-(-len(x) // ROWS), 1)
-            doubt = None
-            if isinstance(layer, TiedProjection):
-                doubt = _doubt(output.reshape(-1, holder.rows)[::stride])
-            moments[name][1].add(x[::stride], doubt)
-
-        return layer.register_forward_hook(hook)
-
-    handles = [watch(*layer) for layer in _multiplying(model)]
+@contextmanager
+def _as_float(part: nn.Module) -> Iterator[None]:
+    """Weights of ``part`` as they are, not rounded, within the block."""
+    modules = [m for m in part.modules() if isinstance(m, QuantModule) and not m.frozen]
+    kept = [(m, m.quantizer, m.rest_quantizer) for m in modules]
+    for module in modules:
+        module.quantizer = module.rest_quantizer = None
     try:
-        for batch in batches:
-            inputs = dict(batch)
-            mask[0] = inputs.pop("decoder_mask", None)
-            model(**inputs, use_cache=False)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-    return moments
+        for module, own, rest in kept:
+            module.quantizer, module.rest_quantizer = own, rest
+
+
+def _float_pass(
+    model: Any, given: list[dict[str, Tensor]], masks: list[Tensor | None], say: Callable
+) -> tuple[list[_Call], list[_Call]]:
+    """What the first layers of encoder and decoder are given by the float model; on the way the
+    output projection is rounded, on the float model's states.
+
+    Its inputs count by how undecided the next token is, 1 - Σ p²: where the model is sure, errors
+    in the logits change nothing.
+    """
+    heard, told = list[_Call](), list[_Call]()
+    projections = {n: v for n, v in _learning(model).items() if isinstance(v[0], TiedProjection)}
+    moments = {n: Moment.empty(v[1].cols, model.device) for n, v in projections.items()}
+    for batch, mask in zip(given, masks, strict=True):
+        with _as_float(model), ExitStack() as hooks:
+
+            def sum_up(name: str, holder: QuantModule, call: _Call) -> Callable:
+                def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+                    doubt = _doubt(call.rows(output, holder.rows))
+                    moments[name].add(call.rows(inputs[0], holder.cols), doubt)
+
+                return hook
+
+            here = _Call(torch.empty(0), (), {}, mask)
+            for name, (layer, holder) in projections.items():
+                hooks.callback(layer.register_forward_hook(sum_up(name, holder, here)).remove)
+            _catch(hooks, model.model.encoder.layers[0], heard, None)
+            _catch(hooks, model.model.decoder.layers[0], told, mask)
+            model(**batch, use_cache=False)
+    for name, (_, holder) in projections.items():
+        say(name)
+        round_layer(name, holder, moments[name])
+    return heard, told
 
 
 def _doubt(logits: Tensor) -> Tensor:
@@ -172,123 +155,99 @@ def _doubt(logits: Tensor) -> Tensor:
     return 1.02 - logits.float().softmax(-1).square().sum(-1)
 
 
-@torch.no_grad()
-def compensated(
-    weight: Tensor, moment: Tensor, quantizer: FakeQuantize, damping: float = DAMPING
-) -> Tensor:
-    """``weight`` (rows, cols) on the quantizer's grid, so that X Wᵀ moves least; sets its clips.
+def _catch(
+    hooks: ExitStack, layer: nn.Module, into: list[_Call], mask: Tensor | None, stop: bool = False
+) -> None:
+    """Keep what ``layer`` is called with, until ``hooks`` closes."""
 
-    moment: XᵀX, (cols, cols); damping: share of its mean diagonal added to it. Columns go from left
-    to right: with per-group scales an order by importance would mix the groups. Clips per tensor
-    stay as they are.
-    """
-    h = _damped(moment, damping)
-    size = quantizer.group_size or weight.shape[1]
-    q, scale = _gptq(weight, h, quantizer, size)
-    h = h.float()
-    for _ in range(ROUNDS):
-        if not quantizer.spec.per_tensor:
-            q, scale = _fit_scales(weight, q, scale, h, quantizer, size)
-        q = _descend(weight, q, scale, h, quantizer, size)
-    quantizer.set_scale(scale)
-    return quantizer(q)  # the same levels; the scale may be another by its last bit
+    def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        into.append(_Call(inputs[0], inputs[1:], named, mask))
+        if stop:
+            raise _Seen
+
+    hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
-def _damped(moment: Tensor, damping: float) -> Tensor:
-    """H in float64 with its damping. Dead inputs get a unit diagonal."""
-    h = moment.double()
-    diagonal = h.diagonal()
-    dead = diagonal <= 0
-    diagonal += dead + damping * diagonal.mean()
-    return h
+def _caught(stack: Any, mask: Tensor | None = None, **inputs: Any) -> _Call:
+    """What the first layer of ``stack`` is given for ``inputs``."""
+    found = list[_Call]()
+    with ExitStack() as hooks:
+        _catch(hooks, stack.layers[0], found, mask, stop=True)
+        with suppress(_Seen):
+            stack(**inputs)
+    return found[0]
 
 
-def _round(x: Tensor, scale: Tensor, quantizer: FakeQuantize) -> Tensor:
-    """One column (rows,) rounded with one scale a row (rows,)."""
-    column, scales = x.contiguous()[:, None], scale.contiguous()[:, None]
-    return ops.fake_quant(column, scales, quantizer.bucket, 0)[:, 0]
+def _walk(
+    name: str, layers: Any, floats: list[_Call], now: list[_Call], say: Callable[[str], object]
+) -> None:
+    """Round a stack's layers one after the other; the calls end behind the last one."""
+    for index, layer in enumerate(layers):
+        stages, inputs = _float_layer(layer, floats)
+        for stage, rows in zip(stages, inputs, strict=True):
+            moment = Moment.empty(stage[0][2].cols, rows[0].device)
+            for call, y in zip(now, rows, strict=True):
+                x = _input_of(layer, call, stage[0][1])
+                moment.add(call.rows(x, stage[0][2].cols), y=y)
+            rows.clear()
+            for own, _, holder in stage:
+                say(f"{name}.{index}.{own}")
+                round_layer(own, holder, moment)
+        for call in now:
+            call.hidden = call.run(layer)
 
 
-def _gptq(weight: Tensor, h: Tensor, quantizer: FakeQuantize, size: int) -> tuple[Tensor, Tensor]:
-    """Step 1: the rounded weight and the scales (rows, groups). Columns are worked as rows."""
-    w = weight.T.contiguous()
-    cols, rows = w.shape
-    scale = quantizer.scale().expand(rows, -1).clone()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
-    importance = upper.diagonal().square().reciprocal()  # what an error in a column will cost
-    searched = not quantizer.spec.per_tensor
-    block = min(size, BLOCK)  # a group's scale is searched when all before it has been updated
-    for start in range(0, cols, block):
-        stop = min(start + block, cols)
-        errors = torch.zeros(stop - start, rows, device=w.device)
-        for i in range(start, stop):
-            group = i // size
-            if searched and i % size == 0:
-                part = slice(i, min(i + size, cols))
-                scale[:, group : group + 1] = search_near(
-                    w[part].T, scale[:, group : group + 1], quantizer, importance[part]
-                )
-            rounded = _round(w[i], scale[:, group], quantizer)
-            error = (w[i] - rounded) / upper[i, i]
-            w[i] = rounded
-            w[i + 1 : stop] -= torch.outer(upper[i, i + 1 : stop], error)
-            errors[i - start] = error
-        w[stop:] -= upper[start:stop, stop:].T @ errors
-    return w.T.contiguous(), scale
+_Stage = list[tuple[str, nn.Module, QuantModule]]  # matrices that share their input
 
 
-def _fit_scales(
-    weight: Tensor, q: Tensor, scale: Tensor, h: Tensor, quantizer: FakeQuantize, size: int
-) -> tuple[Tensor, Tensor]:
-    """Step 2: scales of least squares for the levels of ``q``, and the weight they give.
+def _float_layer(
+    layer: nn.Module, calls: Sequence[_Call]
+) -> tuple[list[_Stage], list[list[Tensor]]]:
+    """Run the float ``layer`` on its calls, whose hidden states go on; → its stages in order, and
+    each one's inputs, rows (n, cols) of every call."""
+    matrices = _learning(layer)
+    stages, inputs = list[_Stage](), list[list[Tensor]]()
+    seen = list[tuple[str, Tensor]]()
+    with _as_float(layer), ExitStack() as hooks:
+        for name, (module, _) in matrices.items():
 
-    A scale that would fall below a third of itself, or turn negative, stays.
-    """
-    rows, cols = weight.shape
-    groups = scale.shape[1]
-    found = scale.clone()
-    for start in range(0, rows, 4096):
-        part = slice(start, start + 4096)
-        level = ops.quantize(
-            q[part], scale[part].contiguous(), quantizer.bucket, size if size < cols else 0
-        )
-        level = _grouped(level.float(), groups, size)
-        target = (_grouped(weight[part] @ h, groups, size) * level).sum(-1)
-        normal = torch.empty(len(level), groups, groups, device=h.device)
-        for g in range(groups):
-            at = slice(g * size, min((g + 1) * size, cols))
-            carried = level[:, g, : at.stop - at.start] @ h[at]
-            normal[:, g] = (_grouped(carried, groups, size) * level).sum(-1)
-        ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + 1e-12
-        normal.diagonal(dim1=1, dim2=2).add_(ridge)
-        fitted = quantizer.stored(torch.linalg.solve(normal, target))
-        found[part] = torch.where(fitted > scale[part] / 3, fitted, scale[part])
-    level = ops.quantize(q, scale.contiguous(), quantizer.bucket, size if size < cols else 0)
-    per_column = found.repeat_interleave(size, 1)[:, :cols]
-    return level * per_column, found
+            def hook(_: nn.Module, given: tuple[Tensor, ...], name: str = name) -> None:
+                seen.append((name, given[0]))
+
+            hooks.callback(module.register_forward_pre_hook(hook).remove)
+        for call in calls:
+            output = call.run(layer)
+            if not stages:
+                last: Tensor | None = None
+                for name, x in seen:
+                    if x is not last:
+                        stages.append([])
+                    stages[-1].append((name, *matrices[name]))
+                    last = x
+                inputs = [[] for _ in stages]
+            by_name = dict(seen)
+            for stage, rows in zip(stages, inputs, strict=True):
+                x = call.rows(by_name[stage[0][0]], stage[0][2].cols)
+                lower = torch.is_autocast_enabled(x.device.type)
+                rows.append(x.bfloat16() if lower else x.clone())
+            seen.clear()
+            call.hidden = output
+    return stages, inputs
 
 
-def _grouped(x: Tensor, groups: int, size: int) -> Tensor:
-    """(rows, cols) → (rows, groups, size), zeros at the end."""
-    return nn.functional.pad(x, (0, groups * size - x.shape[1])).unflatten(1, (groups, size))
+def _input_of(layer: nn.Module, call: _Call, matrix: nn.Module) -> Tensor:
+    """What ``matrix`` is given where ``call`` runs ``layer``, of which the rest is left out."""
+    found = list[Tensor]()
 
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0])
+        raise _Seen
 
-def _descend(
-    weight: Tensor, q: Tensor, scale: Tensor, h: Tensor, quantizer: FakeQuantize, size: int
-) -> Tensor:
-    """Step 3: each column rounded anew to where the error is least, the others as they are."""
-    q = q.T.contiguous()
-    cols = q.shape[0]
-    pull = h @ (weight.T - q)  # minus half the gradient, (cols, rows)
-    for start in range(0, cols, BLOCK):
-        stop = min(start + BLOCK, cols)
-        moved = torch.empty_like(q[start:stop])
-        for i in range(start, stop):
-            new = _round(q[i] + pull[i] / h[i, i], scale[:, min(i // size, scale.shape[1] - 1)],
-                         quantizer)  # fmt: skip
-            moved[i - start] = new - q[i]
-            q[i] = new
-            pull[i + 1 : stop] -= torch.outer(h[i + 1 : stop, i], moved[i - start])
-        pull[stop:] -= h[stop:, start:stop] @ moved
-    return q.T.contiguous()
+    handle = matrix.register_forward_pre_hook(hook)
+    try:
+        call.run(layer)
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    return found[0]

@@ -11,8 +11,9 @@ output_dir/
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqw.calibrate import calibrate
+from dqw.calibrate import calibrate, layer_count
 from dqw.distill import checkpoint as store
 from dqw.distill.arguments import total_steps, training_arguments
 from dqw.distill.callbacks import ReportCallback, cut_log, tensorboard_callback
@@ -199,15 +200,14 @@ def _calibrate(
         made = collate([dataset[key] for key in keys[start : start + size]])
         batches.append({name: made[name].to(student.device) for name in names})
 
-    def heard() -> Iterator[dict[str, Tensor]]:
-        for done, batch in enumerate(batches):
-            shown.count("error compensation, windows heard", done * size, len(keys))
-            yield batch
-        shown.note("error compensation: rounding")
-
+    layers, done = layer_count(student), itertools.count(1)
     student.eval()
     with lowered(student):
-        calibrate(student, heard())
+        calibrate(
+            student,
+            batches,
+            lambda name: shown.count("error compensation, layers rounded", next(done), layers),
+        )
 
 
 def _display(progress: str | Callable[[StepReport], object] | Display) -> Display:
