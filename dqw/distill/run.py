@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dqw.calibrate import calibrate, layer_count
 from dqw.distill import checkpoint as store
