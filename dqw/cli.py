@@ -74,6 +74,12 @@ Context = Annotated[
         "full: always."
     ),
 ]
+Activations = Annotated[
+    str,
+    typer.Option(
+        help="How a packed model multiplies: int8 (faster on a CPU) or float; auto: as it was made."
+    ),
+]
 
 
 def main() -> None:
@@ -123,6 +129,7 @@ def transcribe(
     beam_size: BeamSize = 1,
     batch_size: BatchSize = 8,
     audio_context: Context = "auto",
+    activations: Activations = "auto",
 ) -> None:
     """Write down what is said in audio files."""
     from dqw.whisper.audio import audio_seconds
@@ -142,7 +149,7 @@ def transcribe(
     from dqw.whisper.writers import TIMED, render
 
     with err.status(f"loading {model}"):
-        engine = open_engine(model, beam_size)
+        engine = open_engine(model, beam_size, activations)
     timed = timestamps or any(name in TIMED for name in forms)
     waiting: dict[int, Transcript] = {}
     printed = 0
@@ -225,6 +232,7 @@ def evaluate(
     beam_size: BeamSize = 1,
     batch_size: BatchSize = 8,
     audio_context: Context = "auto",
+    activations: Activations = "auto",
     engine: Annotated[
         str,
         typer.Option(
@@ -255,7 +263,9 @@ def evaluate(
     from dqw.whisper.tables import print_scores
 
     with err.status(f"loading {model}"):
-        evaluator = open_evaluator(model, engine, beam_size, batch_size, normalizer, audio_context)
+        evaluator = open_evaluator(
+            model, engine, beam_size, batch_size, normalizer, audio_context, activations
+        )
     size, spelling = evaluator.model_bytes, evaluator.spelling
     with _progress(sum(item.seconds or 0 for item in items)) as advance:
         done = 0.0
@@ -280,6 +290,7 @@ def evaluate(
                     "language": language, "limit": limit, "beam_size": beam_size,
                     "batch_size": batch_size if engine == "dqw" else 1,
                     "audio_context": audio_context if engine == "dqw" else "full",
+                    "activations": activations,
                     "english_spelling_map": spelling}  # fmt: skip
         figures = {**settings, **_machine(evaluator.package), **result.to_dict()}
         write_atomic(json_file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")

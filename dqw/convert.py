@@ -195,6 +195,20 @@ def dequantize(model: nn.Module) -> nn.Module:
     return model
 
 
+def choose_activations(model: nn.Module, activations: str) -> nn.Module:
+    """``set_activations``, or "auto" for those that the model was made with.
+
+    Raises UserError for other words, and where nothing in ``model`` is quantized.
+    """
+    if activations == "auto":
+        return model
+    if activations not in ACTIVATIONS:
+        raise UserError(f"activations is {activations!r}: choose auto, float or int8.")
+    if not quant_modules(model):
+        raise UserError("the model is not packed: leave --activations out, or dqw compress it.")
+    return set_activations(model, activations)
+
+
 def set_activations(model: nn.Module, activations: str) -> nn.Module:
     """Switch every quantized matrix product to "float" or "int8" activations, in place.
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from dqw.convert import choose_activations
 from dqw.whisper.checkpoint import load_whisper, quiet_transformers, verify_folder
 from dqw.whisper.context import AudioContext, narrowed
 from dqw.whisper.fast import (
@@ -147,14 +148,20 @@ class NativeEngine:
         return self.pieces.text(tokens)
 
 
-def open_engine(name_or_path: str | Path, beam_size: int = 1) -> Engine:
-    """The quickest engine for a checkpoint of any kind that ``load_whisper`` knows; its errors."""
+def open_engine(name_or_path: str | Path, beam_size: int = 1, activations: str = "auto") -> Engine:
+    """The quickest engine for a checkpoint of any kind that ``load_whisper`` knows; its errors.
+
+    activations: "float" or "int8" for a packed model, "auto": as it was made.
+    """
     folder = Path(name_or_path)
     if beam_size == 1 and folder.is_dir():
         native = _open_native(folder)
         if native is not None:
+            choose_activations(native.model, activations)
             return native
-    return PlainEngine(*load_whisper(name_or_path))
+    model, processor = load_whisper(name_or_path)
+    choose_activations(model, activations)
+    return PlainEngine(model, processor)
 
 
 _NEEDED = ("generation_config.json", "tokenizer.json")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dqw.convert import choose_activations
 from dqw.errors import UserError
 from dqw.whisper.audio import SAMPLE_RATE
 from dqw.whisper.checkpoint import load_whisper
@@ -120,17 +121,20 @@ def open_evaluator(
     batch_size: int = 8,
     normalizer: str | Path | None = None,
     audio_context: str = "auto",
+    activations: str = "auto",
 ) -> Evaluator:
     """`model` loaded into dqw or one of the RIVALS, which hear clip by clip.
 
     `normalizer`: a normalizer.json, or a folder that has one, in the place of the model's own.
-    `audio_context`: as in `transcribe`; for dqw alone.
+    `audio_context`: as in `transcribe`; for dqw alone. `activations`: as in `open_engine`; for dqw
+    and a packed model in transformers.
     Raises UserError as `load_whisper`, `open_rival` and `read_spelling` do.
     """
     given = None if normalizer is None else read_spelling(normalizer)
     run: Callable[..., Evaluation]
     if engine == "dqw":
         whisper, processor = load_whisper(model)
+        choose_activations(whisper, activations)
         tokenizer: Any = processor.tokenizer
         if given is not None:
             tokenizer.english_spelling_normalizer = given
@@ -145,7 +149,10 @@ def open_evaluator(
         )
         package = "dqw"
     else:
-        rival = open_rival(engine, model, torch.get_num_threads(), beam_size)
+        kind = "" if activations == "auto" else activations
+        if kind and engine != "transformers":
+            raise UserError(f"--activations is for packed models, which {engine} does not read.")
+        rival = open_rival(engine, model, torch.get_num_threads(), beam_size, kind)
         if given is not None:
             rival.spelling = given
         spelling, package = rival.spelling, rival.package

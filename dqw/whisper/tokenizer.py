@@ -78,9 +78,10 @@ class Pieces:
 
     def __init__(self, file: Path) -> None:
         """Raises ValueError if the file holds no vocabulary."""
-        text = file.read_text(encoding="utf-8")
-        ids: dict[str, int] = _value(text, "vocab")
-        added = _value(text, "added_tokens")
+        stored = file.read_bytes()
+        ids: dict[str, int] = _value(stored, _VOCABULARY, _MERGES)
+        added = _value(stored, _ADDED, _VOCABULARY)
+        del stored
         special = {token["id"] for token in added if token["special"]}
         ids |= {token["content"]: token["id"] for token in added}
         pieces = [""] * (max(ids.values()) + 1)
@@ -97,12 +98,21 @@ class Pieces:
         return letters.translate(_BYTES).encode("latin-1").decode("utf-8", "replace")
 
 
-def _value(text: str, key: str) -> Any:
-    """What the first ``key`` of a JSON text stands for; strings in it cannot look like a key."""
-    found = re.search(rf'"{key}"\s*:\s*(?=[{{\[])', text)
+# Strings in JSON cannot look like a key and what it opens.
+_ADDED, _VOCABULARY, _MERGES = (
+    re.compile(rb'"%s"\s*:\s*(?=%s)' % key)
+    for key in ((b"added_tokens", rb"\["), (b"vocab", rb"\{"), (b"merges", rb"\["))
+)
+
+
+def _value(stored: bytes, key: re.Pattern[bytes], until: re.Pattern[bytes]) -> Any:
+    """What ``key`` of a JSON text stands for; nothing is decoded from ``until`` on."""
+    found = key.search(stored)
     if found is None:
-        raise ValueError(f"there is no {key}")
-    return json.JSONDecoder().raw_decode(text, found.end())[0]
+        raise ValueError("it holds no vocabulary")
+    rest = until.search(stored, found.end())
+    text = stored[found.end() : rest.start() if rest else None].decode("utf-8")
+    return json.JSONDecoder().raw_decode(text)[0]
 
 
 def _byte_letters() -> dict[int, int]:
