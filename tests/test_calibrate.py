@@ -9,12 +9,14 @@ import torch
 from conftest import make_tiny_whisper
 
 import dqw
-from dqw.calibrate import calibrate
-from dqw.compensate import EMBEDDING_DAMPING, Moment, compensated, round_layer
+import dqw.calibrate as walk
+from dqw.calibrate import calibrate, layer_count
+from dqw.compensate import EMBEDDING_DAMPING, Moment, carried_over, compensated, round_layer
+from dqw.convert import quant_modules
 from dqw.embedding import QuantEmbedding
 from dqw.fake_quant import FakeQuantize
 from dqw.linear import QuantLinear
-from dqw.recipe import QuantSpec
+from dqw.recipe import QuantConfig, QuantSpec, Recipe
 
 
 def inputs(rows: int, cols: int) -> torch.Tensor:
@@ -102,3 +104,82 @@ def test_a_moment_is_symmetric_and_near_in_bfloat16_too() -> None:
         assert error < (2**-8 if lowered else 1e-6)
         torch.testing.assert_close(moment.first, weight @ x, rtol=2**-8, atol=0.3)
         assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_carried_over_gives_the_float_inputs_back() -> None:
+    x = inputs(4000, 24)
+    mixed = torch.eye(24) + 0.2 * torch.randn(24, 24)
+    y = x @ mixed.T
+    torch.testing.assert_close(carried_over(x.T @ x, y.T @ x), mixed, atol=0.05, rtol=0.05)
+    same = carried_over(x.T @ x, x.T @ x)
+    torch.testing.assert_close(same, torch.eye(24), atol=1e-5, rtol=0)
+    # What was never seen stays as it is.
+    assert torch.equal(carried_over(torch.zeros(24, 24), torch.zeros(24, 24)), torch.eye(24))
+
+
+def test_every_layer_is_rounded_on_what_it_will_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its moments are those of the finished model's inputs and of the float model's, row by row."""
+    model = make_tiny_whisper(max_source_positions=50)
+    features, ids = torch.randn(4, 80, 100), torch.randint(0, 120, (4, 12))
+    batch = {"input_features": features, "decoder_input_ids": ids}
+    names = {id(m): n for n, m in dqw.quantize(model, Recipe(QuantConfig(bits=3))).named_modules()}
+    seen: dict[str, Moment] = {}
+
+    def noting(name: str, module: QuantLinear, moment: Moment) -> None:
+        seen[names[id(module)]] = moment
+        round_layer(name, module, moment)
+
+    def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        hooks = [
+            m.register_forward_pre_hook(lambda m, x, n=n: found.__setitem__(n, x[0].flatten(0, 1)))
+            for n, m in model.named_modules()
+            if isinstance(m, QuantLinear)
+        ]
+        with torch.no_grad():
+            model(**batch, use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    with walk._as_float(model):
+        told = inputs_of(model)
+    monkeypatch.setattr(walk, "round_layer", noting)
+    calibrate(model, [{k: v[:3] for k, v in batch.items()}, {k: v[3:] for k, v in batch.items()}])
+    assert len(seen) == layer_count(model)
+    for name, x in inputs_of(model).items():
+        found, y = seen[name], told[name]
+        assert found.cross is not None
+        torch.testing.assert_close(found.second, x.T @ x, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(found.cross, y.T @ x, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(found.mean_float(), y.mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_make_up_for_those_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, ids = torch.randn(16, 80, 100), torch.randint(0, 120, (16, 12))
+    batch = {"input_features": features, "decoder_input_ids": ids}
+    errors = []
+    for carries in (True, False):
+        torch.manual_seed(0)
+        model = make_tiny_whisper(max_source_positions=50)
+        with torch.no_grad():
+            target = model(**batch).logits
+            dqw.quantize(model, Recipe(QuantConfig(bits=2, group_size=32)))
+            if not carries:
+                monkeypatch.setattr("dqw.compensate.carried_over", lambda h, c: torch.eye(len(h)))
+            calibrate(model, [batch])
+            errors.append(float((model(**batch).logits - target).square().mean()))
+    assert errors[0] < errors[1]
+
+
+def test_what_is_not_chosen_stays_float() -> None:
+    model = make_tiny_whisper(max_source_positions=50)
+    dqw.quantize(model)
+    left = model.model.decoder.layers[0].fc1
+    left.chosen = False
+    before = left.weight.detach().clone()
+    features, ids = torch.randn(2, 80, 100), torch.randint(0, 120, (2, 12))
+    calibrate(model, [{"input_features": features, "decoder_input_ids": ids}])
+    assert torch.equal(left.weight, before)
+    for module in quant_modules(model).values():  # all quantizers are back in their places
+        assert module.quantizer is not None

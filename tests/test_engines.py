@@ -16,8 +16,10 @@ from tokenizers import Tokenizer
 from transformers import WhisperForConditionalGeneration
 from transformers.generation import WhisperTimeStampLogitsProcessor
 from transformers.models.whisper.modeling_whisper import sinusoids as their_sinusoids
+from typer.testing import CliRunner
 from whisper_helpers import save_tiny, tiny, voices, write_tone
 
+from dqw.cli import app
 from dqw.errors import UserError
 from dqw.whisper.checkpoint import load_whisper, save_processor
 from dqw.whisper.decoding import LoopGuard, SuppressTokens, TimestampRules
@@ -50,6 +52,32 @@ def test_the_native_engine_says_the_same(folder, options):
     wanted = transcribe(*load_whisper(folder), audios, **options)
     assert dict(iter_transcripts(engine, audios, **options)) == dict(enumerate(wanted))
     assert len({t.text for t in wanted}) > 2 and wanted[2].segments
+
+
+@needs_library
+def test_activations_are_chosen_at_the_command_line(folder, tmp_path):
+    """For packed models, in every engine that reads them; others are refused in a sentence."""
+    write_tone(tmp_path / "a.wav", 0.4)
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(json.dumps({"audio": "a.wav", "text": "hello", "language": "en"}) + "\n")
+    for kind, expected in (("auto", "float"), ("float", "float"), ("int8", "int8")):
+        for engine in (open_engine(folder, 1, kind), open_engine(folder, 2, kind)):
+            layer = engine.model.model.decoder.layers[0].fc1
+            assert layer.spec.activations == expected
+    commands = ("transcribe", str(tmp_path / "a.wav")), ("eval", "--data", str(manifest))
+    plain = save_tiny(tmp_path / "float")
+
+    def said(*arguments):
+        return CliRunner().invoke(app, [str(a) for a in arguments])
+
+    for command in commands:
+        assert said(*command, "--model", folder, "--activations", "int8").exit_code == 0
+        found = said(*command, "--model", folder, "--activations", "int4")
+        assert found.exit_code == 1 and "choose auto, float or int8" in found.output
+        found = said(*command, "--model", plain, "--activations", "int8")
+        assert found.exit_code == 1 and "leave --activations out" in found.output
+    found = said(*commands[1], "--model", "x", "--engine", "openvino", "--activations", "int8")
+    assert found.exit_code == 1 and "which openvino does not read" in found.output
 
 
 @pytest.mark.parametrize("seconds", [1.003, 2.5, 6.2])
