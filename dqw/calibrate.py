@@ -4,13 +4,11 @@ Two states of every window go through the model side by side, the float model's 
 one's. At each transformer layer, in the order in which its matrices multiply: the inputs of both
 sides are summed up (``Moment``), the matrices rounded on them (``dqw.compensate``), and the rounded
 side goes on from the rounded layer. So a layer makes up for its own rounding and, as far as it can,
-for that of all layers before it. The embedding is rounded first, for its use as the output
-projection; the decoder then starts from what it has become.
+for that of all layers before it.
 
-    float model: all windows ─┬─ moment of the output projection → embedding
-                              └─ what the first layers of both stacks are given
     encoder layers 0 … : float layer → stage by stage: moments, rounding → rounded layer
-    decoder layers 0 … : the same, listening to the rounded encoder
+    embedding          : rounded for its use as the output projection, on the float decoder's states
+    decoder layers 0 … : as the encoder's, from the rounded embedding and the rounded encoder
 
 Training starts from the weights found, which lie on the grid.
 """
@@ -19,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,15 +37,25 @@ class _Seen(Exception):
 @dataclass
 class _Call:
     """What a transformer layer is called with; hidden: its first argument, (batch, length, width).
-    real: which positions are no padding, (batch, length) bool."""
+
+    real: which positions are no padding, (batch, length) bool. attended: attention modules of the
+    layer with what their out_proj is given, known already: half of an encoder layer's time.
+    """
 
     hidden: Tensor
     rest: tuple[Any, ...]
     named: dict[str, Any]
     real: Tensor | None = None
+    attended: list[tuple[Any, Tensor]] = field(default_factory=list)
 
     def run(self, layer: nn.Module) -> Tensor:
-        output = layer(self.hidden, *self.rest, **self.named)
+        for attention, x in self.attended:
+            attention.forward = lambda *_, last=attention.out_proj, x=x, **__: (last(x), None)
+        try:
+            output = layer(self.hidden, *self.rest, **self.named)
+        finally:
+            for attention, _ in self.attended:
+                del attention.forward
         return output[0] if isinstance(output, tuple) else output
 
     def rows(self, x: Tensor, cols: int) -> Tensor:
@@ -73,17 +81,45 @@ def calibrate(
     say = progress or (lambda name: None)
     encoder, decoder = model.model.encoder, model.model.decoder
     given = [{k: v.to(model.device) for k, v in batch.items()} for batch in batches]
-    masks = [batch.pop("decoder_mask", None) for batch in given]
-    heard, told = _float_pass(model, given, masks, say)
-    now = [_caught(encoder, input_features=batch["input_features"]) for batch in given]
+
+    def decoding(states: Tensor, batch: dict[str, Tensor]) -> dict[str, Any]:
+        ids = batch["decoder_input_ids"]
+        return {"input_ids": ids, "encoder_hidden_states": states, "use_cache": False}
+
+    with _as_float(encoder):
+        heard = [_caught(encoder, None, input_features=b["input_features"]) for b in given]
+    now = [_caught(encoder, None, input_features=b["input_features"]) for b in given]
     _walk("model.encoder.layers", encoder.layers, heard, now, say)
-    states = [encoder.layer_norm(call.hidden) for call in now]
+    told, states = list[_Call](), [encoder.layer_norm(call.hidden) for call in now]
+    moments = _output_moments(model)
+    with _as_float(model), ExitStack() as hooks:
+        _catch(hooks, decoder.layers[0], told)
+        for call, batch in zip(heard, given, strict=True):
+            inputs = decoding(encoder.layer_norm(call.hidden), batch)
+            last = decoder(**inputs).last_hidden_state
+            told[-1].real = batch.get("decoder_mask")
+            for module, holder, moment in moments.values():
+                rows = told[-1].rows(last, holder.cols)
+                moment.add(rows, _doubt(module(rows)))
+    heard.clear()
+    for name, (_, holder, moment) in moments.items():
+        say(name)
+        round_layer(name, holder, moment)
     now = [
-        _caught(decoder, mask, input_ids=batch["decoder_input_ids"], encoder_hidden_states=state,
-                use_cache=False)
-        for batch, mask, state in zip(given, masks, states, strict=True)
-    ]  # fmt: skip
+        _caught(decoder, batch.get("decoder_mask"), **decoding(state, batch))
+        for batch, state in zip(given, states, strict=True)
+    ]
     _walk("model.decoder.layers", decoder.layers, told, now, say)
+
+
+def _output_moments(model: nn.Module) -> dict[str, tuple[nn.Module, QuantModule, Moment]]:
+    """Of the output projection, if it learns. Its inputs count by how undecided the next token is,
+    1 - Σ p²: where the model is sure, errors in the logits change nothing."""
+    return {
+        name: (module, holder, Moment.empty(holder.cols, holder.weight.device))
+        for name, (module, holder) in _learning(model).items()
+        if isinstance(module, TiedProjection)
+    }
 
 
 def layer_count(model: nn.Module) -> int:
@@ -116,85 +152,59 @@ def _as_float(part: nn.Module) -> Iterator[None]:
             module.quantizer, module.rest_quantizer = own, rest
 
 
-def _float_pass(
-    model: Any, given: list[dict[str, Tensor]], masks: list[Tensor | None], say: Callable
-) -> tuple[list[_Call], list[_Call]]:
-    """What the first layers of encoder and decoder are given by the float model; on the way the
-    output projection is rounded, on the float model's states.
-
-    Its inputs count by how undecided the next token is, 1 - Σ p²: where the model is sure, errors
-    in the logits change nothing.
-    """
-    heard, told = list[_Call](), list[_Call]()
-    projections = {n: v for n, v in _learning(model).items() if isinstance(v[0], TiedProjection)}
-    moments = {n: Moment.empty(v[1].cols, model.device) for n, v in projections.items()}
-    for batch, mask in zip(given, masks, strict=True):
-        with _as_float(model), ExitStack() as hooks:
-
-            def sum_up(name: str, holder: QuantModule, call: _Call) -> Callable:
-                def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-                    doubt = _doubt(call.rows(output, holder.rows))
-                    moments[name].add(call.rows(inputs[0], holder.cols), doubt)
-
-                return hook
-
-            here = _Call(torch.empty(0), (), {}, mask)
-            for name, (layer, holder) in projections.items():
-                hooks.callback(layer.register_forward_hook(sum_up(name, holder, here)).remove)
-            _catch(hooks, model.model.encoder.layers[0], heard, None)
-            _catch(hooks, model.model.decoder.layers[0], told, mask)
-            model(**batch, use_cache=False)
-    for name, (_, holder) in projections.items():
-        say(name)
-        round_layer(name, holder, moments[name])
-    return heard, told
-
-
 def _doubt(logits: Tensor) -> Tensor:
     """1 - Σ p² of each row, and a little, so that no row counts for nothing; (n,)."""
     return 1.02 - logits.float().softmax(-1).square().sum(-1)
 
 
 def _catch(
-    hooks: ExitStack, layer: nn.Module, into: list[_Call], mask: Tensor | None, stop: bool = False
+    hooks: ExitStack,
+    layer: nn.Module,
+    into: list[_Call],
+    real: Tensor | None = None,
+    stop: bool = False,
 ) -> None:
     """Keep what ``layer`` is called with, until ``hooks`` closes."""
 
     def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        into.append(_Call(inputs[0], inputs[1:], named, mask))
+        into.append(_Call(inputs[0], inputs[1:], named, real))
         if stop:
             raise _Seen
 
     hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 
-def _caught(stack: Any, mask: Tensor | None = None, **inputs: Any) -> _Call:
+def _caught(stack: Any, real: Tensor | None, **inputs: Any) -> _Call:
     """What the first layer of ``stack`` is given for ``inputs``."""
     found = list[_Call]()
     with ExitStack() as hooks:
-        _catch(hooks, stack.layers[0], found, mask, stop=True)
+        _catch(hooks, stack.layers[0], found, real, stop=True)
         with suppress(_Seen):
             stack(**inputs)
     return found[0]
 
 
 def _walk(
-    name: str, layers: Any, floats: list[_Call], now: list[_Call], say: Callable[[str], object]
+    stack: str, layers: Any, floats: list[_Call], now: list[_Call], say: Callable[[str], object]
 ) -> None:
     """Round a stack's layers one after the other; the calls end behind the last one."""
     for index, layer in enumerate(layers):
         stages, inputs = _float_layer(layer, floats)
         for stage, rows in zip(stages, inputs, strict=True):
-            moment = Moment.empty(stage[0][2].cols, rows[0].device)
+            name, matrix, holder = stage[0]
+            moment = Moment.empty(holder.cols, rows[0].device)
             for call, y in zip(now, rows, strict=True):
-                x = _input_of(layer, call, stage[0][1])
-                moment.add(call.rows(x, stage[0][2].cols), y=y)
+                x = _input_of(layer, call, matrix)
+                moment.add(call.rows(x, holder.cols), y=y)
+                if name.endswith("attn.out_proj"):
+                    call.attended.append((layer.get_submodule(name.rpartition(".")[0]), x))
             rows.clear()
             for own, _, holder in stage:
-                say(f"{name}.{index}.{own}")
+                say(f"{stack}.{index}.{own}")
                 round_layer(own, holder, moment)
         for call in now:
             call.hidden = call.run(layer)
+            call.attended.clear()
 
 
 _Stage = list[tuple[str, nn.Module, QuantModule]]  # matrices that share their input
