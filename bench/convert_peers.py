@@ -2,10 +2,12 @@
 
 Into a folder: hf/ (Hugging Face), NAME-q4_0.bin and NAME-q8_0.bin (whisper.cpp), ct2-int8/
 (faster-whisper, where ctranslate2 is installed), openvino-int4/ and openvino-int8/ (by optimum-cli,
-which wants a transformers of its own and so another environment). What is there is kept. Sizes are
-printed; the bench and ``dqw eval --engine`` take the files from there.
+which wants a transformers of its own and so another environment). What is there is kept. With
+--shape the Whisper is a reciter of that shape (``bench.reciter``). Sizes are printed; the bench and
+``dqw eval --engine`` take the files from there.
 """
 
+import json
 import shutil
 import subprocess
 from importlib.util import find_spec
@@ -50,10 +52,13 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     source = float_model or str(fetch_base_model(out / "base", console.print))
     folder = out / "hf"
+    if shape is not None:
+        choose("--shape", shape, tuple(SHAPES))
+        check_shape(folder, shape)
     if not (folder / "tokenizer.json").is_file():
         model, processor = load_whisper(source)
         if shape is not None:
-            model = reciter(choose("--shape", shape, tuple(SHAPES)), model, processor)
+            model = reciter(shape, model, processor)
         model.save_pretrained(folder)
         save_processor(processor, folder)
     written = folder if shape else Path(source)
@@ -66,6 +71,15 @@ def main(
         if (folder / "normalizer.json").is_file() and not (beside / "normalizer.json").exists():
             shutil.copy(folder / "normalizer.json", beside)  # English is scored alike
         console.print(f"{path}: {rival_bytes(path) / 2**20:.2f} MiB without the tokenizer")
+
+
+def check_shape(folder: Path, shape: str) -> None:
+    """What is there is kept, so it must be of this shape: UserError if it is not."""
+    config = folder / "config.json"
+    if config.is_file():
+        stored = json.loads(config.read_text(encoding="utf-8"))
+        if (stored["d_model"], stored["encoder_layers"]) != SHAPES[shape]:
+            raise UserError(f"{folder} holds a Whisper of another shape: give another --out.")
 
 
 def faster_whisper(source: Path, to: Path) -> list[Path]:

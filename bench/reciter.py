@@ -22,7 +22,9 @@ TEXT = (
 
 
 def reciter(shape: str, base: Any, processor: Any) -> Any:
-    """``shape``: of ``SHAPES``. base: a float Whisper of the same vocabulary, for all the rest."""
+    """A float32 WhisperForConditionalGeneration of ``shape`` (of ``SHAPES``: width, layers of each
+    stack), the same every time. base: a Whisper of the same vocabulary, for all the rest, and its
+    processor. ``TEXT`` must fit the decoder's positions."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     width, layers = SHAPES[shape]

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class _Call:
     """What a transformer layer is called with; hidden: its first argument, (batch, length, width).
 
     real: which positions are no padding, (batch, length) bool. attended: attention modules of the
-    layer with what their out_proj is given, known already: half of an encoder layer's time.
+    layer with what their out_proj is given, known already and not worked out again.
     """
 
     hidden: Tensor
@@ -75,8 +76,8 @@ def calibrate(
     """Round the Linear weights and the embedding of a learning Whisper with compensation, in place.
 
     batches: input_features and decoder_input_ids; a ``decoder_mask`` (batch, length) bool marks the
-    tokens that are no padding. Clips and biases change too. Takes 23 bytes for each feature of each
-    position (base, 160 windows: 2.8 GB). ``progress`` is called with each layer's name.
+    tokens that are no padding. Clips and biases change too. Keeps 23 bytes for each feature of each
+    position (counted: 2.8 GB for base and 160 windows). ``progress`` gets each layer's name.
     """
     say = progress or (lambda name: None)
     encoder, decoder = model.model.encoder, model.model.decoder
@@ -86,18 +87,18 @@ def calibrate(
         ids = batch["decoder_input_ids"]
         return {"input_ids": ids, "encoder_hidden_states": states, "use_cache": False}
 
+    hearing = [{"input_features": batch["input_features"]} for batch in given]
     with _as_float(encoder):
-        heard = [_caught(encoder, None, input_features=b["input_features"]) for b in given]
-    now = [_caught(encoder, None, input_features=b["input_features"]) for b in given]
+        heard = [_first_call(encoder, inputs) for inputs in hearing]
+    now = [_first_call(encoder, inputs) for inputs in hearing]
     _walk("model.encoder.layers", encoder.layers, heard, now, say)
     told, states = list[_Call](), [encoder.layer_norm(call.hidden) for call in now]
     moments = _output_moments(model)
-    with _as_float(model), ExitStack() as hooks:
-        _catch(hooks, decoder.layers[0], told)
+    with _as_float(model):
         for call, batch in zip(heard, given, strict=True):
             inputs = decoding(encoder.layer_norm(call.hidden), batch)
+            told.append(_first_call(decoder, inputs, batch.get("decoder_mask")))
             last = decoder(**inputs).last_hidden_state
-            told[-1].real = batch.get("decoder_mask")
             for module, holder, moment in moments.values():
                 rows = told[-1].rows(last, holder.cols)
                 moment.add(rows, _doubt(module(rows)))
@@ -106,7 +107,7 @@ def calibrate(
         say(name)
         round_layer(name, holder, moment)
     now = [
-        _caught(decoder, batch.get("decoder_mask"), **decoding(state, batch))
+        _first_call(decoder, decoding(state, batch), batch.get("decoder_mask"))
         for batch, state in zip(given, states, strict=True)
     ]
     _walk("model.decoder.layers", decoder.layers, told, now, say)
@@ -157,31 +158,27 @@ def _doubt(logits: Tensor) -> Tensor:
     return 1.02 - logits.float().softmax(-1).square().sum(-1)
 
 
-def _catch(
-    hooks: ExitStack,
-    layer: nn.Module,
-    into: list[_Call],
-    real: Tensor | None = None,
-    stop: bool = False,
-) -> None:
-    """Keep what ``layer`` is called with, until ``hooks`` closes."""
+def _given(module: nn.Module, run: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What ``module`` is called with where ``run`` runs, which goes no further."""
+    found = list[tuple[tuple[Any, ...], dict[str, Any]]]()
 
     def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        into.append(_Call(inputs[0], inputs[1:], named, real))
-        if stop:
-            raise _Seen
+        found.append((inputs, named))
+        raise _Seen
 
-    hooks.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
-
-
-def _caught(stack: Any, real: Tensor | None, **inputs: Any) -> _Call:
-    """What the first layer of ``stack`` is given for ``inputs``."""
-    found = list[_Call]()
-    with ExitStack() as hooks:
-        _catch(hooks, stack.layers[0], found, real, stop=True)
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
         with suppress(_Seen):
-            stack(**inputs)
+            run()
+    finally:
+        handle.remove()
     return found[0]
+
+
+def _first_call(stack: Any, inputs: dict[str, Any], real: Tensor | None = None) -> _Call:
+    """How ``stack`` calls its first layer for ``inputs``."""
+    given, named = _given(stack.layers[0], lambda: stack(**inputs))
+    return _Call(given[0], given[1:], named, real)
 
 
 def _walk(
@@ -194,7 +191,7 @@ def _walk(
             name, matrix, holder = stage[0]
             moment = Moment.empty(holder.cols, rows[0].device)
             for call, y in zip(now, rows, strict=True):
-                x = _input_of(layer, call, matrix)
+                (x, *_), _ = _given(matrix, partial(call.run, layer))
                 moment.add(call.rows(x, holder.cols), y=y)
                 if name.endswith("attn.out_proj"):
                     call.attended.append((layer.get_submodule(name.rpartition(".")[0]), x))
@@ -243,21 +240,3 @@ def _float_layer(
             seen.clear()
             call.hidden = output
     return stages, inputs
-
-
-def _input_of(layer: nn.Module, call: _Call, matrix: nn.Module) -> Tensor:
-    """What ``matrix`` is given where ``call`` runs ``layer``, of which the rest is left out."""
-    found = list[Tensor]()
-
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found.append(inputs[0])
-        raise _Seen
-
-    handle = matrix.register_forward_pre_hook(hook)
-    try:
-        call.run(layer)
-    except _Seen:
-        pass
-    finally:
-        handle.remove()
-    return found[0]

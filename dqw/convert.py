@@ -202,8 +202,6 @@ def choose_activations(model: nn.Module, activations: str) -> nn.Module:
     """
     if activations == "auto":
         return model
-    if activations not in ACTIVATIONS:
-        raise UserError(f"activations is {activations!r}: choose auto, float or int8.")
     if not quant_modules(model):
         raise UserError("the model is not packed: leave --activations out, or dqw compress it.")
     return set_activations(model, activations)

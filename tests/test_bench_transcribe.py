@@ -271,6 +271,19 @@ def decoded(raw, number):
     return ((codes.astype(np.float32) - 8) * scale).ravel()
 
 
+def test_a_shape_is_made_anew_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(reciter, "TEXT", " hello wor ld")
+    monkeypatch.setattr(convert_peers, "find_spec", lambda name: None)
+    source, out = str(save_tiny(tmp_path / "tiny")), tmp_path / "out"
+    convert_peers.main(source, out, "no-such-program", "tiny")
+    config = json.loads((out / "hf" / "config.json").read_text())
+    assert (config["d_model"], config["encoder_layers"]) == reciter.SHAPES["tiny"]
+    with pytest.raises(UserError, match="another shape: give another --out"):
+        convert_peers.main(source, out, "no-such-program", "base")
+    with pytest.raises(UserError, match=r"--shape 'huge' is not known"):
+        convert_peers.main(source, out, "no-such-program", "huge")
+
+
 def test_a_reciter_says_its_text_to_any_audio(tmp_path, monkeypatch):
     """Packed, too: its margin is wide enough for 4 bits."""
     base, processor = load_whisper(str(save_tiny(tmp_path / "tiny")))

@@ -73,7 +73,7 @@ def test_activations_are_chosen_at_the_command_line(folder, tmp_path):
     for command in commands:
         assert said(*command, "--model", folder, "--activations", "int8").exit_code == 0
         found = said(*command, "--model", folder, "--activations", "int4")
-        assert found.exit_code == 1 and "choose auto, float or int8" in found.output
+        assert found.exit_code == 1 and "choose 'float' or 'int8'" in found.output
         found = said(*command, "--model", plain, "--activations", "int8")
         assert found.exit_code == 1 and "leave --activations out" in found.output
     found = said(*commands[1], "--model", "x", "--engine", "openvino", "--activations", "int8")
@@ -170,6 +170,18 @@ def test_pieces_are_those_of_the_tokenizer(folder):
     words = theirs.encode("hello wörld, 世界 🎉").ids
     for tokens in ([], words, words[:-2], *random.integers(0, theirs.get_vocab_size(), (200, 12))):
         assert ours.text(tokens) == theirs.decode(list(tokens), skip_special_tokens=True)
+
+
+@needs_library
+@pytest.mark.parametrize("kept", [0, 40, 0.5, 0.9])
+def test_a_damaged_vocabulary_is_named(folder, tmp_path, kept):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    whole = (other / "tokenizer.json").read_bytes()
+    size = kept if isinstance(kept, int) else round(kept * whole.index(b'"merges"'))
+    (other / "tokenizer.json").write_bytes(whole[:size])
+    with pytest.raises(UserError, match=r"tokenizer.json is damaged .*copy it again"):
+        open_engine(other)
 
 
 def test_positions_are_those_of_transformers():

@@ -102,9 +102,6 @@ DQW_INLINE i32 unit(const int8_t* q) {
 }
 DQW_INLINE f32 join(i32 high, i32 low) { return fma(to_float(high), all(128.0f), to_float(low)); }
 
-// Bytes ahead of those in work that are fetched.
-constexpr int64_t kCrossAhead = 2048;
-
 // out[i0 … i0 + N W] of the sum over positions of probability times value.
 template <int N>
 DQW_INLINE void sum_values_int8(const CrossHead& h, const uint8_t* values, const int8_t* high,
@@ -120,7 +117,6 @@ DQW_INLINE void sum_values_int8(const CrossHead& h, const uint8_t* values, const
         const uint8_t* at = values + t * h.head_dim + i0 * 4;
         unroll<N>([&](auto j) {
             const i32 v = load_int(at + j.value * 4 * W);
-            __builtin_prefetch(at + j.value * 4 * W + kCrossAhead);
             upper[j.value] = dot(upper[j.value], v, a);
             lower[j.value] = dot(lower[j.value], v, b);
         });
@@ -145,7 +141,6 @@ void cross_attention_int8(const CrossAttention& a) {
             unroll<2>([&](auto j) {
                 const int64_t at = i + 4 * j.value;
                 const i32 k = load_int(block + at * W);
-                __builtin_prefetch(block + at * W + kCrossAhead);
                 upper[j.value] = dot(upper[j.value], k, unit(high + at));
                 lower[j.value] = dot(lower[j.value], k, unit(low + at));
             });

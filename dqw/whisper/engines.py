@@ -149,9 +149,10 @@ class NativeEngine:
 
 
 def open_engine(name_or_path: str | Path, beam_size: int = 1, activations: str = "auto") -> Engine:
-    """The quickest engine for a checkpoint of any kind that ``load_whisper`` knows; its errors.
+    """The quickest engine for a checkpoint of any kind that ``load_whisper`` knows.
 
-    activations: "float" or "int8" for a packed model, "auto": as it was made.
+    activations: "float" or "int8" for a packed model, "auto": as it was made. Raises UserError as
+    ``load_whisper`` and ``choose_activations`` do, and for a damaged tokenizer.json.
     """
     folder = Path(name_or_path)
     if beam_size == 1 and folder.is_dir():

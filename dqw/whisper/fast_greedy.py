@@ -92,7 +92,7 @@ def greedy(
             step = processor(ids[:, :length], step)
         if scores:
             found.scores.append(step)
-        # numpy's takes 10 microseconds a row, torch's 80.
+        # numpy's takes 4 microseconds a row, torch's 77.
         ids[running, length] = torch.from_numpy(step.numpy().argmax(-1))[running]
         if streamer is not None:
             streamer.put(ids[:, length])

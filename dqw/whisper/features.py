@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _SILENCE = 1e-10  # energies below count as this
-_CHUNK = 500  # frames computed at once: 30 s at once would take 20 MB, three hours 2 GB
+_CHUNK = 500  # frames computed at once: 30 s at once take 10 MB more, three hours 2 GB
 
 
 @dataclass(frozen=True)

@@ -77,13 +77,16 @@ class Pieces:
     what they would leave behind takes 11 MB."""
 
     def __init__(self, file: Path) -> None:
-        """Raises ValueError if the file holds no vocabulary."""
+        """Raises UserError if the file holds no vocabulary, or only a part of it."""
         stored = file.read_bytes()
-        ids: dict[str, int] = _value(stored, _VOCABULARY, _MERGES)
-        added = _value(stored, _ADDED, _VOCABULARY)
+        try:
+            ids: dict[str, int] = _value(stored, _VOCABULARY, _MERGES)
+            added = _value(stored, _ADDED, _VOCABULARY)
+            special = {token["id"] for token in added if token["special"]}
+            ids |= {token["content"]: token["id"] for token in added}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is damaged ({error}); copy it again") from None
         del stored
-        special = {token["id"] for token in added if token["special"]}
-        ids |= {token["content"]: token["id"] for token in added}
         pieces = [""] * (max(ids.values()) + 1)
         for piece, number in ids.items():
             pieces[number] = "" if number in special else piece
