@@ -56,12 +56,13 @@ def calibration_batches(
 
 def clip_batches(
     items: Sequence[SpeechItem], recipe: Recipe, pair: Pair, say: Callable[[str], object]
-) -> list[dict[str, Tensor]]:
-    """The same of every clip by itself, in order, and ``teacher_features`` where the two models
-    hear with other mel bins. Clips that no window holds are left out."""
+) -> Iterator[dict[str, Tensor]]:
+    """The same of every clip by itself, in order, each made when it is asked for, and
+    ``teacher_features`` where the two models hear with other mel bins. Clips that no window holds
+    are left out."""
     alone = replace(recipe.distill.augment, concatenate=0.0, noise=0.0, speed=0.0)
     dataset, collate = _dataset(items, recipe, alone, pair, say)
-    return [collate([dataset[key]]) for key in range(len(dataset))]
+    return (collate([dataset[key]]) for key in range(len(dataset)))
 
 
 def _dataset(

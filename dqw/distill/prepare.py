@@ -117,7 +117,7 @@ def prepare(
     if not made.examples:
         reasons = "; ".join(f"{reason}: {len(ids)}" for reason, ids in made.skipped.items())
         raise UserError(
-            f"no clip is left to learn from ({reasons or 'the data holds none'}): give clips of "
+            f"no clip is left ({reasons or 'the data holds none'}): give clips of "
             f"up to {window:g} s with a text, or allow teacher labels."
         )
     return made

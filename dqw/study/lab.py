@@ -78,7 +78,7 @@ class Lab:
     @cached_property
     def clips(self) -> list[dict[str, Any]]:
         """The evaluation clips that KL is taken on, one a batch."""
-        return clip_batches(spread(self.test, KL_CLIPS), self.recipe, self.pair, self.say)
+        return list(clip_batches(spread(self.test, KL_CLIPS), self.recipe, self.pair, self.say))
 
     @cached_property
     def probe(self) -> Probe:

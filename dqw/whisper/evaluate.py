@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from dqw.errors import UserError
 from dqw.whisper.audio import SAMPLE_RATE
 from dqw.whisper.checkpoint import load_whisper
 from dqw.whisper.data import Item
+from dqw.whisper.divergence import Divergence
 from dqw.whisper.rivals import Rival, open_rival, rival_bytes
 from dqw.whisper.scoring import Scores, read_spelling, score
 from dqw.whisper.transcribe import Transcript, transcribe
@@ -23,19 +24,25 @@ from dqw.whisper.transcribe import Transcript, transcribe
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
+    from dqw.distill.pair import Pair
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`transcripts` in the order of the items; `wall_seconds` covers transcribing alone."""
+    """`transcripts` in the order of the items; `wall_seconds` covers transcribing alone;
+    `divergence`: from the teacher, where one was given."""
 
     scores: Scores
     transcripts: list[Transcript]
     audio_seconds: float
     wall_seconds: float
+    divergence: Divergence | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        further = {"kl": self.divergence.to_dict()} if self.divergence else {}
         return {
             **self.scores.to_dict(),
+            **further,
             "clips": len(self.transcripts),
             "audio_seconds": round(self.audio_seconds, 2),
             "wall_seconds": round(self.wall_seconds, 2),
@@ -106,12 +113,26 @@ def evaluate_rival(
 class Evaluator:
     """`run(items, progress=…)` gives an Evaluation. `package`: whose engine it is; `spelling`:
     whether British spellings are mapped to American ones; `model_bytes`: without the tokenizer,
-    None for a model from the hub."""
+    None for a model from the hub; `pair`: the model and its teacher, where one was given."""
 
     run: Callable[..., Evaluation]
     package: str
     spelling: bool
     model_bytes: int | None
+    pair: Pair | None = None
+
+    def diverge(
+        self,
+        items: Sequence[Item],
+        found: Evaluation,
+        progress: Callable[[int], object] | None = None,
+    ) -> Evaluation:
+        """`found`, which `run` gave for `items`, with the divergence from the teacher."""
+        from dqw.whisper.divergence import divergence
+
+        assert self.pair is not None
+        languages = [transcript.language for transcript in found.transcripts]
+        return replace(found, divergence=divergence(self.pair, items, languages, progress))
 
 
 def open_evaluator(
@@ -122,14 +143,20 @@ def open_evaluator(
     normalizer: str | Path | None = None,
     audio_context: str = "auto",
     activations: str = "auto",
+    teacher: str | None = None,
 ) -> Evaluator:
     """`model` loaded into dqw or one of the RIVALS, which hear clip by clip.
 
     `normalizer`: a normalizer.json, or a folder that has one, in the place of the model's own.
     `audio_context`: as in `transcribe`; for dqw alone. `activations`: as in `open_engine`; for dqw
-    and a packed model in transformers.
-    Raises UserError as `load_whisper`, `open_rival` and `read_spelling` do.
+    and a packed model in transformers. `teacher`: a model to take the divergence from; for dqw.
+    Raises UserError as `load_whisper`, `open_rival`, `read_spelling` and `check_models` do.
     """
+    if teacher is not None and engine != "dqw":
+        raise UserError(
+            f"--teacher compares distributions, which are not to be had of {engine}: leave one out."
+        )
+    pair = None
     given = None if normalizer is None else read_spelling(normalizer)
     run: Callable[..., Evaluation]
     if engine == "dqw":
@@ -148,6 +175,8 @@ def open_evaluator(
             audio_context=audio_context,
         )
         package = "dqw"
+        if teacher is not None:
+            pair = _pair(whisper, processor, teacher)
     else:
         kind = "" if activations == "auto" else activations
         if kind and engine != "transformers":
@@ -158,7 +187,15 @@ def open_evaluator(
         spelling, package = rival.spelling, rival.package
         run = partial(evaluate_rival, rival)
     size = rival_bytes(model) if Path(model).exists() else None
-    return Evaluator(run, package, bool(spelling), size)
+    return Evaluator(run, package, bool(spelling), size, pair)
+
+
+def _pair(student: Any, processor: Any, teacher: str) -> Pair:
+    from dqw.distill.pair import Pair, check_models
+
+    whisper, teacher_processor = load_whisper(teacher)
+    check_models(student, whisper, teacher_processor)
+    return Pair(whisper, student, processor, teacher_processor)
 
 
 def _scored(

@@ -48,6 +48,14 @@ def print_scores(result: Evaluation, spelling: bool, size: int | None = None) ->
         f"({speed:.1f} × real time)",
         highlight=False,
     )
+    if result.divergence is not None:
+        far = result.divergence
+        console.print(
+            f"KL from the teacher: {far.kl:.5f} nats a token ({far.low:.5f} to {far.high:.5f}; "
+            f"{far.tokens} tokens of {far.clips} clips)",
+            highlight=False,
+            soft_wrap=True,
+        )
     if size is not None:
         console.print(f"The model takes {size / 2**20:.2f} MiB without its tokenizer.",
                       highlight=False)  # fmt: skip
