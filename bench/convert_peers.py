@@ -1,6 +1,6 @@
 """``python -m bench.convert_peers``: one Whisper as the files that each peer reads, without a hub.
 
-Into a folder: hf/ (Hugging Face), NAME-q4_0.bin and NAME-q8_0.bin (whisper.cpp), ct2-int8/
+Into a folder: hf/ (Hugging Face), NAME-q4_k.bin, q4_0 and q8_0 (whisper.cpp), ct2-int8/
 (faster-whisper, where ctranslate2 is installed), openvino-int4/ and openvino-int8/ (by optimum-cli,
 which wants a transformers of its own and so another environment). What is there is kept. With
 --shape the Whisper is a reciter of that shape (``bench.reciter``). Sizes are printed; the bench and
@@ -62,7 +62,10 @@ def main(
         model.save_pretrained(folder)
         save_processor(processor, folder)
     written = folder if shape else Path(source)
-    found = [transcribe.ggml(out, written, kind, console.print) for kind in ("q4_0", "q8_0")]
+    skipped: dict[str, str] = {}
+    found = [p for _, p in transcribe.whisper_cpp(out, written, 3, skipped, console.print)]
+    for name, reason in skipped.items():
+        console.print(f"skipped {name}: {reason}")
     found += faster_whisper(folder, out / "ct2-int8")
     for kind in KINDS:
         found += openvino(folder, out / f"openvino-{kind}", kind, optimum_cli)

@@ -1,7 +1,8 @@
-"""A float Whisper written as whisper.cpp's model file, in float16, q8_0 or q4_0.
+"""A float Whisper written as whisper.cpp's model file, in float16, q8_0, q4_0 or q4_k.
 
 The quantized matrices are those that whisper.cpp's own quantizer chooses: all but the positions;
-convolutions stay float16, vectors float32.
+convolutions stay float16, vectors float32. q4_k is for speed: its scales and minima come from the
+extremes of 32 weights, where whisper.cpp's quantizer searches better ones for the same bytes.
 """
 
 import json
@@ -11,8 +12,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-TYPES = {"f16": (1, 1), "q4_0": (2, 2002), "q8_0": (8, 2007)}  # tensor type, file type
+from dqw.errors import UserError
+
+# tensor type, file type
+TYPES = {"f16": (1, 1), "q4_0": (2, 2002), "q4_k": (12, 2012), "q8_0": (8, 2007)}
 BLOCK = 32
+SUPERBLOCK = 256  # weights of q4_k that share two float16 numbers
 NAMES = {
     "self_attn_layer_norm": "attn_ln",
     "self_attn.q_proj": "attn.query",
@@ -31,9 +36,14 @@ NAMES = {
 
 
 def write(file: Path, model: Any, processor: Any, kind: str) -> Path:
-    """``model`` (float) and its tokenizer as ``file``; kind: f16, q8_0 or q4_0."""
+    """``model`` (float) and its tokenizer as ``file``; kind: one of ``TYPES``.
+
+    Raises UserError for q4_k and a width that its blocks do not divide.
+    """
     c = model.config
     tensor_type, file_type = TYPES[kind]
+    if kind == "q4_k" and c.d_model % SUPERBLOCK:
+        raise UserError(f"q4_k needs rows of {SUPERBLOCK} weights or more: {c.d_model} do not fit")
     temporary = file.with_name(file.name + ".tmp")
     with open(temporary, "wb") as out:
         numbers = (
@@ -102,6 +112,8 @@ def encoded(data: np.ndarray, kind: int) -> bytes:
     if kind in (0, 1):
         return np.ascontiguousarray(data, np.float32 if kind == 0 else np.float16).tobytes()
     blocks = data.reshape(-1, BLOCK)
+    if kind == 12:
+        return encoded_q4_k(blocks.reshape(-1, SUPERBLOCK // BLOCK, BLOCK))
     if kind == 8:
         scale = np.abs(blocks).max(1, keepdims=True) / 127
     else:  # the value of the largest magnitude, whichever sign it has, becomes -8
@@ -115,3 +127,35 @@ def encoded(data: np.ndarray, kind: int) -> bytes:
         codes = codes[:, : BLOCK // 2] | codes[:, BLOCK // 2 :] << 4
     halves = scale.astype(np.float16).view(np.uint8)
     return np.concatenate([halves, codes], axis=1).tobytes()
+
+
+def encoded_q4_k(blocks: np.ndarray) -> bytes:
+    """(superblocks, 8, 32) float32 → 144 bytes each: weight = d · scale · code − dmin · minimum.
+
+    d, dmin float16; 8 scales and 8 minima of 6 bits in 12 bytes, the upper two bits of the last
+    four in the first eight bytes; 4-bit codes, of each two blocks the first in the low nibbles.
+    """
+    low = np.minimum(blocks.min(2), 0)
+    step = (np.maximum(blocks.max(2), 0) - low) / 15
+    d, dmin = ((x.max(1, keepdims=True) / 63).astype(np.float16) for x in (step, -low))
+
+    def sixth(x: np.ndarray, unit: np.ndarray) -> np.ndarray:
+        unit = unit.astype(np.float32)
+        return np.clip(np.round(np.divide(x, unit, out=np.zeros_like(x), where=unit > 0)), 0, 63)
+
+    scale, minimum = sixth(step, d), sixth(-low, dmin)
+    unit = (scale * d)[..., None]
+    raised = blocks + (minimum * dmin)[..., None]
+    codes = np.clip(np.round(np.divide(raised, unit, out=np.zeros_like(blocks), where=unit > 0)),
+                    0, 15).astype(np.uint8)  # fmt: skip
+    s, m = scale.astype(np.uint8), minimum.astype(np.uint8)
+    packed = np.concatenate(
+        [
+            s[:, :4] | s[:, 4:] >> 4 << 6,
+            m[:, :4] | m[:, 4:] >> 4 << 6,
+            s[:, 4:] & 15 | (m[:, 4:] & 15) << 4,
+        ],
+        axis=1,
+    )
+    nibbles = (codes[:, 0::2] | codes[:, 1::2] << 4).reshape(len(blocks), -1)
+    return np.concatenate([d.view(np.uint8), dmin.view(np.uint8), packed, nibbles], 1).tobytes()

@@ -300,8 +300,8 @@ def candidates(
             else:
                 skipped[name] = f"{base} is no CTranslate2 folder"
         elif name == "whisper.cpp":
-            for kind in ("q4_0", "q8_0")[:kinds]:
-                found.append((name, kind, ggml(asked.folder, base, kind, report)))
+            written = whisper_cpp(asked.folder, base, 1 if asked.quick else 3, skipped, report)
+            found += [(name, kind, path) for kind, path in written]
         else:
             folders = asked.openvino or tuple(sorted(asked.folder.glob("openvino-*")))
             found += [(name, path.name.removeprefix("openvino-"), path) for path in folders]
@@ -322,6 +322,20 @@ def packed_base(folder: Path, base: Path, report: Report) -> Path:
         model.save_pretrained(folder)
         save_processor(processor, folder)
     return folder
+
+
+def whisper_cpp(
+    folder: Path, base: Path, most: int, skipped: dict[str, str], report: Report
+) -> list[tuple[str, Path]]:
+    """The first ``most`` kinds that ``base``'s width allows, and their files."""
+    found: list[tuple[str, Path]] = []
+    for kind in ("q4_k", "q4_0", "q8_0"):
+        if len(found) < most:
+            try:
+                found.append((kind, ggml(folder, base, kind, report)))
+            except UserError as error:
+                skipped[f"whisper.cpp {kind}"] = str(error)
+    return found
 
 
 def ggml(folder: Path, base: Path, kind: str, report: Report) -> Path:

@@ -62,12 +62,12 @@ def test_peers_that_cannot_run_are_named(tmp_path, monkeypatch):
 def test_peers_find_their_models(tmp_path, monkeypatch):
     monkeypatch.setattr(transcribe, "find_spec", lambda name: name)
     skipped = {}
-    (tmp_path / "base-q4_0.bin").touch()
-    (tmp_path / "base-q8_0.bin").touch()
+    for kind in ("q4_k", "q4_0", "q8_0"):
+        (tmp_path / f"base-{kind}.bin").touch()
     names = ("faster-whisper", "whisper.cpp", "openvino")
     given = asked(tmp_path, model=tmp_path, peers=names, quick=False)
     found = transcribe.candidates(given, tmp_path / "base", skipped, print)
-    assert [kind for name, kind, _ in found if name == "whisper.cpp"] == ["q4_0", "q8_0"]
+    assert [kind for name, kind, _ in found if name == "whisper.cpp"] == ["q4_k", "q4_0", "q8_0"]
     assert "no CTranslate2 folder" in skipped["faster-whisper"]
     assert "convert_peers" in skipped["openvino"]
     (tmp_path / "openvino-int4").mkdir()
@@ -217,7 +217,7 @@ def test_models_for_the_peers_are_made_once(tmp_path, monkeypatch, capsys):
         convert_peers.main(str(source), out, str(program))
 
 
-@pytest.mark.parametrize("kind", ggml.TYPES)
+@pytest.mark.parametrize("kind", ("f16", "q4_0", "q8_0"))
 def test_a_ggml_file_holds_every_tensor(tmp_path, kind):
     model, processor = tiny(tmp_path / "tiny")
     data = ggml.write(tmp_path / "model.bin", model, processor, kind).read_bytes()
@@ -258,6 +258,38 @@ def test_a_ggml_file_holds_every_tensor(tmp_path, kind):
     assert number == ggml.TYPES[kind][0] and shape == weight.shape
     error = np.abs(decoded(raw, number) - weight.ravel()).max()
     assert error < {"f16": 2e-4, "q8_0": 2e-3, "q4_0": 0.04}[kind]
+
+
+def test_q4_k_by_the_format_s_words():
+    """A number at a time, as ggml's block_q4_K is laid out."""
+    generator = np.random.default_rng(0)
+    data = generator.normal(size=(4, 512)).astype(np.float32)
+    data[1] += 3  # minima above zero are zero
+    data[2, :32] = 0
+    raw = np.frombuffer(ggml.encoded(data, 12), np.uint8).reshape(-1, 144)
+    found = []
+    for block in raw:
+        d, dmin = block[:4].copy().view(np.float16).astype(np.float32)
+        packed, nibbles = block[4:16].astype(int), block[16:].reshape(4, 32)
+        for j in range(8):
+            if j < 4:
+                scale, minimum = packed[j] & 63, packed[j + 4] & 63
+            else:
+                scale = packed[j + 4] & 15 | packed[j - 4] >> 6 << 4
+                minimum = packed[j + 4] >> 4 | packed[j] >> 6 << 4
+            codes = nibbles[j // 2] >> 4 if j % 2 else nibbles[j // 2] & 15
+            found.append(d * scale * codes - dmin * minimum)
+    found = np.concatenate(found).reshape(data.shape)
+    assert np.abs(found - data).max() < 0.35 and not found[2, :32].any()
+    assert np.square(found - data).mean() < 0.015
+
+
+def test_q4_k_of_rows_that_do_not_divide(tmp_path):
+    skipped = {}
+    folder = save_tiny(tmp_path / "tiny")
+    found = transcribe.whisper_cpp(tmp_path, folder, 1, skipped, print)
+    assert [kind for kind, _ in found] == ["q4_0"] and "64 do not fit" in str(skipped)
+    assert not (tmp_path / "tiny-q4_k.bin").exists()
 
 
 def decoded(raw, number):
