@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_whisper
+from kernel_helpers import BF16_SETS, instruction_set, needs_library
 from kernel_helpers import INSTRUCTION_SETS as TIERS
-from kernel_helpers import instruction_set, needs_library
 from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper_helpers import tiny
@@ -69,6 +69,30 @@ def reference(model, ids, states, prompt=4):
     with torch.inference_mode():
         logits = plain(model)(encoder_outputs=(states,), decoder_input_ids=ids).logits
     return logits[:, prompt - 1 :]
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_generate_may_round_and_a_call_may_not(speaking, tier, monkeypatch):
+    """On tiers with bfloat16 the encoder and the keys of the audio; elsewhere nothing changes."""
+    model, _ = speaking
+    torch.manual_seed(0)
+    features = torch.randn(2, 80, 100)
+    with instruction_set(tier), torch.no_grad():
+        native = fast_encoder(model.model.encoder)
+        exact, rounded = native(features), native(features, bf16=True)
+        assert torch.equal(exact, rounded) == (tier not in BF16_SETS)
+        assert torch.equal(model.model.encoder(features)[0], exact)
+        heard = []
+        monkeypatch.setattr(
+            "dqw.whisper.fast.FastDecoder.cross",
+            lambda self, states, kind, bf16=False: heard.append((states, bf16)) or 1 / 0,
+        )
+        for ask in ({"language": "en"}, {"language": "en", "num_beams": 2}, {}):
+            with pytest.raises(ZeroDivisionError):
+                model.generate(features, **ask)
+            states, bf16 = heard.pop()
+            assert bf16 and torch.equal(states, rounded[: len(states)])
+        assert torch.equal(model.model.encoder(features)[0], exact)  # after the failures, too
 
 
 @pytest.mark.parametrize("tier", TIERS)

@@ -4,10 +4,15 @@ transformers keeps what it is good at (language, prompts, windows of long audio,
 greedy loop and the encoder are ours. The loop asks the same logits processors and stopping criteria
 and so gives the same tokens; what it does not cover (sampling, attentions asked for, padded
 prompts, other devices and dtypes, training) runs as it would without it.
+
+Within ``generate`` many rows are multiplied in bfloat16 where the processor does that faster, as
+`dqw transcribe` does; a model that is called keeps float32.
 """
 
 from __future__ import annotations
 
+import functools
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,6 +30,9 @@ from dqw.whisper.decoding import SuppressTokens
 from dqw.whisper.fast import FastDecoder, Session, fast_decoder, fast_encoder
 from dqw.whisper.fast_greedy import Stop, greedy
 
+# Whether products of float32 may be rounded to bfloat16: true within generate.
+_rounds: ContextVar[bool] = ContextVar("dqw_rounds", default=False)
+
 
 def speed_up(model: Any) -> None:
     """Let ``model`` generate on the native networks wherever they cover it; others stay as is."""
@@ -39,6 +47,14 @@ def native_decoder(model: Any) -> FastDecoder | None:
 
 
 class _FastWhisper(WhisperForConditionalGeneration):
+    @functools.wraps(WhisperForConditionalGeneration.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        before = _rounds.set(True)
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            _rounds.reset(before)
+
     def _sample(
         self,
         input_ids: Tensor,
@@ -77,6 +93,7 @@ class _FastWhisper(WhisperForConditionalGeneration):
                 scores=asks and generation_config.output_scores,
                 logits=asks and generation_config.output_logits,
                 streamer=streamer,
+                bf16=_rounds.get(),
             )
         if not asks:
             return found.ids
@@ -102,7 +119,7 @@ class _FastWhisper(WhisperForConditionalGeneration):
             states = model_kwargs["encoder_outputs"][0][::beams].contiguous()
             longest = generation_config.max_length
             name = "cache" if "cache" in model_kwargs else "past_key_values"
-            model_kwargs[name] = Session(decoder, states, longest, beams)
+            model_kwargs[name] = Session(decoder, states, longest, beams, bf16=_rounds.get())
         plain: Any = super()
         return plain._beam_search(
             input_ids,
@@ -134,7 +151,7 @@ class _FastWhisper(WhisperForConditionalGeneration):
         if decoder is None:
             return None
         encoded = given.get("encoder_outputs") or self.model.encoder(given["input_features"])
-        return Session(decoder, encoded[0], 1)
+        return Session(decoder, encoded[0], 1, bf16=_rounds.get())
 
 
 class _FastEncoder(WhisperEncoder):
@@ -150,7 +167,7 @@ class _FastEncoder(WhisperEncoder):
             native = fast_encoder(self) if input_features.device.type == "cpu" else None
         if native is None:
             return super().forward(input_features, attention_mask, **kwargs)
-        states = native(input_features)
+        states = native(input_features, bf16=_rounds.get())
         if kwargs.get("return_dict", True) is False:
             return (states,)
         return BaseModelOutput(last_hidden_state=states)
