@@ -52,11 +52,40 @@ class Dqw:
         return [found[i].text for i in range(len(audios))]
 
 
+class Generate:
+    """``from_pretrained(…).generate(…)`` of a packed folder, as transformers' users call it."""
+
+    dynamic = False
+
+    def __init__(self, folder: str, threads: int, activations: str) -> None:
+        import torch
+
+        from dqw.convert import set_activations
+        from dqw.whisper.checkpoint import load_whisper
+
+        torch.set_num_threads(threads)
+        self.model, self.processor = load_whisper(folder)
+        set_activations(self.model, activations)
+
+    def hear_all(
+        self, audios: Sequence[np.ndarray], language: str | None, batch_size: int
+    ) -> list[str]:
+        texts: list[str] = []
+        for start in range(0, len(audios), batch_size):
+            some = list(audios[start : start + batch_size])
+            inputs = self.processor(some, sampling_rate=16_000, return_tensors="pt")
+            ids = self.model.generate(inputs.input_features, language=language, do_sample=False)
+            texts += self.processor.batch_decode(ids, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
 def open_any(name: str, path: str, threads: int, kind: str) -> Engine:
     from dqw.whisper.rivals import open_rival
 
     if name == "dqw":
         return Dqw(path, threads, kind)
+    if name == "dqw-generate":
+        return Generate(path, threads, kind)
     return open_rival(RIVAL_OF.get(name, name), path, threads, kind=kind)
 
 

@@ -30,7 +30,7 @@ FOLDER = Path("runs") / "bench"
 LENGTHS = (3, 6, 11, 20, 30)
 FIRST = 11  # seconds of the clip whose text a fresh process is waited for
 TURN = 20  # files an engine hears before the next one's turn
-PEERS = ("dqw-plain", "transformers", "faster-whisper", "whisper.cpp", "openvino")
+PEERS = ("dqw-generate", "dqw-plain", "transformers", "faster-whisper", "whisper.cpp", "openvino")
 MODULES = {"faster-whisper": "faster_whisper", "whisper.cpp": "pywhispercpp"}
 MODULES["openvino"] = "openvino_genai"
 Report = Callable[[str], None]
@@ -290,7 +290,7 @@ def candidates(
         module = MODULES.get(name)
         if module and find_spec(module) is None:
             skipped[name] = f"{module} is not installed (pip install -e '.[bench-transcribe]')"
-        elif name == "dqw-plain":
+        elif name in ("dqw-generate", "dqw-plain"):
             found += [(name, kind, packed) for kind in ("int8", "float")[:kinds]]
         elif name == "transformers":
             found.append((name, "float32", base))

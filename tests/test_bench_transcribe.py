@@ -54,7 +54,7 @@ def test_peers_that_cannot_run_are_named(tmp_path, monkeypatch):
     skipped = {}
     options = asked(tmp_path, model=tmp_path)
     found = transcribe.candidates(options, tmp_path, skipped, print)
-    assert {name for name, _, _ in found} == {"dqw", "dqw-plain", "transformers"}
+    assert {name for name, _, _ in found} == {"dqw", "dqw-generate", "dqw-plain", "transformers"}
     assert set(skipped) == {"faster-whisper", "whisper.cpp", "openvino"}
     assert "not installed" in skipped["whisper.cpp"]
 
@@ -113,7 +113,7 @@ def test_the_bench_runs_and_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(transcribe, "FOLDER", tmp_path / "runs")
     monkeypatch.setattr("bench.table.machine", lambda o, ceilings_too: {"cores": 2})
     files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv")}
-    arguments = ["--op", "transcribe", "--peers", "openvino", "--quick", "--threads", "1",
+    arguments = ["--op", "transcribe", "--peers", "dqw-generate,openvino", "--quick", "--threads", "1",
                  "--lengths", "1", "--files", "21", "--audio", tmp_path / "speech",
                  "--model", tmp_path / "packed", "--float-model", base,
                  "--json", files["json"], "--csv", files["csv"]]  # fmt: skip
@@ -122,15 +122,17 @@ def test_the_bench_runs_and_writes(tmp_path, monkeypatch):
     assert "dqw int8" in done.stdout and "21 files" in done.stdout
     assert "skipped openvino bad" in done.stdout
     stored = json.loads(files["json"].read_text())
-    clip, many = stored["rows"]
+    generated = [row for row in stored["rows"] if row["engine"] == "dqw-generate"]
+    assert [row["measure"] for row in generated] == ["clip", "files"]
+    clip, many = (row for row in stored["rows"] if row["engine"] == "dqw")
     assert (clip["measure"], clip["audio_seconds"], clip["ratio"]) == ("clip", 1, 1.0)
     assert 0 < clip["seconds"] < clip["first_text_seconds"] and clip["tokens"] > 1
     assert clip["peak_megabytes"] > 50 and 0 < clip["load_seconds"] < clip["first_text_seconds"]
     assert (many["measure"], many["files"], many["batch_size"]) == ("files", 21, 8)
     assert many["audio_seconds"] == pytest.approx(11 * 0.4 + 10 * 0.9)
     assert many["peak_megabytes"] >= many["peak_megabytes_first"] > 50
-    assert stored["texts"]["dqw int8"]["1"]
-    rows = list(csv.DictReader(files["csv"].open()))
+    assert stored["texts"]["dqw int8"]["1"] and stored["texts"]["dqw-generate int8"]["1"]
+    rows = [r for r in csv.DictReader(files["csv"].open()) if r["engine"] == "dqw"]
     assert [row["measure"] for row in rows] == ["clip", "files"]
     assert float(rows[0]["seconds"]) == clip["seconds"] and rows[1]["tokens"] == ""
 
@@ -175,7 +177,7 @@ def test_time_is_drawn_by_length(tmp_path):
         (["--lengths", "none"], "leaves nothing to time"),
         (["--files", "-1"], "--files is -1: give 0 or more"),
         (["--batch-size", "0"], "--batch-size is 0"),
-        (["--peers", "openvino-genai"], "choose one of all, none, dqw-plain"),
+        (["--peers", "openvino-genai"], "choose one of all, none, dqw-generate"),
         (["--lengths", "11", "--plot", "a.png"], "two --lengths or more"),
         (["--float-model", "no-such-folder"], "no folder with a tokenizer.json"),
     ],
