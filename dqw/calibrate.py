@@ -16,7 +16,7 @@ Training starts from the weights found, which lie on the grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -24,15 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqw.catch import given_to
 from dqw.compensate import Moment, round_layer
 from dqw.embedding import TiedProjection
 from dqw.linear import QuantLinear, QuantModule
 
 ROWS = 4096  # at most this many rows of one input are taken, evenly spaced
-
-
-class _Seen(Exception):
-    """A layer has been given what was to be caught: the rest of the pass is not needed."""
 
 
 @dataclass
@@ -158,26 +155,9 @@ def _doubt(logits: Tensor) -> Tensor:
     return 1.02 - logits.float().softmax(-1).square().sum(-1)
 
 
-def _given(module: nn.Module, run: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What ``module`` is called with where ``run`` runs, which goes no further."""
-    found = list[tuple[tuple[Any, ...], dict[str, Any]]]()
-
-    def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        found.append((inputs, named))
-        raise _Seen
-
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with suppress(_Seen):
-            run()
-    finally:
-        handle.remove()
-    return found[0]
-
-
 def _first_call(stack: Any, inputs: dict[str, Any], real: Tensor | None = None) -> _Call:
     """How ``stack`` calls its first layer for ``inputs``."""
-    given, named = _given(stack.layers[0], lambda: stack(**inputs))
+    given, named = given_to(stack.layers[0], lambda: stack(**inputs))
     return _Call(given[0], given[1:], named, real)
 
 
@@ -191,7 +171,7 @@ def _walk(
             name, matrix, holder = stage[0]
             moment = Moment.empty(holder.cols, rows[0].device)
             for call, y in zip(now, rows, strict=True):
-                (x, *_), _ = _given(matrix, partial(call.run, layer))
+                (x, *_), _ = given_to(matrix, partial(call.run, layer))
                 moment.add(call.rows(x, holder.cols), y=y)
                 if name.endswith("attn.out_proj"):
                     call.attended.append((layer.get_submodule(name.rpartition(".")[0]), x))

@@ -15,10 +15,8 @@ from whisper_helpers import save_tiny, write_tone
 
 from dqw.budget import (
     Choice,
-    Probe,
     allocate,
     candidates,
-    changed,
     float_bytes,
     parse_bytes,
     rounded,
@@ -30,6 +28,7 @@ from dqw.convert import quant_modules
 from dqw.errors import UserError
 from dqw.hf import packed_state
 from dqw.linear import QuantLinear
+from dqw.probe import Probe, changed, first_changed
 from dqw.recipe import QuantSpec, Recipe
 from dqw.speech import lowered
 from dqw.whisper.checkpoint import load_whisper
@@ -104,7 +103,7 @@ def test_a_layer_that_matters_costs_more() -> None:
     for choice in found[name][:3]:
         layer = model.get_submodule(name)
         with changed(layer, rounded(layer.weight.detach(), choice.spec)):
-            assert 0.4 < choice.cost / probe.kl(encoder_changed=False) < 2.5
+            assert 0.4 < choice.cost / probe.kl(None) < 2.5
     sizes = {c.spec.bits: c.size for c in found[name]}
     assert sizes[2] < sizes[3] < sizes[8]
     assert [s.grid for s in candidates(QuantSpec())] == ["apot"] * 3 + ["uniform"] * 3
@@ -116,6 +115,31 @@ def test_a_layer_that_matters_costs_more() -> None:
     with_formula = float_bytes(model, plan)
     positions.data += torch.randn_like(positions)  # trained: the folder holds them
     assert float_bytes(model, plan) - with_formula == 2 * positions.numel()
+
+
+@pytest.mark.parametrize("low", [False, True])
+def test_the_encoder_is_run_from_the_changed_layer_on(low: bool) -> None:
+    """The same numbers, bit for bit, in whatever order layers change; and fewer layers run."""
+    model = make_tiny_whisper(max_source_positions=50, encoder_layers=3)
+    ran = []
+    for index, layer in enumerate(model.model.encoder.layers):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    names = ["layers.1.fc1", "layers.1.self_attn.v_proj", "layers.2.fc2", "conv1", "layers.1.fc2"]
+    with torch.autocast("cpu", torch.bfloat16, enabled=low, cache_enabled=False):
+        probe = Probe(model, windows() + windows())
+        for name in names:
+            layer = model.model.encoder.get_submodule(name)
+            with changed(layer, torch.zeros_like(layer.weight)):
+                first = first_changed([f"model.encoder.{name}", "model.decoder.layers.0.fc1"])
+                ran.clear()
+                found = probe.by_batch(encoder=first)
+                assert found == probe.by_batch(model) != probe.by_batch(encoder=None)
+                assert ran.count(2) == 4
+        ran.clear()
+        probe.kl(1)
+        assert ran == [1, 2, 1, 2]  # states before layer 1 are those of the last one asked for
+    assert len(model.model.encoder.layers) == 3
+    assert first_changed(["model.decoder.embed_tokens"]) is None
 
 
 def test_changed_weights_are_felt_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,11 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dqw.budget import PROBE, Probe, changed, float_bytes, rounded, stored_bytes
+from dqw.budget import PROBE, float_bytes, rounded, stored_bytes
 from dqw.calibrate import calibrate
 from dqw.compress import save_student
 from dqw.convert import quant_modules, quantize
 from dqw.distill.pair import Pair
+from dqw.probe import Probe, changed, first_changed
 from dqw.recipe import Recipe
 from dqw.speech import calibration_batches, clip_batches, lowered, spread
 from dqw.study.table import Changes, Setting, layer_spec
@@ -249,14 +250,13 @@ class Lab:
         return self.student.get_submodule(name).weight.detach().flatten(1)
 
     def _rounded_kl(self, names: Sequence[str], bits: int) -> list[tuple[float, int]]:
-        in_encoder = any(name.startswith("model.encoder.") for name in names)
         probe = self.own_probe
         with ExitStack() as stack:
             for name in names:
                 spec = layer_spec(self.recipe, self.student, name, bits)
                 layer = self.student.get_submodule(name)
                 stack.enter_context(changed(layer, rounded(self._matrix(name), spec)))
-            return probe.by_batch(encoder_changed=in_encoder)
+            return probe.by_batch(encoder=first_changed(names))
 
 
 def cell_name(setting: Setting, seed: int) -> str:

@@ -44,7 +44,7 @@ def divergence(
     window are left out. progress gets the number of clips done. Raises UserError where no clip is
     left or a clip's language is not known.
     """
-    from dqw.budget import Probe
+    from dqw.probe import Probe
     from dqw.recipe import Recipe
     from dqw.speech import clip_batches
     from dqw.study.stats import rate
