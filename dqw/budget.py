@@ -32,7 +32,7 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 # 16 (2.5 bits) leave more error than 2 and 3 bits in groups of 64, mixed to the same size.
 LARGEST_GROUP = 64
 PROBE = 3  # bits at which a layer's KL is measured
-# Rows of a matrix, evenly spaced, that stand for all where the errors of other widths are compared:
+# Rows of a matrix, evenly spaced, that stand for all where errors of other widths are compared:
 # ratios of base are off by 0.6 % on average, 8 % at most.
 ROWS = 128
 WINDOWS = 8  # of speech, for that
