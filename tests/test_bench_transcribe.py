@@ -115,7 +115,8 @@ def test_the_bench_runs_and_writes(tmp_path, monkeypatch):
     files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv")}
     arguments = ["--op", "transcribe", "--peers", "dqw-generate,openvino", "--quick",
                  "--threads", "1", "--lengths", "1", "--files", "21",
-                 "--audio", tmp_path / "speech", "--model", tmp_path / "packed", "--float-model", base,
+                 "--audio", tmp_path / "speech", "--model", tmp_path / "packed",
+                 "--float-model", base,
                  "--json", files["json"], "--csv", files["csv"]]  # fmt: skip
     done = CliRunner().invoke(command.app, list(map(str, arguments)))
     assert done.exit_code == 0, done.output
