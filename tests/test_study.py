@@ -18,9 +18,9 @@ from dqw.recipe import Recipe
 from dqw.study import STUDIES, lab
 from dqw.study.plot import Axis, Point, dots, figure, lines
 from dqw.study.sizes import SHAPES, authors_bytes, dqw_bytes, empty_model, size_table
-from dqw.study.stats import difference, rate, verdict
 from dqw.study.table import Scope
 from dqw.whisper.scoring import clip_counts, score
+from dqw.whisper.stats import difference, rate, verdict
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dqw.study import plot
-from dqw.study.stats import Cells, Rate, rate
 from dqw.study.table import METRICS, Setting, Study
 from dqw.whisper.scoring import metric_of
+from dqw.whisper.stats import Cells, Rate, rate
 
 
 def charts(

@@ -16,9 +16,9 @@ from typing import Any
 from dqw.recipe import Recipe
 from dqw.study import plot
 from dqw.study.charts import charts, languages
-from dqw.study.stats import Cells, Rate, difference, rate, verdict
 from dqw.study.table import METRICS, Setting, Study
 from dqw.whisper.files import write_atomic
+from dqw.whisper.stats import Cells, Rate, difference, rate, verdict
 
 _PAIRS = 6  # settings of a group up to which every pair is listed; above, each against the best
 

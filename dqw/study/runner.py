@@ -291,7 +291,7 @@ def read_cells(out: Path, cells: list[tuple[Setting, int]]) -> dict[str, list[di
 
 
 def one_line(setting: Setting, seed: int, row: dict[str, Any]) -> str:
-    from dqw.study.stats import counts
+    from dqw.whisper.stats import counts
 
     parts = [f"{setting.name}, seed {seed}" if setting.phases else setting.name]
     for metric in ("KL", "WER", "CER"):

@@ -47,7 +47,7 @@ def divergence(
     from dqw.probe import Probe
     from dqw.recipe import Recipe
     from dqw.speech import clip_batches
-    from dqw.study.stats import rate
+    from dqw.whisper.stats import rate
 
     named = [
         replace(item, language=item.language or language)
