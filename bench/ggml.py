@@ -139,11 +139,11 @@ def encoded_q4_k(blocks: np.ndarray) -> bytes:
     step = (np.maximum(blocks.max(2), 0) - low) / 15
     d, dmin = ((x.max(1, keepdims=True) / 63).astype(np.float16) for x in (step, -low))
 
-    def sixth(x: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    def six_bits(x: np.ndarray, unit: np.ndarray) -> np.ndarray:
         unit = unit.astype(np.float32)
         return np.clip(np.round(np.divide(x, unit, out=np.zeros_like(x), where=unit > 0)), 0, 63)
 
-    scale, minimum = sixth(step, d), sixth(-low, dmin)
+    scale, minimum = six_bits(step, d), six_bits(-low, dmin)
     unit = (scale * d)[..., None]
     raised = blocks + (minimum * dmin)[..., None]
     codes = np.clip(np.round(np.divide(raised, unit, out=np.zeros_like(blocks), where=unit > 0)),

@@ -147,7 +147,7 @@ def load_recipe(name: str, **overrides: dict[str, Any]) -> Any:
     """
     from dqw.recipe import Recipe
 
-    recipe = Recipe.from_toml(name) if name.endswith(".toml") else Recipe.shipped(name)
+    recipe = Recipe.named(name)
     data = recipe.to_dict()
     for table, values in overrides.items():
         given = {key: value for key, value in values.items() if value is not None}

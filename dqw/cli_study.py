@@ -55,7 +55,6 @@ def study(
     ] = False,
 ) -> None:
     """Answer a question about bits, grids, matching or guidance: a CSV, a plot and a page."""
-    from dqw.cli_compress import load_recipe
     from dqw.study.runner import Request, find_study, run_study
     from dqw.whisper.student import parse_layers
 
@@ -69,9 +68,10 @@ def study(
         data=data,
         eval_data=eval_data,
         language=language,
+        recipe=recipe,
         seeds=seeds,
         steps=steps,
         limit=limit,
         quick=quick,
     )
-    run_study(request, load_recipe(recipe) if recipe else None, lambda line: err.print(line))
+    run_study(request, lambda line: err.print(line))

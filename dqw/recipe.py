@@ -127,6 +127,11 @@ class Recipe:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     @classmethod
+    def named(cls, name: str) -> "Recipe":
+        """A TOML file, or a recipe that comes with dqw; raises UserError as those two do."""
+        return cls.from_toml(name) if name.endswith(".toml") else cls.shipped(name)
+
+    @classmethod
     def shipped(cls, name: str) -> "Recipe":
         """A recipe that comes with dqw. Raises UserError that lists them for an unknown name."""
         folder = files("dqw") / "recipes"

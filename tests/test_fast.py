@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_whisper
-from kernel_helpers import BF16_SETS, instruction_set, needs_library
 from kernel_helpers import INSTRUCTION_SETS as TIERS
+from kernel_helpers import instruction_set, needs_library
 from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper_helpers import tiny
@@ -23,7 +23,6 @@ from dqw.whisper.fast import (
     fast_encoder,
     uncovered,
 )
-from dqw.whisper.fast_model import native_decoder
 from dqw.whisper.transcribe import transcribe
 
 pytestmark = needs_library
@@ -47,12 +46,6 @@ def small():
     return packed(make_tiny_whisper())
 
 
-@pytest.fixture(scope="module")
-def speaking(tmp_path_factory):
-    model, processor = tiny(tmp_path_factory.mktemp("tiny"))
-    return packed(model), processor
-
-
 def ids_and_states(clips=2, tokens=9, positions=37, width=64):
     torch.manual_seed(0)
     return torch.randint(3, 120, (clips, tokens)), torch.randn(clips, positions, width)
@@ -69,30 +62,6 @@ def reference(model, ids, states, prompt=4):
     with torch.inference_mode():
         logits = plain(model)(encoder_outputs=(states,), decoder_input_ids=ids).logits
     return logits[:, prompt - 1 :]
-
-
-@pytest.mark.parametrize("tier", TIERS)
-def test_generate_may_round_and_a_call_may_not(speaking, tier, monkeypatch):
-    """On tiers with bfloat16 the encoder and the keys of the audio; elsewhere nothing changes."""
-    model, _ = speaking
-    torch.manual_seed(0)
-    features = torch.randn(2, 80, 100)
-    with instruction_set(tier), torch.no_grad():
-        native = fast_encoder(model.model.encoder)
-        exact, rounded = native(features), native(features, bf16=True)
-        assert torch.equal(exact, rounded) == (tier not in BF16_SETS)
-        assert torch.equal(model.model.encoder(features)[0], exact)
-        heard = []
-        monkeypatch.setattr(
-            "dqw.whisper.fast.FastDecoder.cross",
-            lambda self, states, kind, bf16=False: heard.append((states, bf16)) or 1 / 0,
-        )
-        for ask in ({"language": "en"}, {"language": "en", "num_beams": 2}, {}):
-            with pytest.raises(ZeroDivisionError):
-                model.generate(features, **ask)
-            states, bf16 = heard.pop()
-            assert bf16 and torch.equal(states, rounded[: len(states)])
-        assert torch.equal(model.model.encoder(features)[0], exact)  # after the failures, too
 
 
 @pytest.mark.parametrize("tier", TIERS)
@@ -186,82 +155,6 @@ def test_beams_go_on_from_another_and_sequences_leave(small):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
-# ---- generate and transcribe ----
-
-
-def features(processor, count):
-    random = np.random.default_rng(0)
-    audios = [0.1 * random.standard_normal(4_000 + 2_000 * i) for i in range(count)]
-    return processor.feature_extractor(audios, sampling_rate=16_000, return_tensors="pt")
-
-
-@pytest.mark.parametrize("timestamps", [False, True])
-def test_generate_gives_the_same_tokens(speaking, timestamps):
-    model, processor = speaking
-    batch = features(processor, 5)["input_features"]
-    options = {"language": "en", "return_timestamps": timestamps}
-    found = model.generate(batch, **options)
-    assert torch.equal(found, plain(model).generate(batch, **options))
-    assert len({tuple(row) for row in found.tolist()}) > 1
-
-
-def test_generate_gives_the_same_scores(speaking):
-    model, processor = speaking
-    batch = features(processor, 2)["input_features"]
-    options = {"return_dict_in_generate": True, "output_scores": True, "language": "en"}
-    found, wanted = model.generate(batch, **options), plain(model).generate(batch, **options)
-    assert torch.equal(found.sequences, wanted.sequences)
-    for mine, theirs in zip(found.scores, wanted.scores, strict=True):
-        finite = torch.isfinite(theirs)
-        assert torch.equal(torch.isfinite(mine), finite)
-        running = (mine != 0).any(1)
-        apart = (mine - theirs)[running][finite[running]]
-        assert apart.abs().max() < 0.05  # bfloat16 keys and values
-
-
-def test_sampling_runs_plainly(speaking, monkeypatch):
-    model, processor = speaking
-    batch = features(processor, 2)["input_features"]
-    monkeypatch.setattr(Session, "step", lambda *_: pytest.fail("ran natively"))
-    torch.manual_seed(1)
-    options = {"language": "en", "do_sample": True, "temperature": 0.8}
-    found = model.generate(batch, **options)
-    torch.manual_seed(1)
-    assert torch.equal(found, plain(model).generate(batch, **options))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_beams": 3},
-        {"num_beams": 3, "return_timestamps": True},
-        {"num_beams": 2, "num_return_sequences": 2},
-    ],
-)
-def test_beams_find_the_same(speaking, options, monkeypatch):
-    model, processor = speaking
-    batch = features(processor, 3)["input_features"]
-    wanted = plain(model).generate(batch, language="en", **options)
-    decoder = plain(model).model.decoder
-    monkeypatch.setattr(decoder, "forward", lambda *_, **__: pytest.fail("ran plainly"))
-    assert torch.equal(model.generate(batch, language="en", **options), wanted)
-
-
-def test_the_language_is_detected_once_for_both(speaking, monkeypatch):
-    model, processor = speaking
-    batch = features(processor, 3)["input_features"]
-    wanted = plain(model).detect_language(batch)
-    monkeypatch.setattr(model.model.decoder, "forward", lambda *_, **__: pytest.fail("ran plainly"))
-    assert torch.equal(model.detect_language(batch), wanted)
-    with torch.inference_mode():
-        states = model.model.encoder(batch).last_hidden_state
-    decoder = fast_decoder(model)
-    assert decoder.cross(states, 0) is decoder.cross(states, 0)
-    assert decoder.cross(states, 0) is not decoder.cross(states.clone(), 0)
-    del states
-    assert decoder._last is None
-
-
 # ---- the encoder ----
 
 
@@ -322,26 +215,6 @@ def test_info_says_who_serves_a_folder(small):
     assert coverage(config)["encoder"] == "plain: its conv1 is not packed"
     del config["quantization_config"]
     assert "not packed" in coverage(config)["decoder"]
-
-
-def test_transcribe_gives_the_same_text(speaking):
-    model, processor = speaking
-    random = np.random.default_rng(1)
-    audios = [(0.1 * random.standard_normal(n)).astype(np.float32) for n in (9_000, 30_000, 5_000)]
-    for timestamps in (False, True):
-        found = transcribe(model, processor, audios, "en", timestamps=timestamps)
-        assert found == transcribe(plain(model), processor, audios, "en", timestamps=timestamps)
-
-
-def test_a_folder_loads_with_the_fast_decoder(speaking, tmp_path):
-    model, processor = speaking
-    model.save_pretrained(tmp_path)
-    loaded = WhisperForConditionalGeneration.from_pretrained(tmp_path)
-    assert native_decoder(loaded) is not None and native_decoder(plain(loaded)) is None
-    assert uncovered(loaded) == "" and type(loaded) is type(model)
-    assert loaded.config.architectures == ["WhisperForConditionalGeneration"]
-    batch = features(processor, 1)["input_features"]
-    assert torch.equal(loaded.generate(batch), model.generate(batch))
 
 
 def test_an_embedding_may_have_finer_groups(tmp_path):

@@ -286,18 +286,19 @@ def test_seeds_are_cells_of_their_own(
     joint = table.Setting("jointly", phases=table.JOINT)
     few = table.Study("few", "?", "!", lambda scope: [joint, table.UNTRAINED])
     monkeypatch.setitem(runner.STUDIES, "few", few)
-    recipe = Recipe.from_dict(
-        {"train": {"batch_size": 1, "lr": 0.01}, "distill": {"calibration_clips": 2}}
-    )
+    recipe = tmp_path / "few.toml"
+    recipe.write_text("[train]\nbatch_size = 1\nlr = 0.01\n[distill]\ncalibration_clips = 2\n")
     for seeds in (1, 2):
         request = Request("few", tmp_path / "out", str(base), data=str(speech),
-                          eval_data=str(speech), seeds=seeds, steps=1)  # fmt: skip
-        run_study(request, recipe, lambda line: None)
+                          eval_data=str(speech), seeds=seeds, steps=1,
+                          recipe=str(recipe))  # fmt: skip
+        run_study(request, lambda line: None)
     names = sorted(p.name for p in (tmp_path / "out" / "cells").iterdir())
     assert names == ["calibrated-rounding-no-training.0.json", "jointly.0.json", "jointly.1.json"]
     both = [json.loads((tmp_path / "out" / "cells" / n).read_text())["kl"] for n in names[1:]]
     assert both[0] != both[1]
-    assert "2 seeds" in (tmp_path / "out" / "few.html").read_text(encoding="utf-8")
+    page = (tmp_path / "out" / "few.html").read_text(encoding="utf-8")
+    assert "2 seeds" in page and f"--recipe {recipe}" in page
 
 
 # ---------------------------------------------------------------- bad input

@@ -38,8 +38,9 @@ class Request:
 
     model: the teacher, float; None: whisper-base from the Python package index. student,
     student_layers: as for `dqw compress`. data, eval_data: speech to learn (or calibrate) from and
-    to measure on; None: the demo's clips. limit: measure on at most this many clips. steps: of
-    every training cell; None: 60, or 2 with ``quick``.
+    to measure on; None: the demo's clips. recipe: a TOML file or one that ships, in place of the
+    study's own. limit: measure on at most this many clips. steps: of every training cell; None: 60,
+    or 2 with ``quick``.
     """
 
     study: str
@@ -50,19 +51,18 @@ class Request:
     data: str | None = None
     eval_data: str | None = None
     language: str | None = None
+    recipe: str | None = None
     seeds: int = 3
     steps: int | None = None
     limit: int | None = None
     quick: bool = False
 
 
-def run_study(
-    request: Request, recipe: Recipe | None = None, say: Callable[[str], None] = print
-) -> Path:
+def run_study(request: Request, say: Callable[[str], None] = print) -> Path:
     """Measure what is missing and write the page, whose path is returned.
 
-    recipe: in place of the study's own. Raises UserError before any long work where it can be
-    known: an unknown study, models that do not fit, no data, a folder of other settings.
+    Raises UserError before any long work where it can be known: an unknown study or recipe, models
+    that do not fit, no data, a folder of other settings.
     """
     from dqw.study.report import write_report
 
@@ -75,7 +75,8 @@ def run_study(
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}: give 1 or more.")
     check_folder(request.out)
-    lab = open_lab(study, request, recipe or Recipe.shipped(study.recipe), say)
+    recipe = Recipe.named(request.recipe or study.recipe)
+    lab = open_lab(study, request, recipe, say)
     settings = study.settings(Scope(lab.student, lab.recipe, request.quick, lab.packed))
     about = describe(study, request, lab)
     claim(request.out, about)
@@ -97,6 +98,7 @@ def command(request: Request) -> str:
         "data": request.data,
         "eval-data": request.eval_data,
         "language": request.language,
+        "recipe": request.recipe,
         "seeds": "" if request.seeds == 3 else request.seeds,
         "steps": request.steps,
         "limit": request.limit,
