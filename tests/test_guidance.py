@@ -83,6 +83,8 @@ def test_a_stack_that_is_not_compared_is_quantized_and_not_distilled(student):
     guidance = Guidance(student, GuidanceConfig(mode="mutual"), ("decoder",))
     choice = guidance.update(losses(1.0, 1.0, 1.0, 1.0, 2.0), {D0: 0.5, D1: 0.6})
     assert choice.quantized == (E0, E1, E2, D0) and choice.distilled == (D1,)
+    guidance = Guidance(student, GuidanceConfig(mode="random"), ("decoder",))
+    assert all({E0, E1, E2} < set(guidance.update().quantized) for _ in range(4))
 
 
 def test_random_is_deterministic_and_changes_with_the_seed(student):

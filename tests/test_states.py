@@ -1,6 +1,7 @@
 """Kept states: a frozen encoder's output and the teacher's, worked out once a window."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,10 @@ KEPT = replace(SHORT, steps=6, freeze_encoder=True)
 CONFIG = DistillConfig(matching="optimal", augment=AugmentConfig(noise=1.0, redraw=False))
 
 
+def kept_files(folder):
+    return sorted(folder.glob("*/*.safetensors"))
+
+
 def test_training_on_kept_states_is_training(tmp_path):
     """The first step's losses agree to what float16 does to the encoder's output."""
     made = {}
@@ -33,7 +38,7 @@ def test_training_on_kept_states_is_training(tmp_path):
         )
         after = student.model.encoder.state_dict()
         assert all(torch.equal(before[k], after[k]) for k in before)
-    assert len(list((tmp_path / "always/states").glob("*.safetensors"))) == 6
+    assert kept_files(tmp_path / "always/states")
     assert not (tmp_path / "never/states").exists()
     for name, loss in made["never"].losses.items():
         assert made["always"].losses[name] == pytest.approx(loss, rel=1e-3, abs=1e-5), name
@@ -42,12 +47,12 @@ def test_training_on_kept_states_is_training(tmp_path):
 def test_windows_that_are_there_are_not_worked_out_again(tmp_path):
     plan = replace(KEPT, cache_states="always")
     run(tmp_path, config=CONFIG, train=plan)
-    files = sorted((tmp_path / "states").glob("*.safetensors"))
+    files = kept_files(tmp_path / "states")
     stamps = [path.stat().st_mtime_ns for path in files]
     kept = load_file(files[3])
     assert kept["heard"].dtype == torch.float16 and kept["heard"].shape == (50, 64)
     files[3].unlink()
-    states.shutil.rmtree(tmp_path / "checkpoint-6")
+    shutil.rmtree(tmp_path / "checkpoint-6")
     run(tmp_path, config=CONFIG, train=plan, resume=True)
     again = [path.stat().st_mtime_ns for path in files]
     assert [old == new for old, new in zip(stamps, again, strict=True)] == [
@@ -56,24 +61,52 @@ def test_windows_that_are_there_are_not_worked_out_again(tmp_path):
     assert all(torch.equal(kept[k], v) for k, v in load_file(files[3]).items())
 
 
-def test_states_of_another_encoder_or_other_data_are_thrown_away(tmp_path):
-    plan = replace(KEPT, cache_states="always")
-    for config, items in (
-        (CONFIG, clips(6)),
-        (CONFIG, clips(5)),
-        (replace(CONFIG, hidden=0), clips(5)),
-    ):
-        run(tmp_path, config=config, train=plan, items=items)
-        mark = json.loads((tmp_path / "states/made_from.json").read_text())
-        assert len(list((tmp_path / "states").glob("*.safetensors"))) == len(items)
-        states.shutil.rmtree(tmp_path / "checkpoint-6")
+def test_states_of_another_encoder_or_other_data_are_not_taken(tmp_path):
+    """Runs that share a folder take what is theirs; a second seed of the same windows takes all."""
+    plan, shared = replace(KEPT, cache_states="always"), tmp_path / "shared"
+    fixed = replace(CONFIG, augment=replace(CONFIG.augment, seed=0))
     torch.manual_seed(5)
     other = tiny_model()
     other.model.encoder.layer_norm.weight.data += 0.5
-    run(tmp_path, other, config=replace(CONFIG, hidden=0), train=plan, items=clips(5))
-    assert (
-        json.loads((tmp_path / "states/made_from.json").read_text())["encoder"] != mark["encoder"]
-    )
+    for number, (config, items, seed, student, folders) in enumerate(
+        (
+            (fixed, clips(6), 0, None, 1),
+            (fixed, clips(6), 1, None, 1),
+            (CONFIG, clips(6), 1, None, 2),
+            (fixed, clips(5), 0, None, 3),
+            (replace(fixed, hidden=0), clips(5), 0, None, 4),
+            (fixed, clips(6), 0, other, 5),
+        )
+    ):
+        train = replace(plan, seed=seed)
+        out = tmp_path / str(number)
+        run(out, student, config=config, train=train, items=items, states=shared)
+        assert len(list(shared.iterdir())) == folders
+        assert not (out / "states").exists()
+
+
+def test_windows_that_are_not_read_are_not_worked_out(tmp_path):
+    """A step of two clips, and the two that are fetched ahead."""
+    plan = replace(KEPT, steps=1, batch_size=2, cache_states="always")
+    run(tmp_path, config=CONFIG, train=plan, items=clips(7))
+    assert len(kept_files(tmp_path / "states")) == 4
+
+
+def test_guidance_measures_kept_states_as_it_measures_speech(tmp_path):
+    """One choice before one step; losses differ by the float16 of the encoder's output."""
+    guidance = GuidanceConfig(mode="mutual", interval=1, probe_clips=2)
+    lines = {}
+    for name in ("always", "never"):
+        train = replace(KEPT, steps=1, cache_states=name)
+        student = dqw.quantize(tiny_model())
+        run(tmp_path / name, student, config=CONFIG, train=train, guidance=guidance)
+        lines[name] = json.loads((tmp_path / name / "guidance.jsonl").read_text())
+    assert lines["always"]["distilled"] == lines["never"]["distilled"] != []
+    for kind in ("quant_loss", "distill_loss"):
+        found, direct = lines["always"][kind], lines["never"][kind]
+        for layer in found:
+            if layer.startswith("model.decoder."):
+                assert found[layer] == pytest.approx(direct[layer], rel=1e-2) and found[layer] > 0
 
 
 @pytest.mark.parametrize(
@@ -82,7 +115,10 @@ def test_states_of_another_encoder_or_other_data_are_thrown_away(tmp_path):
         ({"train": replace(KEPT, cache_states="always", freeze_encoder=False)}, "freeze_encoder"),
         ({"config": DistillConfig(augment=AugmentConfig(noise=1.0))}, "redraw = false"),
         ({"config": DistillConfig(spec_augment=SpecAugmentConfig(time_prob=0.1))}, "spec_augment"),
-        ({"guidance": GuidanceConfig(mode="random")}, "guidance.mode"),
+        (
+            {"guidance": GuidanceConfig(mode="random"), "config": replace(CONFIG, hidden=0)},
+            "guidance.mode",
+        ),
     ],
 )
 def test_states_that_change_cannot_be_kept(tmp_path, changes, cure):

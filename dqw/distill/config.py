@@ -83,7 +83,8 @@ class AugmentConfig:
     between them, until 30 s are full; `noise` the probability of adding white noise at
     `noise_snr` dB (low, high); `speed` the largest relative change of speed (0.1: 0.9 to 1.1).
     `redraw`: every epoch draws anew; false: a window is the same in every epoch, so that what a
-    frozen encoder and the teacher make of it can be kept.
+    frozen encoder and the teacher make of it can be kept. `seed` draws the windows; None:
+    `train.seed`, which draws their order, too.
     """
 
     concatenate: float = 0.0
@@ -92,6 +93,7 @@ class AugmentConfig:
     noise_snr: list[float] = field(default_factory=lambda: [10.0, 40.0])
     speed: float = 0.0
     redraw: bool = True
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         _in_range("augment.concatenate", self.concatenate, 0, 1)

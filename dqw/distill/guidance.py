@@ -62,7 +62,8 @@ class Guidance:
 
     `choice` holds from construction on: until the first `update` every layer is in it.
     `distilled_stacks`: the stacks whose hidden states are compared. A layer of another stack has
-    no distillation loss: it is never distilled, and always quantized.
+    no distillation loss: it is never distilled, and always quantized. Where none is compared,
+    `random` chooses among all layers which are quantized.
     """
 
     def __init__(
@@ -110,8 +111,9 @@ class Guidance:
         quantized, distilled = tuple(self.units), self.compared
         if config.mode == "random":
             dice = random.Random(f"{config.seed} {self.updates}")
-            luck = {name: dice.random() for name in self.units}
-            quantized = choose(luck, config.quantize_ratio, "smallest", config.scope)
+            luck = {name: dice.random() for name in self.compared or self.units}
+            chosen = choose(luck, config.quantize_ratio, "smallest", config.scope)
+            quantized = tuple(n for n in self.units if n in chosen or n not in luck)
             luck = {name: dice.random() for name in self.compared}
             distilled = choose(luck, config.distill_ratio, "smallest", config.scope)
         if config.mode in ("distill_guided", "mutual"):

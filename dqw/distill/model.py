@@ -74,16 +74,20 @@ class Batch:
 
     def head(self, clips: int) -> Batch:
         """The first `clips` clips."""
-        length, cut = self.ids.shape[1], clips * self.ids.shape[1]
-        keep = self.token_rows < cut
-        assert length > 0
+        cut = clips * self.ids.shape[1]
+        keep, rows = self.token_rows < cut, self.decoder_rows < cut
+        taught = None
+        if self.taught is not None:
+            taught = {j: t[keep if j < 0 else rows] for j, t in self.taught.items()}
         return Batch(
             self.features[:clips],
             self.teacher_features[:clips],
             self.ids[:clips],
             self.labels[keep],
             self.token_rows[keep],
-            self.decoder_rows[self.decoder_rows < cut],
+            self.decoder_rows[rows],
+            heard=None if self.heard is None else self.heard[:clips],
+            taught=taught,
         )
 
 

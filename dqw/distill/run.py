@@ -25,7 +25,7 @@ from dqw.distill import checkpoint as store
 from dqw.distill.arguments import total_steps, training_arguments
 from dqw.distill.callbacks import ReportCallback, cut_log, tensorboard_callback
 from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig, check_settings
-from dqw.distill.data import Collator, LabelEncoder, SpeechDataset, SpeechItem
+from dqw.distill.data import Collator, EpochSampler, LabelEncoder, SpeechDataset, SpeechItem
 from dqw.distill.guidance import Choice
 from dqw.distill.model import DistillModel
 from dqw.distill.pair import Pair, check_models, is_multilingual, settle
@@ -77,6 +77,7 @@ def distill(
     resume: bool = False,
     progress: str | Callable[[StepReport], object] | Display = "auto",
     teacher_processor: Any = None,
+    states: Path | None = None,
 ) -> TrainResult:
     """Train `student` in place to be like `teacher` on `items`.
 
@@ -93,6 +94,7 @@ def distill(
         progress: `auto`, `live`, `plain`, `off`, a function that gets each StepReport, or a
             Display.
         teacher_processor: the teacher's, where it reads other features (128 mel bins).
+        states: folder for kept states, which runs may share; None: `output_dir/states`.
 
     Raises:
         UserError: models do not fit each other, no clip is left, the folder is in use, a resumed
@@ -132,7 +134,7 @@ def distill(
         processor.feature_extractor,
         Pair(teacher, student, processor, teacher_processor or processor).teacher_extractor,
         augment=config.augment,
-        seed=train.seed,
+        seed=train.seed if config.augment.seed is None else config.augment.seed,
         cache=train.cache_features == "always"
         or (train.cache_features == "auto" and len(made.examples) <= CACHED_CLIPS),
     )
@@ -149,14 +151,16 @@ def distill(
             store.load_weights(found, pupil)
         pupil.to(args.device)
         with args.main_process_first(local=False):
-            content = repr(
-                (made.fingerprint(), train.seed, config.augment, pupil.stacks, pupil.kind)
-            )
             windows = keep_states(
-                dataset, pupil, teacher, folder / STATES, content,
+                dataset,
+                _keys(dataset, config, train, args),
+                pupil,
+                teacher,
+                states or folder / STATES,
+                repr((made.fingerprint(), dataset.seed, config.augment)),
                 torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
                 lambda done, total: shown.count("encoder and teacher, windows", done, total),
-            )  # fmt: skip
+            )
     report = ReportCallback(shown, folder / "log.jsonl")
     trainer = DistillTrainer(
         pupil,
@@ -184,6 +188,17 @@ def distill(
         shown.stop()
     student.eval()
     return _result(trainer, made, report, time.monotonic() - began, step, folder, args.max_steps)
+
+
+def _keys(
+    dataset: SpeechDataset, config: DistillConfig, train: TrainConfig, args: Any
+) -> list[int]:
+    """What a run reads: of an epoch that it does not finish, the beginning, and a little that is
+    fetched ahead."""
+    batches = args.max_steps * train.accumulate + 1 + 2 * train.workers
+    seconds = dataset.seconds if config.audio_context == "dynamic" else None
+    order = EpochSampler(len(dataset), train.seed, seconds, train.batch_size)
+    return list(order)[: batches * train.batch_size * args.world_size]
 
 
 def _calibrate(

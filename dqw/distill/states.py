@@ -3,17 +3,19 @@
 If the windows are the same in every epoch (`augment.redraw = false`), all that the teacher says is
 a function of the window: two thirds of a step on short clips (`audio_context = "dynamic"`). With
 `train.freeze_encoder` nothing before the student's decoder learns, so the encoder's output is kept,
-too: whisper-base then trains at 1.3 s a step of four windows instead of 9.5 s. One safetensors file
-a window (1.7 MB for base, 0.1 MB of the teacher's alone), whole or not there, so a killed run goes
-on where it was. Windows are worked out one by one: what is kept does not depend on their order.
+too: whisper-base then trains at 1.3 s a step of four windows instead of 9.5 s.
+
+    states/HASH/0000017.safetensors    a window: 1.7 MB for base, 0.1 MB of the teacher's alone
+
+HASH is of all that the states depend on, so runs that differ in nothing of it can share a folder.
+A file is whole or not there, so a killed run goes on where it was. Windows are worked out one by
+one: what is kept does not depend on their order.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,9 @@ def obstacle(config: DistillConfig, guidance: GuidanceConfig, train: TrainConfig
         return "set distill.augment.redraw = false"
     if config.spec_augment.active:
         return "leave out distill.spec_augment"
-    if guidance.mode != "all":
-        return "set guidance.mode = 'all'"
+    if guidance.mode != "all" and not (train.freeze_encoder and config.uses_hidden):
+        # Elsewhere guidance probes, or chooses, layers of the encoder.
+        return "set guidance.mode = 'all', or train.freeze_encoder = true and compare hidden states"
     if not train.freeze_encoder and config.uses_hidden and config.encoder_states != "never":
         # 3 MB a window and layer of base
         return "set train.freeze_encoder = true or distill.encoder_states = 'never'"
@@ -80,6 +83,7 @@ class StatesDataset(Dataset[dict[str, Any]]):
 
 def keep_states(
     dataset: SpeechDataset,
+    keys: Iterable[int],
     pupil: DistillModel,
     teacher: Any,
     folder: Path,
@@ -87,28 +91,25 @@ def keep_states(
     autocast: torch.dtype | None,
     progress: Callable[[int, int], object],
 ) -> StatesDataset:
-    """Work out the states of every window that `folder` lacks, and return them as a dataset.
+    """Work out the states that `folder` lacks, and return them as a dataset.
 
     Args:
+        keys: of `dataset`, those that will be asked for.
         pupil: the student, whose encoder is heard if it is frozen; teacher: in its own dtype, on
             the same device.
-        content: what else the states depend on (data, augmentation); with other content, or
-            another frozen encoder, what the folder holds is thrown away.
+        content: what else the states depend on (data, augmentation).
         autocast: precision of the matrix products, or None.
         progress: called with (done, windows).
     """
-    fingerprint = _fingerprint(pupil, content)
-    mark = folder / "made_from.json"
-    if not mark.exists() or json.loads(mark.read_text(encoding="utf-8")) != fingerprint:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_atomic(mark, json.dumps(fingerprint))
+    folder = folder / _fingerprint(pupil, content)
     pupil.eval()
     teacher.eval()
     collate = Collator(pad=dataset.encoder.end)
     taps = {s: LayerTap(teacher, s, pupil.kind) for s in pupil.stacks}
     wanted = {s: set(range(pupil.teacher_depth[s])) for s in pupil.stacks}
     device = next(pupil.parameters()).device
-    for index in range(len(dataset)):
+    windows = sorted({key % len(dataset) for key in keys})
+    for done, index in enumerate(windows, 1):
         path = _path(folder, index)
         if path.exists():
             continue
@@ -126,7 +127,7 @@ def keep_states(
         tensors |= {f"taught.{j}": state for j, state in states.get("decoder", {}).items()}
         tensors |= {"ids": torch.tensor(item["ids"]), "labels": torch.tensor(item["labels"])}
         _write(path, {name: t.cpu().contiguous() for name, t in tensors.items()})
-        progress(index + 1, len(dataset))
+        progress(done, len(windows))
     return StatesDataset(folder, dataset, pupil.encoder_learns)
 
 
@@ -144,11 +145,10 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         ) from error
 
 
-def _fingerprint(pupil: DistillModel, content: str) -> dict[str, str]:
-    if pupil.encoder_learns:
-        return {"content": content, "encoder": "it learns"}
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(pupil.student.model.encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return {"content": content, "encoder": digest.hexdigest()}
+def _fingerprint(pupil: DistillModel, content: str) -> str:
+    digest = hashlib.blake2b(f"{content} {pupil.stacks} {pupil.kind}".encode(), digest_size=16)
+    if not pupil.encoder_learns:
+        for name, tensor in sorted(pupil.student.model.encoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -205,9 +205,11 @@ class DistillTrainer(Seq2SeqTrainer):
             _, states = forward_pass(student, batch.features, batch, pupil.taps, everything)
         student.train(was_training)
         deep = {s: set(range(pupil.teacher_depth[s])) for s in pupil.stacks}
-        taught = teacher_pass(
-            self.teacher, batch.teacher_features, batch, self.teacher_taps, deep, logits=False
-        )
+        if batch.taught is None:
+            features = batch.teacher_features
+            taught = teacher_pass(self.teacher, features, batch, self.teacher_taps, deep, False)
+        else:
+            taught = teacher_recalled(self.teacher, batch, deep, False)
         distill: Losses = {}
         for stack in pupil.stacks:
             matching = pupil.find_matching(states, taught.states, stack)

@@ -184,6 +184,11 @@ class Lab:
             calibrate(model, batches)
         return model
 
+    @property
+    def states(self) -> Path:
+        """What frozen encoders and the teacher make of the training windows."""
+        return self.out / "runs" / "states"
+
     def folder(self, setting: Setting, seed: int, number: int) -> Path:
         """Where phase ``number`` of a cell trains."""
         return self.out / "runs" / f"{cell_name(setting, seed)}-{number}"
@@ -207,6 +212,7 @@ class Lab:
             resume=True,
             progress=lambda report: status(f"step {report.step}/{report.total}"),
             teacher_processor=self.pair.teacher_processor,
+            states=self.states,
         )
         if labels.exists():
             shutil.copy(labels, shared)
@@ -267,9 +273,8 @@ def cell_name(setting: Setting, seed: int) -> str:
     return f"{plain.strip('-')}.{seed}"
 
 
-def forget_runs(lab: Lab, setting: Setting, seed: int) -> None:
-    """Checkpoints and states (GBs) of a finished cell go; its logs stay."""
+def forget_checkpoints(lab: Lab, setting: Setting, seed: int) -> None:
+    """Checkpoints (GBs) of a finished cell go; its logs stay."""
     for number in range(len(setting.phases)):
-        folder = lab.folder(setting, seed, number)
-        for part in [*folder.glob("checkpoint-*"), folder / "states"]:
+        for part in lab.folder(setting, seed, number).glob("checkpoint-*"):
             shutil.rmtree(part, ignore_errors=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from dqw.bars import Bar, progress_bar
 from dqw.errors import UserError
 from dqw.recipe import Recipe
 from dqw.speech import spread
-from dqw.study.lab import Lab, cell_name, forget_runs, with_changes
+from dqw.study.lab import Lab, cell_name, forget_checkpoints, with_changes
 from dqw.study.table import STUDIES, Scope, Setting, Study
 from dqw.whisper.data import Item, load_items
 from dqw.whisper.files import write_atomic
@@ -264,10 +265,11 @@ def run_cells(lab: Lab, cells: list[tuple[Setting, int]], say: Callable[[str], o
             row = {"setting": setting.name, "seed": seed, **made}
             row["seconds"] = round(time.monotonic() - start, 1)
             write_atomic(cell_path(lab.out, setting, seed), json.dumps(row) + "\n")
-            forget_runs(lab, setting, seed)
+            forget_checkpoints(lab, setting, seed)
             bar()
             if not setting.layers:
                 say(one_line(setting, seed, row))
+    shutil.rmtree(lab.states, ignore_errors=True)
 
 
 def _within(bar: Bar, name: str) -> Callable[[str], None]:

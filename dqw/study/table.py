@@ -247,8 +247,6 @@ def layer_spec(recipe: Recipe, student: Any, name: str, bits: int) -> QuantSpec:
     return candidates(recipe.plan(student)[name], (bits,))[0]
 
 
-_FEW_STEPS = {"train": {"batch_size": 4}}
-
 STUDIES = {
     study.name: study
     for study in (
@@ -260,27 +258,34 @@ STUDIES = {
             "distils half of the layers.",
             _paper,
             recipe="paper-base",
-            base={**_FEW_STEPS, "distill": {"matching": "static_odd"}, "guidance": {"mode": "all"}},
+            base={
+                "train": {"batch_size": 4},
+                "distill": {"matching": "static_odd"},
+                "guidance": {"mode": "all"},
+            },
             cut=True,
         ),
         Study(
             "matching",
             "Which teacher layer should a student layer learn from?",
-            "Joint distillation and quantization, only the matching differs; “none” compares no "
-            "hidden states. Static is the published rule, layer 2i + 1.",
+            "Joint distillation and quantization of the decoder, only the matching differs; “none” "
+            "compares no hidden states. Static is the published rule, layer 2i + 1.",
             _matching,
+            recipe="decoder",
             cut=True,
         ),
         Study(
             "guidance",
             "Does mutual guidance choose layers better than chance?",
-            "Joint training. The ratio is the share of transformer layers that is quantized; the "
-            "others stay float16, so compare within a ratio. Half of the layers are distilled "
-            "wherever a rule chooses them, all where the distillation loss alone chooses. "
-            "Reversed: layers far from the teacher are quantized, layers that rounding spares are "
-            "distilled.",
+            "Joint training of the decoder, its layers at 3 bits: at 4 there is little to choose "
+            "by. The ratio is the share of transformer layers that is quantized; the others stay "
+            "float16, so compare within a ratio. Half of the layers are distilled wherever a rule "
+            "chooses them, all where the distillation loss alone chooses. Reversed: layers far "
+            "from the teacher are quantized, layers that rounding spares are distilled.",
             _guidance,
             within=("ratio",),
+            recipe="decoder",
+            base={"quant": {"bits": 3}},
         ),
         Study(
             "ratio",
@@ -308,9 +313,11 @@ STUDIES = {
         Study(
             "ablation",
             "Distillation only, quantization only, one after the other, or jointly?",
-            "The same steps each. Quantization only learns from the texts (cross entropy), "
-            "distillation only has a float student; one after the other: half of the steps each.",
+            "The decoder learns, the same steps each. Quantization only learns from the texts "
+            "(cross entropy), distillation only has a float student; one after the other: half of "
+            "the steps each.",
             _ablation,
+            recipe="decoder",
             cut=True,
         ),
         Study(
