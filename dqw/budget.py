@@ -1,4 +1,4 @@
-"""Bits for each layer under a size: ``dqw compress --budget 32MiB``.
+"""Bits for each layer under a size: ``dqw compress --budget 32MiB``, or that of a recipe.
 
 What a layer's rounding costs is measured: the layer alone is rounded to 3 bits, and the mean KL of
 the next-token distributions from those of the float model is taken on speech. That is quadratic in
@@ -171,6 +171,16 @@ def float_bytes(model: nn.Module, plan: Mapping[str, QuantSpec]) -> int:
         if not (formula and name == POSITIONS)
     }
     return 2 * sum(count for key, count in seen.items() if key not in packed)
+
+
+def model_size(model: nn.Module, plan: Mapping[str, QuantSpec]) -> int:
+    """Bytes of the model in a folder packed as ``plan`` says: codes, scales and tables, float16 for
+    the rest."""
+    packed = 0
+    for name, spec in plan.items():
+        weight: Any = model.get_submodule(name).weight
+        packed += stored_bytes(len(weight), weight[0].numel(), spec)
+    return packed + float_bytes(model, plan)
 
 
 def fit_budget(

@@ -44,8 +44,9 @@ def compress(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="A TOML file, or one that ships: default (the student is a copy of the teacher), "
-            "joint (any other), dynamic (short clips are not padded), paper-base, paper-tiny."
+            help="A TOML file, or one that ships: default (the student is a copy of the teacher: "
+            "calibrated, trained only with --epochs or --steps), joint (any other student), "
+            "dynamic (short clips are not padded), decoder, paper-base, paper-tiny."
         ),
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of Linear weights, 2 to 8.")] = None,
@@ -91,7 +92,7 @@ def compress(
     from dqw.compress import compress as run
     from dqw.whisper.student import parse_layers
 
-    # What default trains, the decoder alone, is not enough for a student that is no copy.
+    # What default does is not enough for a student that is no copy.
     is_copy = student in (None, teacher) and not student_layers
     chosen = load_recipe(
         recipe or ("default" if is_copy else "joint"),

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from dqw.whisper.data import Item
 
 Say = Callable[[str], object]
+_NO_DATA = (
+    "--data is missing: give a manifest.jsonl, an audio folder or a dataset; or --ptq-only, which "
+    "does without."
+)
 
 
 @dataclass
@@ -41,8 +45,8 @@ class Job:
     teacher, student: hub id, Hugging Face folder or faster-whisper folder; student None: a copy of
     the teacher, or ``student_layers`` of it. data: manifest, audio folder or dataset name; not
     needed with ``ptq_only``, where some of it calibrates. language: only clips in it, and those
-    that name none. budget: bytes of the whole folder without the tokenizer; widths are then chosen
-    layer by layer on calibration speech.
+    that name none. ptq_only: no training, whatever the recipe says. budget: bytes of the whole
+    folder without the tokenizer; widths are then chosen layer by layer on calibration speech.
     """
 
     teacher: str
@@ -67,6 +71,10 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     Raises UserError before any long work for whatever can be known then: an output folder that
     exists, unknown data rows, models that do not fit each other, an unfinished run.
     """
+    if not job.ptq_only and not recipe.train.wanted:
+        if job.data is None:
+            raise UserError(_NO_DATA)
+        job = replace(job, ptq_only=True)
     check_output(job)
     if not job.ptq_only:
         check_settings(recipe.distill, recipe.train)
@@ -78,18 +86,20 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
         seconds = sum(item.seconds or 0 for item in items)
         say(f"data: {len(items)} clips, {seconds / 60:.1f} min")
     elif not job.ptq_only or job.budget:
-        raise UserError("--data is missing: give a manifest.jsonl, an audio folder or a dataset.")
+        raise UserError(_NO_DATA)
     pair = load_models(job, say)
     student = pair.student
     batches: list[dict[str, Tensor]] = []
-    if items and (job.ptq_only or job.budget):
+    allocates = job.budget or (recipe.quant.allocate and items)
+    if items and (job.ptq_only or allocates):
         from dqw.speech import calibration_batches
 
         batches = calibration_batches(items, recipe, pair, say)
-    if job.budget:
-        from dqw.budget import fit_budget
+    if allocates:
+        from dqw.budget import OVERHEAD, fit_budget, model_size
 
-        recipe = fit_budget(student, recipe, job.budget, batches, say)
+        budget = job.budget or model_size(student, recipe.plan(student)) + OVERHEAD
+        recipe = fit_budget(student, recipe, budget, batches, say)
     quantize_student(student, recipe, say)
     if job.ptq_only and batches:
         calibrate_student(student, batches, say)
@@ -114,6 +124,8 @@ def check_output(job: Job) -> None:
             f"{out.parent} cannot be made ({error.strerror}): give another --out."
         ) from error
     if job.ptq_only:
+        if job.resume:
+            raise UserError("nothing is trained, so there is no run to resume: leave out --resume.")
         return
     unfinished = run.exists() and not (run / "finished").exists()
     if job.resume and not unfinished:

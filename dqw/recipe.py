@@ -81,6 +81,9 @@ class QuantConfig:
     conv_bits for the two convolutions, uniform per row (0: stays float); rest_bits for layers that
     guidance leaves unchosen (0: they stay float16); skip: globs of layers left alone.
 
+    allocate: where there is speech to measure on, the bytes that these settings take are shared out
+    anew, layer by layer (``dqw.budget``).
+
     Measured on whisper-base's own weights (relative squared error, best clips): with groups the
     lloyd grid has the least error at 2 to 5 bits, and layers with more take uniform; APoT beats
     uniform at 3 and 4 bits, and loses to it from 5 bits on, with groups.
@@ -94,6 +97,7 @@ class QuantConfig:
     embedding_bits: int = 4
     conv_bits: int = 8
     rest_bits: int = 0
+    allocate: bool = False
     skip: list[str] = field(default_factory=list)
     override: list[Override] = field(default_factory=list)
 

@@ -127,6 +127,27 @@ def test_cut_keeps_first_and_last_and_generates() -> None:
     assert student.generate(torch.randn(1, 80, 3000), max_new_tokens=3).shape[0] == 1
 
 
+def test_the_default_shares_out_its_bytes_and_trains_only_when_asked(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    shared, even, trained = tmp_path / "shared", tmp_path / "even", tmp_path / "trained"
+    options = ("--teacher", base, "--data", data)
+    code, output = dqw("compress", *options, "--out", shared)
+    assert code == 0 and "plan: " in output and "step " not in output, output
+    assert not shared.with_name("shared.run").exists()
+    assert dqw("compress", "--teacher", base, "--ptq-only", "--out", even)[0] == 0
+    bits, uniform = (
+        {module.spec.bits for module in quant_modules(load_whisper(folder)[0]).values()}
+        for folder in (shared, even)
+    )
+    assert len(bits) > 2 and uniform == {4, 8}
+    assert model_bytes(shared) <= model_bytes(even) + 64 * 1024
+    code, output = dqw("compress", *options, "--out", trained, "--steps", "1", "--batch-size", "2")
+    assert code == 0 and "plan: " in output, output
+    assert (tmp_path / "trained.run" / "log.jsonl").exists()
+    refused("--data is missing", "--teacher", base, "--out", tmp_path / "none")
+
+
 @pytest.mark.parametrize(
     ("words", "options"),
     [

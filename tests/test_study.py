@@ -13,11 +13,12 @@ from speech_helpers import one_thread  # noqa: F401  a fixture
 from typer.testing import CliRunner
 from whisper_helpers import save_tiny, write_tone
 
+from dqw.budget import model_size
 from dqw.cli import app
 from dqw.recipe import Recipe
 from dqw.study import STUDIES, lab
 from dqw.study.plot import Axis, Point, dots, figure, lines
-from dqw.study.sizes import SHAPES, authors_bytes, dqw_bytes, empty_model, size_table
+from dqw.study.sizes import SHAPES, authors_bytes, empty_model, size_table
 from dqw.study.table import Scope
 from dqw.whisper.scoring import clip_counts, score
 from dqw.whisper.stats import difference, rate, verdict
@@ -123,7 +124,7 @@ def test_the_authors_sizes_come_out_as_published() -> None:
     assert table[2][:3] == ["tiny", "44 MiB", "10.48"]
 
 
-def test_dqw_bytes_are_those_of_a_folder(base: Path, tmp_path: Path) -> None:
+def test_model_size_is_that_of_a_folder(base: Path, tmp_path: Path) -> None:
     from dqw.whisper.checkpoint import load_whisper
 
     out = tmp_path / "packed"
@@ -134,7 +135,8 @@ def test_dqw_bytes_are_those_of_a_folder(base: Path, tmp_path: Path) -> None:
     model, _ = load_whisper(base)
     header = 8 + int.from_bytes((out / "model.safetensors").read_bytes()[:8], "little")
     stored = (out / "model.safetensors").stat().st_size - header
-    assert abs(dqw_bytes(model, Recipe.shipped("default")) - stored) < 0.002 * stored
+    size = model_size(model, Recipe.shipped("default").plan(model))
+    assert abs(size - stored) < 0.002 * stored
 
 
 # ---------------------------------------------------------------- settings

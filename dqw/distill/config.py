@@ -237,8 +237,9 @@ class GuidanceConfig:
 class TrainConfig:
     """How long and how fast: the optimizer, its schedule, batches, checkpoints, logs.
 
-    `steps` 0 means `epochs` passes over the data. `lr`, `clip_lr` (learned clips) and
-    `projection_lr` are peak learning rates under one schedule; only matrices under `lr` decay.
+    `steps` 0 means `epochs` passes over the data, and both 0 that nothing is trained. `lr`,
+    `clip_lr` (learned clips) and `projection_lr` are peak learning rates under one schedule; only
+    matrices under `lr` decay.
     `language` is taken for items that name none. `save_steps` 0 writes one checkpoint, at the
     end. `cache_features` keeps log-mel features in memory as float16 (480 kB a clip at 80 mels);
     `auto` does so up to 2,000 clips. `cache_states` keeps, on disk beside the run, what the
@@ -275,9 +276,14 @@ class TrainConfig:
     label_batch_size: int = 8
     tensorboard: bool = True
 
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to train."""
+        return bool(self.steps or self.epochs)
+
     def __post_init__(self) -> None:
         _in_range("train.steps", self.steps, 0)
-        _in_range("train.epochs", self.epochs, 0, open_low=True)
+        _in_range("train.epochs", self.epochs, 0)
         for key in ("batch_size", "accumulate", "keep_checkpoints", "log_steps"):
             _in_range(f"train.{key}", getattr(self, key), 1)
         _in_range("train.label_batch_size", self.label_batch_size, 1)
@@ -297,7 +303,9 @@ class TrainConfig:
 
 
 def check_settings(config: DistillConfig, train: TrainConfig) -> None:
-    """Raise UserError where two tables exclude each other."""
+    """Raise UserError where there is nothing to train, or two tables exclude each other."""
+    if not train.wanted:
+        raise UserError("train.steps and train.epochs are both 0: give one of them to train.")
     if config.audio_context == "dynamic" and train.freeze_encoder:
         raise UserError(
             "distill.audio_context = 'dynamic' needs an encoder that learns to hear less: set "

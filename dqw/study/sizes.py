@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dqw.budget import float_bytes, stored_bytes
+from dqw.budget import model_size
 from dqw.recipe import Recipe
 
 MIB = 2**20
@@ -59,16 +59,6 @@ def authors_bytes(model: Any) -> int:
     return eight + 2 * sixteen
 
 
-def dqw_bytes(model: Any, recipe: Recipe) -> int:
-    """What a folder of dqw holds: codes, scales and tables, float16 for the rest."""
-    plan = recipe.plan(model)
-    packed = 0
-    for name, spec in plan.items():
-        weight = model.get_submodule(name).weight
-        packed += stored_bytes(weight.shape[0], weight[0].numel(), spec)
-    return packed + float_bytes(model, plan)
-
-
 def size_table(recipes: dict[str, Recipe]) -> list[list[str]]:
     """Rows of text, the first the heads: the authors' accounting, and dqw under ``recipes``."""
     small = round(2 * sum(p.numel() for p in empty_model(SHAPES["small"]).parameters()) / MIB)
@@ -81,7 +71,7 @@ def size_table(recipes: dict[str, Recipe]) -> list[list[str]]:
         theirs = round(authors_bytes(model) / MIB)
         row = [name, f"{theirs} MiB", f"{small / theirs:.2f}"]
         for recipe in recipes.values():
-            mib = dqw_bytes(model, recipe) / MIB
+            mib = model_size(model, recipe.plan(model)) / MIB
             row += [f"{mib:.1f} MiB", f"{small / mib:.2f}"]
         table.append(row)
     return table
