@@ -50,13 +50,25 @@ class Probe:
         """(sum of KL(float ‖ ``model``) over tokens, tokens) of each batch; None: the own model,
         whose encoder is the float one's before layer ``encoder``."""
         if model is not None:
-            heard = self._hear(model.eval())
+            heard = self.heard if self._hears_alike(model) else self._hear(model.eval())
         elif encoder is None:
             heard = self.heard
         else:
             heard = self._hear_from(encoder)
         pairs = zip(self.target, self._predict(self.model if model is None else model, heard))
         return [_kl(target.to(now.device), now) for target, now in pairs]
+
+    def _hears_alike(self, model: Any) -> bool:
+        """Whether ``model`` is another one with the same encoder, and hears the same features."""
+        if model is self.model or any("teacher_features" in batch for batch in self.batches):
+            return False
+        own, other = (m.model.encoder.state_dict() for m in (self.model, model))
+        return own.keys() == other.keys() and all(
+            own[k].dtype == other[k].dtype
+            and own[k].device == other[k].device
+            and torch.equal(own[k], other[k])
+            for k in own
+        )
 
     @torch.no_grad()
     def _hear(self, model: Any, name: str = "input_features") -> list[Tensor]:

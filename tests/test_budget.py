@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import random
@@ -140,6 +141,26 @@ def test_the_encoder_is_run_from_the_changed_layer_on(low: bool) -> None:
         assert ran == [1, 2, 1, 2]  # states before layer 1 are those of the last one asked for
     assert len(model.model.encoder.layers) == 3
     assert first_changed(["model.decoder.embed_tokens"]) is None
+
+
+def test_another_model_with_the_same_encoder_is_not_asked_what_it_hears(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batches = make_tiny_whisper(max_source_positions=50), windows()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.decoder.layers[1].fc1.weight.zero_()
+    ran: list[bool] = []
+    other.model.encoder.register_forward_hook(lambda *_: ran.append(True))
+    probe = Probe(model, batches)
+    found = probe.by_batch(other)
+    assert found[0][0] > 0 and not ran
+    with monkeypatch.context() as patch:
+        patch.setattr(Probe, "_hears_alike", lambda *_: False)
+        assert probe.by_batch(other) == found and ran
+    with torch.no_grad():
+        other.model.encoder.layers[0].fc1.weight.zero_()
+    assert probe.by_batch(other) != found
 
 
 def test_changed_weights_are_felt_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
