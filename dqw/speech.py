@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +26,35 @@ WINDOWS = 96  # where the recipe names no number
 BATCH = 4
 
 
+class Spoken(Protocol):
+    """What has a language, or None."""
+
+    @property
+    def language(self) -> str | None: ...
+
+
 def spread(items: Sequence[Any], count: int | None) -> list[Any]:
     """At most ``count`` of ``items``, evenly spaced; None: all."""
     if count is None or count >= len(items):
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]
+
+
+def balanced(items: Sequence[Spoken], count: int) -> list[int]:
+    """Which at most ``count`` of ``items`` to calibrate on, as sorted indices.
+
+    Languages share in them as the 0.3th power of their clips (as mT5 draws, arXiv 2010.11934),
+    evenly spaced within each. base at 4 bits, 80 windows of speech of which seven eighths are
+    English: KL of other languages 0.031 instead of 0.050, of English 0.0100 instead of 0.0092.
+    """
+    places: dict[str | None, list[int]] = {}
+    for index, item in enumerate(items):
+        places.setdefault(item.language, []).append(index)
+    share = dict.fromkeys(places, 0)
+    for _ in range(min(count, len(items))):  # each to the language that lacks most
+        open_ones = [code for code in places if share[code] < len(places[code])]
+        share[max(open_ones, key=lambda code: len(places[code]) ** 0.3 / (share[code] + 1))] += 1
+    return sorted(index for code in places for index in spread(places[code], share[code]))
 
 
 def calibration_batches(
@@ -39,12 +63,13 @@ def calibration_batches(
     """Batches of at most 4 windows: input_features (batch, mel, 3000), decoder_input_ids and
     decoder_mask (batch, length), on the CPU.
 
-    ``recipe.distill.calibration_clips`` windows (96 if it is 0), from clips evenly spaced over
-    ``items``. Raises UserError if no clip can be used.
+    ``recipe.distill.calibration_clips`` windows (96 if it is 0), from ``balanced`` clips. Raises
+    UserError if no clip can be used.
     """
     wanted = recipe.distill.calibration_clips or WINDOWS
     joined = replace(recipe.distill.augment, concatenate=0.8, noise=0.0, speed=0.0, redraw=True)
-    dataset, collate = _dataset(spread(items, wanted), recipe, joined, pair, say)
+    chosen = [items[index] for index in balanced(items, wanted)]
+    dataset, collate = _dataset(chosen, recipe, joined, pair, say)
     count = min(wanted, len(dataset)) if wanted < len(items) else min(wanted, 2 * len(dataset))
     names = ("input_features", "decoder_input_ids", "decoder_mask")
     batches = []

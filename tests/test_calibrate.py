@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from conftest import make_tiny_whisper
+from speech_helpers import Noise
 
 import dqw
 import dqw.calibrate as walk
@@ -17,6 +19,7 @@ from dqw.embedding import QuantEmbedding
 from dqw.fake_quant import FakeQuantize
 from dqw.linear import QuantLinear
 from dqw.recipe import QuantConfig, QuantSpec, Recipe
+from dqw.speech import balanced
 
 
 def inputs(rows: int, cols: int) -> torch.Tensor:
@@ -185,3 +188,16 @@ def test_what_is_not_chosen_stays_float() -> None:
     assert torch.equal(left.weight, before)
     for module in quant_modules(model).values():  # all quantizers are back in their places
         assert module.quantizer is not None
+
+
+def test_languages_share_in_calibration_more_evenly_than_in_the_speech() -> None:
+    """Each clip once, in order; a language of few clips gives all before another gives many."""
+    codes = ["en"] * 40 + ["fr"] * 3 + [None] + ["ja"] * 20
+    items = [Noise(str(i), language=code) for i, code in enumerate(codes)]
+    chosen = balanced(items, 16)
+    assert chosen == sorted(set(chosen)) and len(chosen) == 16
+    found = Counter(codes[i] for i in chosen)
+    # 40 ** 0.3 : 20 ** 0.3 = 3.0 : 2.5
+    assert found == {"en": 6, "ja": 6, "fr": 3, None: 1}
+    assert [i for i in chosen if codes[i] == "en"] == [0, 6, 13, 20, 26, 33]
+    assert balanced(items, 999) == list(range(64)) and balanced([], 4) == balanced(items, 0) == []

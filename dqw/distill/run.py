@@ -36,7 +36,7 @@ from dqw.distill.states import StatesDataset, keep_states, keeps_states
 from dqw.distill.stepping import seed_step
 from dqw.distill.trainer import DistillTrainer
 from dqw.errors import UserError
-from dqw.speech import lowered, spread
+from dqw.speech import balanced, lowered
 
 CACHED_CLIPS = 2000  # about 1 GB of float16 features at 80 mels
 
@@ -206,8 +206,8 @@ def _calibrate(
 ) -> None:
     """Round with error compensation on some windows; a resumed run has that behind it."""
     size = 4
-    # Evenly over the data, which comes source by source; each window once, if they are few.
-    keys = spread(range(len(dataset)), config.calibration_clips)
+    # Each window once, if they are few.
+    keys = balanced(dataset.examples, config.calibration_clips)
     names = ("input_features", "decoder_input_ids", "decoder_mask")
     batches = []  # made before autocast begins: the mel filters must not run in bf16
     for start in range(0, len(keys), size):
