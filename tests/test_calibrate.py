@@ -198,6 +198,6 @@ def test_languages_share_in_calibration_more_evenly_than_in_the_speech() -> None
     assert chosen == sorted(set(chosen)) and len(chosen) == 16
     found = Counter(codes[i] for i in chosen)
     # 40 ** 0.3 : 20 ** 0.3 = 3.0 : 2.5
-    assert found == {"en": 6, "ja": 6, "fr": 3, None: 1}
-    assert [i for i in chosen if codes[i] == "en"] == [0, 6, 13, 20, 26, 33]
+    assert found == {"en": 7, "ja": 5, "fr": 3, None: 1}
+    assert [i for i in chosen if codes[i] == "en"] == [0, 5, 11, 17, 22, 28, 34]
     assert balanced(items, 999) == list(range(64)) and balanced([], 4) == balanced(items, 0) == []
