@@ -10,10 +10,9 @@ import typer
 from dqw.cli import app, err
 
 _COMPRESS_EXAMPLES = (
-    "Examples: dqw compress --teacher openai/whisper-small --student openai/whisper-base "
-    "--data speech/manifest.jsonl --language ja --bits 4 --grid apot --out base-ja-4bit; "
-    "without training: dqw compress --teacher openai/whisper-base --data speech/manifest.jsonl "
-    "--ptq-only --budget 40MiB --out base-40"
+    "Examples: dqw compress --teacher openai/whisper-base --data speech/ --budget 33MiB --out "
+    "base-33; distilled: dqw compress --teacher openai/whisper-small --student "
+    "openai/whisper-base --data speech/manifest.jsonl --language ja --out base-ja-4bit"
 )
 
 
