@@ -16,6 +16,7 @@ from rich.console import Console
 
 from bench import transcribe
 from dqw.errors import UserError
+from dqw.heap import keep_freed_memory
 
 err = Console(stderr=True, highlight=False)
 
@@ -158,8 +159,10 @@ def main(
     other = Base(base, checked.threads) if base else contextlib.nullcontext()
     torch.set_num_threads(checked.threads)
     torch.manual_seed(0)
+    kept = keep_freed_memory()  # for the peers, too
     console = Console(width=None if sys.stdout.isatty() else table.WIDTH, highlight=False)
     facts = table.machine(checked)
+    facts["malloc"] = "keeps what is freed, as in dqw compress" if kept else "as it is"
     table.print_header(console, facts)
     found: list[written.Row] = []
     skipped: dict[str, str] = {}

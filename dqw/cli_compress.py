@@ -89,6 +89,7 @@ def compress(
     from dqw.budget import parse_bytes
     from dqw.compress import Job
     from dqw.compress import compress as run
+    from dqw.heap import keep_freed_memory
     from dqw.whisper.student import parse_layers
 
     # What default does is not enough for a student that is no copy.
@@ -123,6 +124,7 @@ def compress(
         resume=resume,
         budget=parse_bytes(budget) if budget else None,
     )
+    keep_freed_memory()
     run(job, chosen, lambda line: err.print(line))
 
 
@@ -136,7 +138,9 @@ def demo(
     from rich.console import Console
 
     from dqw.demo import run_demo
+    from dqw.heap import keep_freed_memory
 
+    keep_freed_memory()
     run_demo(out, Console(highlight=False))
 
 

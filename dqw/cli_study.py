@@ -55,10 +55,12 @@ def study(
     ] = False,
 ) -> None:
     """Answer a question about bits, grids, matching or guidance: a CSV, a plot and a page."""
+    from dqw.heap import keep_freed_memory
     from dqw.study.runner import Request, find_study, run_study
     from dqw.whisper.student import parse_layers
 
     find_study(name)
+    keep_freed_memory()
     request = Request(
         study=name,
         out=out or Path("runs") / f"study-{name}",
