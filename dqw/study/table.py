@@ -115,6 +115,7 @@ def _paper(scope: Scope) -> list[Setting]:
 
 _MATCHINGS = {
     "static": "static_odd",
+    "static, spread evenly": "static_uniform",
     "dynamic": "dynamic",
     "restrained": "restrained",
     "optimal restrained": "optimal",
@@ -269,7 +270,8 @@ STUDIES = {
             "matching",
             "Which teacher layer should a student layer learn from?",
             "Joint distillation and quantization of the decoder, only the matching differs; “none” "
-            "compares no hidden states. Static is the published rule, layer 2i + 1.",
+            "compares no hidden states. Static is the published rule, layer 2i + 1, or the last; "
+            "spread evenly, four layers get 0, 2, 3 and 5 of six, those that they were cut from.",
             _matching,
             recipe="decoder",
             cut=True,
