@@ -21,7 +21,7 @@ from dqw.study.plot import Axis, Point, dots, figure, lines
 from dqw.study.sizes import SHAPES, authors_bytes, empty_model, size_table
 from dqw.study.table import Scope
 from dqw.whisper.scoring import clip_counts, score
-from dqw.whisper.stats import difference, rate, verdict
+from dqw.whisper.stats import Rate, difference, rate, verdict
 
 
 @pytest.fixture
@@ -101,6 +101,27 @@ def test_seeds_widen_the_interval() -> None:
     assert one and two and two.value == pytest.approx(one.value + 0.2)
     width = [high - low for low, high in (one.interval, two.interval)]
     assert width[1] > 2 * width[0]
+
+
+def test_seeds_are_paired_and_their_interval_is_students() -> None:
+    """Seeds move both settings alike; what is left is as sure as three values make it."""
+    kl = np.full((40, 1), 50.0)  # no clip differs, so that seeds alone count
+
+    def three(*values: float) -> Rate:
+        cells = [cell([(float(k) * v, 10) for k in kl[:, 0]], seed=i) for i, v in enumerate(values)]
+        found = rate(cells, "KL")
+        assert found is not None
+        return found
+
+    first, second = three(0.9, 1.0, 1.4), three(1.0, 1.11, 1.5)
+    gap = difference(first, second)
+    assert not gap.tie and gap.value == pytest.approx(-0.5167, abs=1e-3)
+    assert first.interval[1] > second.value  # alone they overlap
+    deviations = np.array([-0.5, -0.55, -0.5])
+    student = 4.303 * deviations.std(ddof=1) / np.sqrt(3)
+    half = (gap.high - gap.low) / 2
+    assert 0.9 * student < half < 1.4 * student
+    assert difference(three(1.0, 1.0, 1.0), three(1.3, 1.02, 1.01)).tie
 
 
 def test_clip_counts_are_what_score_adds_up() -> None:

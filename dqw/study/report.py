@@ -151,7 +151,8 @@ def _page(
         f"from those of the {'float model' if study.chart == 'layers' else 'float teacher'}, on "
         "the reference texts; it moves long before words do. WER and CER: errors over reference "
         "words or characters of all clips, greedy. Brackets: 95 % bootstrap intervals over clips"
-        f"{' and seeds' if seeds > 1 else ''}. Differences are paired by clip; one whose interval "
+        f"{' and seeds' if seeds > 1 else ''}. Differences are paired by clip"
+        f"{' and seed' if seeds > 1 else ''}; one whose interval "
         "holds zero is called a tie. One in twenty true ties will not be called so. "
         f"All cells: {study.name}.csv.</p>",
     ]
