@@ -8,9 +8,7 @@ temporary name and appears whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -22,16 +20,18 @@ from dqw.bars import progress_bar
 from dqw.distill.config import check_settings
 from dqw.errors import UserError
 from dqw.recipe import Recipe
+from dqw.save import save_student
 from dqw.whisper.report import model_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+    from transformers import WhisperForConditionalGeneration
 
     from dqw.distill.pair import Pair
     from dqw.whisper.data import Item
 
 Say = Callable[[str], object]
+_SETTINGS = "recipe.json"  # in the run's folder: what it began with
 _NO_DATA = (
     "--data is missing: give a manifest.jsonl, an audio folder or a dataset; or --ptq-only, which "
     "does without."
@@ -90,7 +90,10 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     pair = load_models(job, say)
     student = pair.student
     batches: list[dict[str, Tensor]] = []
-    allocates = job.budget or (recipe.quant.allocate and items)
+    allocates = bool(job.budget or (recipe.quant.allocate and items))
+    if allocates and job.resume:
+        shared_out = resumed_plan(job, recipe)
+        allocates, recipe = shared_out is None, shared_out or recipe
     if items and (job.ptq_only or allocates):
         from dqw.speech import calibration_batches
 
@@ -174,6 +177,20 @@ def quantize_student(student: WhisperForConditionalGeneration, recipe: Recipe, s
     )
 
 
+def resumed_plan(job: Job, recipe: Recipe) -> Recipe | None:
+    """``recipe`` with the layers' widths that the run to be resumed began with; None: it has none
+    that belong to this recipe."""
+    path = job.run / _SETTINGS
+    if not path.exists():
+        return None
+    data = recipe.to_dict()
+    own, kept = data["quant"], json.loads(path.read_text(encoding="utf-8"))["quant"]
+    rules = len(own["override"])
+    if own | {"override": kept["override"]} != kept or kept["override"][:rules] != own["override"]:
+        return None
+    return Recipe.from_dict({**data, "quant": kept}, str(path))
+
+
 def calibrate_student(
     student: WhisperForConditionalGeneration, batches: list[dict[str, Tensor]], say: Say
 ) -> None:
@@ -194,7 +211,7 @@ def train(job: Job, recipe: Recipe, pair: Pair, items: list[Item]) -> None:
     from dqw.distill import distill
 
     run = job.run
-    settings = run / "recipe.json"
+    settings = run / _SETTINGS
     wanted = json.dumps(provenance(job, recipe), indent=1, sort_keys=True)
     if job.resume:
         if settings.exists() and settings.read_text(encoding="utf-8") != wanted:
@@ -242,63 +259,3 @@ def provenance(job: Job, recipe: Recipe) -> dict[str, Any]:
     else:
         made |= {k: recipe.to_dict()[k] for k in ("distill", "guidance", "train")}
     return made
-
-
-def save_student(
-    student: WhisperForConditionalGeneration,
-    processor: WhisperProcessor,
-    out: Path,
-    made_by: dict[str, Any] | None = None,
-) -> Path:
-    """Freeze ``student`` (if it still learns) and write the folder ``out``, whole or not at all."""
-    import dqw
-    from dqw.convert import freeze, quant_modules
-    from dqw.hf import attach
-    from dqw.whisper.checkpoint import file_sha256, quiet_transformers, save_processor
-
-    if not all(m.frozen for m in quant_modules(student).values()):
-        freeze(student)
-    attach(student, dqw_version=dqw.__version__, made_by=made_by)
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.callback(shutil.rmtree, partial, ignore_errors=True)
-            with quiet_transformers():
-                student.save_pretrained(partial)
-            save_processor(processor, partial)
-            _seal(partial, file_sha256(partial / "model.safetensors"))
-            (partial / "README.md").write_text(_card(out.name), encoding="utf-8")
-            for file in partial.iterdir():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
-            os.rename(partial, out)
-    except OSError as error:
-        raise UserError(
-            f"{out} could not be written ({error.strerror or error}): make room there, or give "
-            "another --out; nothing was left behind."
-        ) from error
-    return out
-
-
-def _seal(folder: Path, sha256: str) -> None:
-    """Put the weights' checksum into config.json, so that an edited file is noticed on load."""
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["quantization_config"]["weights_sha256"] = sha256
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _card(name: str) -> str:
-    return f"""# {name}
-
-A Whisper packed by dqw. Transcribe with `dqw transcribe AUDIO --model {name}`, or in Python:
-
-```python
-import dqw  # teaches transformers to read this folder
-from transformers import pipeline
-
-asr = pipeline("automatic-speech-recognition", model="{name}")
-```
-
-Without `import dqw` loading stops with a size mismatch.
-"""

@@ -224,14 +224,16 @@ def test_a_killed_compression_resumes_to_the_same_folder(
 ) -> None:
     """SIGKILL after some checkpoint, --resume: the same weights, byte for byte, as without."""
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[train]\nsteps = 12\nbatch_size = 2\nsave_steps = 2\n")
+    settings = "[quant]\nallocate = true\n[train]\nsteps = 12\nbatch_size = 2\nsave_steps = 2\n"
+    recipe.write_text(settings)
 
     def command(out: Path, *more: str) -> list[str]:
         options = ["--teacher", base, "--data", data, "--recipe", recipe, "--out", out]
         return [sys.executable, "-m", "dqw", "compress", *map(str, options), *more]
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole), check=True, capture_output=True)
+    found = subprocess.run(command(whole), check=True, capture_output=True, text=True)
+    assert "plan: " in found.stderr
     process = subprocess.Popen(
         command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -242,7 +244,9 @@ def test_a_killed_compression_resumes_to_the_same_folder(
     process.wait()
     assert not killed.exists()
     refused("--resume", "--teacher", base, "--data", data, "--out", killed, "--recipe", recipe)
-    subprocess.run(command(killed, "--resume"), check=True, capture_output=True)
+    again = command(killed, "--resume")
+    found = subprocess.run(again, check=True, capture_output=True, text=True)
+    assert "plan: " not in found.stderr + found.stdout  # not measured a second time
     name = "model.safetensors"
     assert (whole / name).read_bytes() == (killed / name).read_bytes()
 

@@ -18,11 +18,11 @@ from typing import Any
 
 from dqw.budget import PROBE, float_bytes, rounded, stored_bytes
 from dqw.calibrate import calibrate
-from dqw.compress import save_student
 from dqw.convert import quant_modules, quantize
 from dqw.distill.pair import Pair
 from dqw.probe import Probe, changed, first_changed
 from dqw.recipe import Recipe
+from dqw.save import save_student
 from dqw.speech import calibration_batches, clip_batches, lowered, spread
 from dqw.study.table import Changes, Setting, layer_spec
 from dqw.whisper.data import Item
