@@ -10,7 +10,7 @@ for that of all layers before it.
     embedding          : rounded for its use as the output projection, on the float decoder's states
     decoder layers 0 … : as the encoder's, from the rounded embedding and the rounded encoder
 
-Training starts from the weights found, which lie on the grid.
+Training starts from weights that round to those found (``dqw.compensate.latent``).
 """
 
 from __future__ import annotations

@@ -129,7 +129,22 @@ def round_layer(name: str, module: QuantModule, moment: Moment) -> None:
         after = compensated(aim, seen.second, quantizer, damping)
         if bias is not None:
             bias += (before @ moment.mean_float() - after @ moment.mean()).to(bias.dtype)
-    module.weight.copy_(after)
+        module.weight.copy_(latent(before, after, quantizer))
+
+
+@torch.no_grad()
+def latent(weight: Tensor, rounded: Tensor, quantizer: FakeQuantize) -> Tensor:
+    """What training starts from: as near to the float ``weight`` as tenths of the way allow, where
+    it still rounds to ``rounded``, both (rows, cols).
+
+    Weights that lie on the grid have half a step to go before anything changes, and small learning
+    rates do not get them there. Those of a float model lie anywhere between.
+    """
+    found = rounded.clone()
+    for tenths in range(1, 11):
+        tried = torch.lerp(rounded, weight, tenths / 10)
+        found = torch.where(quantizer(tried) == rounded, tried, found)
+    return found
 
 
 def carried_over(moment: Tensor, cross: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_tiny_whisper
 from speech_helpers import Noise
+from torch import nn
 
 import dqw
 import dqw.calibrate as walk
@@ -59,7 +60,7 @@ def test_an_embedding_is_damped_more_because_its_rows_are_inputs() -> None:
     want = compensated(table.weight.detach().clone(), x.T @ x, quantizer, EMBEDDING_DAMPING)
     less = compensated(table.weight.detach().clone(), x.T @ x, quantizer)
     round_layer("embed_tokens", layer, Moment(x.T @ x, x.sum(0), len(x)))
-    assert torch.equal(layer.weight, want) and not torch.equal(want, less)
+    assert torch.equal(layer.fake_quantized_weight(), want) and not torch.equal(want, less)
 
 
 def test_rounding_itself_is_never_in_bfloat16() -> None:
@@ -69,7 +70,7 @@ def test_rounding_itself_is_never_in_bfloat16() -> None:
         layer = QuantLinear.from_linear(copy.deepcopy(linear), QuantSpec(bits=3, group_size=64))
         with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
             round_layer("fc1", layer, moment)
-        found.append((layer.weight, layer.bias))
+        found.append((layer.fake_quantized_weight().detach(), layer.bias))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
@@ -188,6 +189,22 @@ def test_what_is_not_chosen_stays_float() -> None:
     assert torch.equal(left.weight, before)
     for module in quant_modules(model).values():  # all quantizers are back in their places
         assert module.quantizer is not None
+
+
+@pytest.mark.parametrize(("grid", "bits"), [("lloyd", 4), ("apot", 3), ("uniform", 8)])
+def test_training_starts_off_the_grid_and_rounds_to_what_was_found(grid: str, bits: int) -> None:
+    """Weights on the grid would have half a step to go before any of them changes."""
+    layer = QuantLinear.from_linear(nn.Linear(128, 64), QuantSpec(bits, grid, 16))
+    assert layer.quantizer is not None
+    before, x = layer.weight.detach().clone(), inputs(512, 128)
+    round_layer("fc1", layer, Moment(x.T @ x, x.sum(0), len(x)))
+    after = layer.fake_quantized_weight().detach()
+    assert torch.equal(layer.quantizer(after), after)
+    kept = layer.weight == before  # rounded as if alone: nothing pulls them from where they were
+    assert kept.float().mean() > 0.4
+    assert (layer.weight == after).float().mean() < 0.2
+    between = (layer.weight - after).abs() <= (before - after).abs() * 1.001
+    assert bool(between.all())
 
 
 def test_languages_share_in_calibration_more_evenly_than_in_the_speech() -> None:
