@@ -39,6 +39,7 @@ CARRY_DAMPING = 1.0
 # held-out tokens is 0.0112 at 0.01, 0.0107 at 0.05, 0.0099 at 0.1, 0.0098 at 0.3 (groups of 32).
 EMBEDDING_DAMPING = 0.15
 BLOCK = 64  # columns whose errors are collected before the rest is updated
+FINE = 6  # bits from which training starts off the grid
 ROUNDS = 3  # of steps 2 and 3; the first takes 25 % off the error, the second 4 %, the third 2 %
 
 
@@ -134,13 +135,17 @@ def round_layer(name: str, module: QuantModule, moment: Moment) -> None:
 
 @torch.no_grad()
 def latent(weight: Tensor, rounded: Tensor, quantizer: FakeQuantize) -> Tensor:
-    """What training starts from: as near to the float ``weight`` as tenths of the way allow, where
-    it still rounds to ``rounded``, both (rows, cols).
+    """What training starts from: with ``FINE`` bits or more, as near to the float ``weight`` as
+    tenths of the way allow, where it still rounds to ``rounded``, both (rows, cols).
 
-    Weights that lie on the grid have half a step to go before anything changes, and small learning
-    rates do not get them there. Those of a float model lie anywhere between.
+    On the grid each weight has half a step to go before anything changes, and small learning rates
+    get few of them there: an 8-bit student learned at half the pace of a float one. With wide
+    steps that protects what calibration found: base at 4 bits, KL of a batch after five steps 0.49
+    from here, 0.16 from the float weights' own residuals, 0.065 from the grid.
     """
     found = rounded.clone()
+    if quantizer.spec.bits < FINE:
+        return found
     for tenths in range(1, 11):
         tried = torch.lerp(rounded, weight, tenths / 10)
         found = torch.where(quantizer(tried) == rounded, tried, found)
