@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
 
     It maps every allocation of 32 MiB and more anew and unmaps it when it is freed, and the system
     fills each with zeros, page by page. A training step of whisper-base (batch 2, float32, two
-    cores) takes 3.10 s with that and 2.54 s without; the float step 3.00 and 2.40 s.
+    cores; docs/results.md) takes 3.10 s with that and 2.54 s without, the float step 3.00 and 2.40.
     """
     if sys.platform != "linux":
         return False

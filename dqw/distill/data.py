@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dqw.distill.augment import concatenate_clips, perturb
-from dqw.distill.config import AugmentConfig
+from dqw.distill.config import AugmentConfig, TrainConfig
 from dqw.distill.losses import IGNORE
 from dqw.errors import UserError
 
@@ -203,6 +203,12 @@ class EpochSampler(Sampler[int]):
     ) -> None:
         self.length, self.seed, self.epoch = length, seed, 0
         self.seconds, self.batch = seconds, batch
+
+    @classmethod
+    def over(cls, dataset: Any, train: TrainConfig, by_length: bool) -> EpochSampler:
+        """A run's order of ``dataset``; by_length: batches of clips of about one length."""
+        seconds = dataset.seconds if by_length else None
+        return cls(len(dataset), train.seed, seconds, train.batch_size)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -196,8 +196,7 @@ def _keys(
     """What a run reads: of an epoch that it does not finish, the beginning, and a little that is
     fetched ahead."""
     batches = args.max_steps * train.accumulate + 1 + 2 * train.workers
-    seconds = dataset.seconds if config.audio_context == "dynamic" else None
-    order = EpochSampler(len(dataset), train.seed, seconds, train.batch_size)
+    order = EpochSampler.over(dataset, train, config.audio_context == "dynamic")
     return list(order)[: batches * train.batch_size * args.world_size]
 
 

@@ -86,8 +86,7 @@ class DistillTrainer(Seq2SeqTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        seconds = dataset.seconds if self.context else None
-        return EpochSampler(len(dataset), self.plan.seed, seconds, self.plan.batch_size)
+        return EpochSampler.over(dataset, self.plan, self.context is not None)
 
     # Optimizer
 
