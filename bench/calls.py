@@ -32,7 +32,7 @@ def packed_matrix(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     groups = -(-p.K // p.group_size) if p.group_size else 1
     scale = torch.rand(p.N, groups) / grids.level_max(p.grid, p.bits)
     if p.group_size:
-        scale = scale.half()
+        scale = packing.round_scales(scale).half()
     tensors = packing.pack(codes, p.bits), scale, grids.levels(p.grid, p.bits)
     a, b, c = (t.to(p.device) for t in tensors)
     return a, b, c

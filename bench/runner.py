@@ -115,9 +115,16 @@ def copy_gbps(work: Work, p: Problem, copied: timing.Timing) -> float:
     return traffic / copied.p50 / 1e9
 
 
+# So many products of bfloat16 are one of a wider type (csrc/cpu/bf16.h).
+TERMS = {"float32": 3, "float16": 2}
+
+
 def roof_of(work: Work, o: Options) -> tuple[str, float]:
     """Cold: memory. Warm: as fast as a working set of these bytes can be read again."""
     gbps = ceilings.read_gbps(ceilings.COLD if o.cold else int(work.bytes), o.threads, o.device)
     kinds = (work.kind,) if work.kind == "int8" else (work.kind, "float32")
     peaks = (ceilings.peak_gops(kind, o.threads, o.device) for kind in kinds)
-    return roof(work, next((peak for peak in peaks if peak), 0.0), gbps)
+    peak = next((peak for peak in peaks if peak), 0.0)
+    if o.device == "cpu" and work.kind in TERMS:
+        peak = max(peak, ceilings.peak_gops("bfloat16", o.threads) / TERMS[work.kind])
+    return roof(work, peak, gbps)

@@ -38,11 +38,11 @@ const CeilingKernels ceilings_avx512_bf16 =
     ceilings_with(multiply_bf16_avx512, ceilings_avx512.multiply_int8);
 const CeilingKernels ceilings_amx = ceilings_with(multiply_bf16_amx, multiply_int8_amx);
 constexpr Bf16Kernels bf16_with(void (*multiply)(const Bf16Block&), int64_t cycles, int64_t panel,
-                                int64_t few) {
-    return {decode_bf16, convert_bf16, multiply, cycles, panel, few};
+                                bool tiles) {
+    return {decode_bf16, convert_bf16, multiply, cycles, panel, 16, 64, tiles};
 }
-constexpr Bf16Kernels bf16_avx512_bf16 = bf16_with(multiply_avx512_bf16, 2048, 1 << 19, 16);
-constexpr Bf16Kernels bf16_amx = bf16_with(multiply_amx, 170, 1 << 20, 16);
+constexpr Bf16Kernels bf16_avx512_bf16 = bf16_with(multiply_avx512_bf16, 2048, 1 << 19, false);
+constexpr Bf16Kernels bf16_amx = bf16_with(multiply_amx, 170, 1 << 20, true);
 LinearKernels linear_with(const Bf16Kernels& bf16) {
     LinearKernels k = linear_avx512;
     k.bf16 = &bf16;

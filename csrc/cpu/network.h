@@ -143,7 +143,8 @@ void product(Member& me, const Weight& weight, const LinearKernels& k, const Are
     const int bytes = byte_rows(weight, m, k);
     const int64_t rows = weight.w.rows;
     if (takes_bf16(m, k)) {
-        const Bf16Product p{*k.bf16, weight.w, weight.bias, x, Type::f32, m, y, Type::f32};
+        const Factors rounded{.type = Type::f32};
+        const Bf16Product p{*k.bf16, weight.w, weight.bias, x, rounded, m, y, Type::f32};
         const Parts parts = parts_of(p.k, p.w, m, me.slots());
         me.share(parts.rows * parts.strips, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; i++) product_bf16(p, parts, i, area.own, finish);

@@ -1,5 +1,5 @@
-// Products of bfloat16 (bf16.h) in AMX's tiles: 16 x 16 sums take 32 columns in 16 cycles if
-// nothing is waited for.
+// Products of bfloat16 and of int8 (bf16.h) in AMX's tiles: 16 x 16 sums take 32 columns of
+// bfloat16, or 64 of int8, in 16 cycles if nothing is waited for.
 //
 // A block of four tiles of sums wants four tiles of factors in 64 cycles: as much as the second
 // cache gives. So 512 columns of x, 32 KiB, stay in the first while strip after strip of W passes
@@ -13,7 +13,9 @@
 namespace dqw {
 namespace {
 
-constexpr int64_t kChunk = 8;  // blocks of 64 columns
+// Numbers of 16 bits of a block of x at a time; of several terms fewer, which W's share the cache
+// with.
+constexpr int64_t kChunk = 16384, kChunkOfTerms = 12288;
 
 static DQW_INLINE __mmask16 lanes(int64_t n) {
     return (__mmask16)(n <= 0 ? 0 : n >= 16 ? 0xffff : (1u << n) - 1);
@@ -46,9 +48,20 @@ struct Meanwhile {
     }
 };
 
-// Sums of 32 rows and 32 outputs, tiles 0 1 over 2 3; or of 16 rows, tiles 0 1.
+// 16 x 16 sums += 16 rows of x by 16 of W. A macro: the names of tiles are text.
+#define DQW_MULTIPLY(sums, x, w)        \
+    do {                                \
+        if constexpr (Bytes) {          \
+            _tile_dpbssd(sums, x, w);   \
+        } else {                        \
+            _tile_dpbf16ps(sums, x, w); \
+        }                               \
+    } while (false)
+
+// Sums of 32 rows and 32 outputs, tiles 0 1 over 2 3; or of 16 rows, tiles 0 1. A step takes 32
+// columns, or 64 of int8.
 enum class Next { none, f32, bf16 };
-template <bool Two, Next N>
+template <bool Two, Next N, bool Bytes, int XTerms, int WTerms>
 void multiply_strip(const uint16_t* x, const uint16_t* w, int64_t steps, bool more,
                     const float* bias, float* sums, int64_t stride, const Meanwhile& next) {
     const int64_t bytes = stride * 4;
@@ -69,25 +82,46 @@ void multiply_strip(const uint16_t* x, const uint16_t* w, int64_t steps, bool mo
         if (Two) _tile_zero(3);
     }
     for (int64_t k = 0; k < steps; k++) {
-        // As a stream W leaves x in the first cache: 2280 GFLOP/s instead of 1920.
-        _tile_stream_loadd(6, w, 64);
-        _tile_loadd(4, x, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_stream_loadd(7, w + 512, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if (Two) {
-            _tile_loadd(5, x + 512, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+        for (int i = 0; i < WTerms; i++) {
+            // As a stream W leaves x in the first cache: 2280 GFLOP/s instead of 1920.
+            _tile_stream_loadd(6, w + i * 1024, 64);
+            for (int j = 0; j < XTerms && is_product(i, j); j++) {
+                // A single term of x stays in its tiles for all of W's.
+                const bool loads = XTerms > 1 || i == 0;
+                if (loads) _tile_loadd(4, x + j * 1024, 64);
+                DQW_MULTIPLY(0, 4, 6);
+                if (j == 0) _tile_stream_loadd(7, w + i * 1024 + 512, 64);
+                DQW_MULTIPLY(1, 4, 7);
+                if (Two) {
+                    if (loads) _tile_loadd(5, x + j * 1024 + 512, 64);
+                    DQW_MULTIPLY(2, 5, 6);
+                    DQW_MULTIPLY(3, 5, 7);
+                }
+            }
         }
-        x += 1024;
-        w += 1024;
+        x += XTerms * 1024;
+        w += WTerms * 1024;
         if constexpr (N != Next::none) next.convert<N == Next::bf16>(k);
     }
     _tile_stored(0, sums, bytes);
     _tile_stored(1, sums + 16, bytes);
     if (Two) _tile_stored(2, sums + 16 * stride, bytes);
     if (Two) _tile_stored(3, sums + 16 * stride + 16, bytes);
+}
+
+template <bool Two>
+auto strip_of(const Factors& f, Next next) {
+    if (f.bytes) return multiply_strip<Two, Next::none, true, 1, 1>;
+    if (f.w == 2) {
+        return f.x == 1   ? multiply_strip<Two, Next::none, false, 1, 2>
+               : f.x == 2 ? multiply_strip<Two, Next::none, false, 2, 2>
+                          : multiply_strip<Two, Next::none, false, 3, 2>;
+    }
+    if (f.x == 2) return multiply_strip<Two, Next::none, false, 2, 1>;
+    if (f.x == 3) return multiply_strip<Two, Next::none, false, 3, 1>;
+    return next == Next::none  ? multiply_strip<Two, Next::none, false, 1, 1>
+           : next == Next::f32 ? multiply_strip<Two, Next::f32, false, 1, 1>
+                               : multiply_strip<Two, Next::bf16, false, 1, 1>;
 }
 
 // Whole tiles that would reach over the edge of the sums take a way round.
@@ -119,41 +153,46 @@ struct Edge {
 void multiply_amx(const Bf16Block& b) {
     take_tiles();
     Edge edge;
+    const Factors& f = b.factors;
     const bool two = b.rows > 16;
-    // Rows that end inside 32 columns are converted elsewhere.
-    const bool whole = b.next && b.next->end * 64 <= b.next->cols;
-    const auto plain = two ? multiply_strip<true, Next::none> : multiply_strip<false, Next::none>;
-    const auto run = !whole || !two               ? plain
-                     : b.next->type == Type::bf16 ? multiply_strip<true, Next::bf16>
-                                                  : multiply_strip<true, Next::f32>;
-    const int64_t strips = (b.width + 31) / 32, chunks = (b.blocks + kChunk - 1) / kChunk;
+    // Rows that end inside 32 columns are converted elsewhere, and so is what is more than one
+    // term.
+    const bool meanwhile =
+        two && b.next && f.x == 1 && !f.codes && b.next->end * 64 <= b.next->cols;
+    const Next how = !meanwhile ? Next::none : f.type == Type::bf16 ? Next::bf16 : Next::f32;
+    const auto run = two ? strip_of<true>(f, how) : strip_of<false>(f, how);
+    const int64_t x_block = block_of_x(f), w_block = block_of_w(f), steps_a_block = f.bytes ? 1 : 2;
+    const int64_t chunk = (products_of(f) == 1 ? kChunk : kChunkOfTerms) / x_block,
+                  strips = (b.width + 31) / 32;
+    const int64_t chunks = (b.blocks + chunk - 1) / chunk;
+    const float* start = b.scale ? nullptr : b.bias;
     Meanwhile next{b.next};
     for (int64_t c = 0; c < chunks; c++) {
         const int64_t begin = b.blocks * c / chunks, end = b.blocks * (c + 1) / chunks;
         for (int64_t s = 0; s < strips; s++) {
-            const uint16_t* w = b.strips + (s * b.blocks + begin) * 2048;
-            const float* bias = b.bias ? b.bias + s * 32 : nullptr;
+            const uint16_t* w = b.strips + (s * b.blocks + begin) * w_block;
+            const float* bias = start ? start + s * 32 : nullptr;
             float* to = b.sums + s * 32;
             const bool more = b.more || c > 0;
-            const int64_t steps = (end - begin) * 2, width = b.width - s * 32;
-            if (b.next) {
+            const int64_t steps = (end - begin) * steps_a_block, width = b.width - s * 32;
+            if (meanwhile) {
                 next.row_begin = b.next->rows * s / strips;
                 next.row_end = b.next->rows * (s + 1) / strips;
                 next.at = (b.next->begin + begin) * 2;
             }
             if (b.rows == (two ? 32 : 16) && width >= 32) {
-                run(b.x + begin * 2048, w, steps, more, bias, to, b.stride, next);
+                run(b.x + begin * x_block, w, steps, more, bias, to, b.stride, next);
             } else {
                 if (more) edge.take(to, b.stride, b.rows, width);
-                run(b.x + begin * 2048, w, steps, more, bias, edge.sums, 32, next);
+                run(b.x + begin * x_block, w, steps, more, bias, edge.sums, 32, next);
                 edge.give(to, b.stride, b.rows, width);
             }
-            if (b.y && c + 1 == chunks && s > 0) round_bf16(b, s - 1);
+            if (b.y && c + 1 == chunks && s > 0) finish_bf16(b, s - 1);
         }
     }
     _tile_release();
-    if (b.y) round_bf16(b, strips - 1);
-    if (b.next && run == plain) convert_bf16(*b.next, 0, b.next->rows);
+    if (b.y) finish_bf16(b, strips - 1);
+    if (b.next && !meanwhile) convert_bf16(*b.next, 0, b.next->rows);
 }
 
 }  // namespace dqw

@@ -1,5 +1,5 @@
-// Products of bfloat16 (bf16.h): W decoded, x and y converted, and the product by
-// vdpbf16ps, which adds two products of bfloat16 to each float32 sum.
+// Products of bfloat16 (bf16.h): W decoded, x and y converted, and the product of one term by one
+// by vdpbf16ps, which adds two products of bfloat16 to each float32 sum.
 #include "bf16.h"
 #include "isa_avx512.h"
 // The loops need the lanes above, and each other in this order.
@@ -41,7 +41,13 @@ struct Codes {
     i32 packed_high(i32 x) const { return _mm512_srli_epi16(x, 4); }
 };
 
-template <int B, bool Wide>
+// What is left of two registers of floats behind `pairs`, their bfloat16.
+DQW_INLINE void take_off(i32 pairs, f32& a, f32& b) {
+    a = sub(a, as_floats(_mm512_slli_epi32(pairs, 16)));
+    b = sub(b, as_floats(_mm512_and_si512(pairs, all_int(0xffff0000))));
+}
+
+template <int B, bool Wide, bool Scaled, int Terms>
 void decode(const Packed& whole, int64_t strip, int64_t begin, int64_t end, float* scales,
             uint16_t* out) {
     Packed w = whole;
@@ -52,7 +58,7 @@ void decode(const Packed& whole, int64_t strip, int64_t begin, int64_t end, floa
     const int64_t most = w.cols > 0 ? w.cols - 1 : 0;
     const auto group_at = [&](int64_t column) { return group_of(column < most ? column : most); };
     const int64_t first = group_at(begin * 64);
-    scales_of_strip(w, n, first, group_at(end * 64 - 1), scales);
+    if (Scaled) scales_of_strip(w, n, first, group_at(end * 64 - 1), scales);
     const bool split = w.group % 4 != 0;  // a scale may change inside 4 columns
     const FloatTable<B> low(w.low), high(w.high);
     fill_tile<B>(w, n, Codes(), [&](int64_t unit, int t, i32 v) DQW_INLINED {
@@ -60,40 +66,106 @@ void decode(const Packed& whole, int64_t strip, int64_t begin, int64_t end, floa
             const int64_t g = group_at(begin * 64 + unit * 4 + j) - first;
             return load(scales + g * kTileRows + t * W);
         };
-        f32 s = scale_at(0), x[4];
+        f32 s = Scaled ? scale_at(0) : zero(), x[4];
         const i32 l = B <= 5 ? v : low.bytes.look_up(v), h = B <= 5 ? v : high.bytes.look_up(v);
         unroll<4>([&](auto j) DQW_INLINED {
             f32 level = low.template part<j.value>(l);
             if (Wide) level = fma(high.template part<j.value>(h), all(256.0f), level);
-            if (split) s = scale_at(j.value);
-            x[j.value] = mul(level, s);
+            if (Scaled && split) s = scale_at(j.value);
+            x[j.value] = Scaled ? mul(level, s) : level;
         });
-        uint16_t* to = out + (unit / 8 * 2 + t) * 512 + unit % 8 * 64;
-        store_int(to, bf16_pairs(x[0], x[1]));
-        store_int(to + 32, bf16_pairs(x[2], x[3]));
+        uint16_t* to = out + (unit / 8 * 2 * Terms + t) * 512 + unit % 8 * 64;
+        unroll<Terms>([&](auto term) DQW_INLINED {
+            const i32 a = bf16_pairs(x[0], x[1]), b = bf16_pairs(x[2], x[3]);
+            store_int(to + term.value * 1024, a);
+            store_int(to + term.value * 1024 + 32, b);
+            if (term.value + 1 < Terms) take_off(a, x[0], x[1]), take_off(b, x[2], x[3]);
+        });
     });
 }
 
-template <Type T>
-void convert(const Bf16Rows& a, int64_t row_begin, int64_t row_end) {
+template <int B>
+void decode_bytes(const Packed& whole, int64_t strip, int64_t begin, int64_t end, uint16_t* out) {
+    Packed w = whole;
+    w.data += begin * 8 * B;
+    w.blocks = end - begin;
+    fill_tile<B>(w, strip * kTileRows, Table<B>(w.low, 0),
+                 [&](int64_t unit, int t, i32 v) DQW_INLINED {
+                     store_int(out + (unit / 16 * 2 + t) * 512 + unit % 16 * 32, v);
+                 });
+}
+
+// f(32 columns of row r as two registers, where they go) for rows of T; `step`: from 32 columns to
+// the next.
+template <Type T, class F>
+DQW_INLINE void each_32(const Bf16Rows& a, int64_t row_begin, int64_t row_end, int64_t step,
+                        const F& f) {
     for (int64_t r = row_begin; r < row_end; r++) {
         uint16_t* to = a.out + r / 16 * 512 + r % 16 * 32;
         const int64_t row = r * a.cols;
         int64_t i = a.begin * 64;
-        for (; i < a.end * 64 && i + 32 <= a.cols; i += 32, to += 1024) {
-            if (T == Type::bf16) {
-                store_int(to, load_int((const uint16_t*)a.x + row + i));
-            } else {
-                store_int(to, (i32)_mm512_cvtne2ps_pbh(read<Type::f32>(a.x, row + i + W),
-                                                       read<Type::f32>(a.x, row + i)));
-            }
+        for (; i < a.end * 64 && i + 32 <= a.cols; i += 32, to += step) {
+            f(read<T>(a.x, row + i), read<T>(a.x, row + i + W), to);
         }
-        for (; i < a.end * 64; i += 32, to += 1024) {
+        for (; i < a.end * 64; i += 32, to += step) {
             const auto some = [&](int64_t at) {
                 const int64_t left = a.cols - at;
                 return left > 0 ? read<T>(a.x, row + at, left < W ? left : W) : zero();
             };
-            store_int(to, (i32)_mm512_cvtne2ps_pbh(some(i + W), some(i)));
+            f(some(i), some(i + W), to);
+        }
+    }
+}
+
+template <Type T>
+void convert(const Bf16Rows& a, int64_t row_begin, int64_t row_end) {
+    each_32<T>(a, row_begin, row_end, 1024, [](f32 x, f32 y, uint16_t* to) DQW_INLINED {
+        store_int(to, (i32)_mm512_cvtne2ps_pbh(y, x));
+    });
+}
+
+// The upper 8 bits of the mantissa, and what they leave; nothing behind NaN and infinity. Not
+// rounded: the largest floats would become infinite.
+DQW_INLINE f32 upper_bits(f32 x, f32& rest) {
+    constexpr int kNotFinite = 0x99;
+    const f32 upper = as_floats(_mm512_and_si512(bits_of(x), all_int(0xffff0000)));
+    const __mmask16 odd = _mm512_fpclass_ps_mask(x, kNotFinite);
+    rest = _mm512_maskz_sub_ps((__mmask16)~odd, x, upper);
+    return _mm512_mask_mov_ps(upper, odd, x);
+}
+
+template <Type T, int Terms>
+void convert_terms(const Bf16Rows& a, int64_t row_begin, int64_t row_end) {
+    each_32<T>(a, row_begin, row_end, Terms * 1024, [](f32 x, f32 y, uint16_t* to) DQW_INLINED {
+        unroll<Terms>([&](auto term) DQW_INLINED {
+            f32 x_rest, y_rest;
+            const f32 x_upper = upper_bits(x, x_rest), y_upper = upper_bits(y, y_rest);
+            store_int(to + term.value * 1024, (i32)_mm512_cvtne2ps_pbh(y_upper, x_upper));
+            x = x_rest, y = y_rest;
+        });
+    });
+}
+
+// int8 as it is, or as bfloat16, which holds it.
+void convert_codes(const Bf16Rows& a, int64_t row_begin, int64_t row_end) {
+    for (int64_t r = row_begin; r < row_end; r++) {
+        const int8_t* x = (const int8_t*)a.x + r * a.cols;
+        uint16_t* to = a.out + r / 16 * 512 + r % 16 * 32;
+        for (int64_t i = a.begin * 64; i < a.end * 64; i += 64) {
+            const i32 v = load_int(x + i);
+            if (a.factors.bytes) {
+                store_int(to, v);
+                to += 1024;
+                continue;
+            }
+            unroll<2>([&](auto half) DQW_INLINED {
+                const f32 lower =
+                    to_float(_mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(v, half.value * 2)));
+                const f32 upper = to_float(
+                    _mm512_cvtepi8_epi32(_mm512_extracti32x4_epi32(v, half.value * 2 + 1)));
+                store_int(to, (i32)_mm512_cvtne2ps_pbh(upper, lower));
+                to += 1024;
+            });
         }
     }
 }
@@ -137,28 +209,50 @@ DQW_INLINE void multiply_rows(const Bf16Block& b, int64_t row, int64_t strip) {
 
 }  // namespace
 
-void decode_bf16(const Packed& w, int64_t strip, int64_t begin, int64_t end, float* scales,
-                 uint16_t* out) {
+void decode_bf16(const Packed& w, const Factors& f, int64_t strip, int64_t begin, int64_t end,
+                 float* scales, uint16_t* out) {
     with_bits(w.bits, [&](auto bits) {
-        const auto run = w.wide ? decode<bits.value, true> : decode<bits.value, false>;
+        constexpr int B = bits.value;
+        if (f.bytes) return decode_bytes<B>(w, strip, begin, end, out);
+        const auto run = !f.scaled
+                             ? (f.w == 1 ? decode<B, false, false, 1> : decode<B, true, false, 2>)
+                         : f.w == 2 ? decode<B, false, true, 2>
+                         : w.wide   ? decode<B, true, true, 1>
+                                    : decode<B, false, true, 1>;
         run(w, strip, begin, end, scales, out);
     });
 }
 
 void convert_bf16(const Bf16Rows& a, int64_t row_begin, int64_t row_end) {
-    (a.type == Type::bf16 ? convert<Type::bf16> : convert<Type::f32>)(a, row_begin, row_end);
+    const Factors& f = a.factors;
+    const auto run = f.codes                ? convert_codes
+                     : f.x == 3             ? convert_terms<Type::f32, 3>
+                     : f.x == 2             ? convert_terms<Type::f16, 2>
+                     : f.type == Type::bf16 ? convert<Type::bf16>
+                                            : convert<Type::f32>;
+    run(a, row_begin, row_end);
 }
 
-void round_bf16(const Bf16Block& b, int64_t strip) {
+void finish_bf16(const Bf16Block& b, int64_t strip) {
     const int64_t n = strip * 32, left = b.width - n;
-    const float* from = b.sums + n;
-    uint16_t* to = b.y + n;
-    for (int64_t r = 0; r < b.rows; r++, from += b.stride, to += b.y_stride) {
-        const i32 v = (i32)_mm512_cvtne2ps_pbh(load(from + W), load(from));
-        if (left >= 32) {
-            store_int(to, v);
-        } else {
-            _mm512_mask_storeu_epi16(to, (__mmask32)((1u << left) - 1), v);
+    for (int64_t r = 0; r < b.rows; r++) {
+        for (int64_t i = 0; i < 32 && i < left; i += W) {
+            const float* from = b.sums + r * b.stride + n + i;
+            const int64_t count = left - i < W ? left - i : W;
+            f32 y = read<Type::f32>(from, 0, count);
+            if (b.scale) {
+                if (b.factors.bytes) y = to_float(bits_of(y));
+                y = mul(y, mul(all(b.row_scale[r]), load(b.scale + n + i)));
+                if (b.bias) y = add(y, load(b.bias + n + i));
+            }
+            const int64_t at = r * b.y_stride + n + i;
+            if (b.y_type == Type::f32) {
+                write<Type::f32>(b.y, at, y, count);
+            } else if (b.y_type == Type::f16) {
+                write<Type::f16>(b.y, at, y, count);
+            } else {
+                write<Type::bf16>(b.y, at, y, count);
+            }
         }
     }
 }
@@ -166,7 +260,7 @@ void round_bf16(const Bf16Block& b, int64_t strip) {
 void multiply_avx512_bf16(const Bf16Block& b) {
     for (int64_t strip = 0; strip * 32 < b.width; strip++) {
         for (int64_t row = 0; row < b.rows; row += kRows) multiply_rows(b, row, strip);
-        if (b.y) round_bf16(b, strip);
+        if (b.y) finish_bf16(b, strip);
     }
     if (b.next) convert_bf16(*b.next, 0, b.next->rows);
 }

@@ -6,6 +6,7 @@
 //   float activations   gemv: widen in registers  gemm: decode a tile of W, FMA register block
 //   int8 activations    gemv: table, dot product  gemm: the same with integer dot products
 //   bfloat16 x, floats  gemv                      product_bf16.h, on the tiers that have it
+//   any x, with tiles   as above                  product_bf16.h: int8, or bfloat16 in terms
 //
 // Exact where the reference is: int8 sums are integers, float weights are level * scale rounded
 // once. What a tier has no kernel for goes through torch's matmul on the unpacked matrix: many rows
@@ -97,12 +98,57 @@ void gemm(Linear& a, const void* x, bool int8, const LinearKernels& k) {
     });
 }
 
-// In bfloat16: x is so, many rows of it.
-void product_in_bf16(const Linear& a, const void* x, const Bf16Kernels& k) {
-    const Bf16Product p{k, a.w, a.bias, x, a.type, a.m, a.y, a.type};
-    const Parts parts = parts_of(k, a.w, a.m, torch::stable::get_num_threads());
+// Whether a scale has at most 9 significant bits, all of them: with a level of 7, two terms hold
+// it.
+template <class Number>
+bool are_short(const void* scale, int64_t count, Number dropped) {
+    const Number* s = static_cast<const Number*>(scale);
+    Number seen = 0;
+    for (int64_t i = 0; i < count; i++) seen |= s[i];
+    return (seen & dropped) == 0;
+}
+bool has_short_scales(const Packed& w) {
+    const int64_t count = w.rows * w.scale_stride;
+    return w.scale_type == ScaleType::byte ||
+           (w.scale_type == ScaleType::f16 ? are_short<uint16_t>(w.scale, count, 0x3)
+                                           : are_short<uint32_t>(w.scale, count, 0x7fff));
+}
+
+// How product_bf16.h may multiply many rows of x; nothing where it may not.
+std::optional<Factors> factors_of(const Linear& a, bool int8, const LinearKernels& k) {
+    if (k.bf16 == nullptr || a.m <= k.bf16->few || a.w.cols == 0) return std::nullopt;
+    if (!int8 && a.type == Type::bf16) return Factors{};
+    if (!k.bf16->tiles || (int8 && a.w.cols > kLongestInt8Row)) return std::nullopt;
+    const bool rows = a.w.group == 0;
+    if (!rows && int8 && a.m <= k.bf16->few_grouped) return std::nullopt;
+    if (!rows && (a.w.wide || !has_short_scales(a.w))) return std::nullopt;
+    const int x = a.type == Type::f16 ? 2 : 3;
+    if (!int8)
+        return Factors{.scaled = !rows, .x = x, .w = !rows || a.w.wide ? 2 : 1, .type = a.type};
+    if (rows && a.w.wide) return std::nullopt;
+    return Factors{.bytes = rows, .scaled = !rows, .w = rows ? 1 : 2, .codes = true};
+}
+
+void product_by_factors(Linear& a, const void* x, const Factors& f, const LinearKernels& k) {
+    const int64_t threads = torch::stable::get_num_threads(), rows = a.w.rows;
+    Bf16Product p{*k.bf16, a.w, a.bias, x, f, a.m, a.y, a.type};
+    if (f.codes) {
+        place_activations(a, true);
+        torch::stable::parallel_for(0, a.m, 8, [&](int64_t begin, int64_t end) {
+            // A gemm's block of one row lies in the order of its columns.
+            for (int64_t m = begin; m < end; m++) k.prepare_int8(a, x, m, m + 1, true);
+        });
+        p.x = a.q;
+        p.row_scale = a.row_scale;
+    }
+    if (!f.scaled) {
+        float* scale = static_cast<float*>(scratch<2>(rows * sizeof(float)));
+        for (int64_t n = 0; n < rows; n++) scale[n] = k.scale(a.w, n, 0);
+        p.scale = scale;
+    }
+    const Parts parts = parts_of(*k.bf16, a.w, a.m, threads, f);
     torch::stable::parallel_for(0, parts.rows * parts.strips, 1, [&](int64_t begin, int64_t end) {
-        char* own = static_cast<char*>(scratch<1>(scratch_bytes(k, a.w, a.type, a.m)));
+        char* own = static_cast<char*>(scratch<1>(scratch_bytes(*k.bf16, a.w, a.type, a.m, f)));
         for (int64_t i = begin; i < end; i++) {
             product_bf16(p, parts, i, own, [](int64_t, int64_t, int64_t, int64_t) {});
         }
@@ -220,8 +266,8 @@ Tensor quant_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale_
     const void* source = x.const_data_ptr();
     a.y = y.mutable_data_ptr();
 
-    if (k.bf16 && a.type == Type::bf16 && !int8_activations && a.m > k.bf16->few && cols > 0) {
-        product_in_bf16(a, source, *k.bf16);
+    if (const auto factors = factors_of(a, int8_activations, k)) {
+        product_by_factors(a, source, *factors, k);
         return y;
     }
     const bool odd_groups = a.w.group % 16 != 0, too_long = cols > kLongestInt8Row;
