@@ -30,7 +30,7 @@ def packed_matrix(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     p = problem
     codes = torch.randint(0, 2**p.bits, (p.N, p.K), dtype=torch.uint8)
     groups = -(-p.K // p.group_size) if p.group_size else 1
-    scale = torch.rand(p.N, groups) / grids.level_max(p.grid, p.bits)
+    scale = (0.5 + torch.rand(p.N, groups)) / grids.level_max(p.grid, p.bits)
     if p.group_size:
         scale = packing.round_scales(scale).half()
     tensors = packing.pack(codes, p.bits), scale, grids.levels(p.grid, p.bits)

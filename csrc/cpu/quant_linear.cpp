@@ -98,20 +98,25 @@ void gemm(Linear& a, const void* x, bool int8, const LinearKernels& k) {
     });
 }
 
-// Whether a scale has at most 9 significant bits, all of them: with a level of 7, two terms hold
-// it.
-template <class Number>
-bool are_short(const void* scale, int64_t count, Number dropped) {
-    const Number* s = static_cast<const Number*>(scale);
-    Number seen = 0;
-    for (int64_t i = 0; i < count; i++) seen |= s[i];
-    return (seen & dropped) == 0;
-}
+// Whether no scale has more than 9 significant bits: with a level of 7, two terms hold the product.
 bool has_short_scales(const Packed& w) {
     const int64_t count = w.rows * w.scale_stride;
-    return w.scale_type == ScaleType::byte ||
-           (w.scale_type == ScaleType::f16 ? are_short<uint16_t>(w.scale, count, 0x3)
-                                           : are_short<uint32_t>(w.scale, count, 0x7fff));
+    uint32_t lost = w.scale_type == ScaleType::byte ? 0 : 1;
+    if (w.scale_type == ScaleType::f16) {
+        const uint16_t* s = static_cast<const uint16_t*>(w.scale);
+        uint16_t seen = 0;
+        for (int64_t i = 0; i < count; i++) {
+            // 11 bits; those without an exponent have up to 10.
+            const uint16_t dropped = s[i] & 0x7c00 ? 3 : s[i] >> 9;
+            seen |= s[i] & dropped;
+        }
+        lost = seen;
+    } else if (w.scale_type == ScaleType::f32) {
+        const uint32_t* s = static_cast<const uint32_t*>(w.scale);
+        lost = 0;
+        for (int64_t i = 0; i < count; i++) lost |= s[i] & 0x7fff;
+    }
+    return lost == 0;
 }
 
 // How product_bf16.h may multiply many rows of x; nothing where it may not.
