@@ -276,6 +276,22 @@ void prepare_rows(const Linear& a, const void* source, int64_t begin, int64_t en
     }
 }
 
+// The same with a scale a row, in the order of the columns and nothing beside it.
+void run_quantize_rows(const Linear& a, const void* source, int64_t begin, int64_t end) {
+    const int64_t cols = a.w.cols, padded = a.w.blocks * kUnit;
+    with_type(a.type, [&]<Type T>() {
+        for (int64_t r = begin; r < end; r++) {
+            const int64_t start = r * cols;
+            const RowRange range = row_range<T>(source, start, start + cols);
+            a.row_scale[r] = range.scale;
+            for (int64_t i = 0; i < padded; i += W) {
+                const f32 x = i < cols ? read_some<T>(source, start + i, cols - i) : zero();
+                store_bytes(a.q + r * padded + i, truncate(round_activation(x, range.inv)));
+            }
+        }
+    });
+}
+
 void run_prepare_int8(const Linear& a, const void* source, int64_t begin, int64_t end, bool gemm) {
     with_type(a.type, [&]<Type T>() { prepare_rows<T>(a, source, begin, end, gemm); });
 }

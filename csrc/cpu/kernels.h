@@ -96,6 +96,8 @@ struct LinearKernels {
     // Convert or quantize rows of x (`source`, cols wide, contiguous) into Linear::x or ::q.
     void (*prepare_float)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
     void (*prepare_int8)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
+    // Linear::q as (m, padded cols) in the order of the columns, and the row scales.
+    void (*quantize_rows)(const Linear&, const void* source, int64_t begin, int64_t end);
     // Whether float activations may run as integers, faster than as floats: a row of x becomes
     // three rows of q, the digits to base 256 of x in units of row_scale, a power of two. They hold
     // 23 bits below the row's largest magnitude, as good as a float32 sum. prepare_int8 sees it by

@@ -139,10 +139,8 @@ void product_by_factors(Linear& a, const void* x, const Factors& f, const Linear
     Bf16Product p{*k.bf16, a.w, a.bias, x, f, a.m, a.y, a.type};
     if (f.codes) {
         place_activations(a, true);
-        torch::stable::parallel_for(0, a.m, 8, [&](int64_t begin, int64_t end) {
-            // A gemm's block of one row lies in the order of its columns.
-            for (int64_t m = begin; m < end; m++) k.prepare_int8(a, x, m, m + 1, true);
-        });
+        torch::stable::parallel_for(
+            0, a.m, 8, [&](int64_t begin, int64_t end) { k.quantize_rows(a, x, begin, end); });
         p.x = a.q;
         p.row_scale = a.row_scale;
     }
@@ -203,9 +201,8 @@ Tensor matmul_int8(Linear& a, const Tensor& x, const LinearKernels& k) {
     Tensor w = new_tensor({rows, cols}, ScalarType::Short);
     float* q_out = static_cast<float*>(q.mutable_data_ptr());
     int16_t* w_out = static_cast<int16_t*>(w.mutable_data_ptr());
+    k.quantize_rows(a, x.const_data_ptr(), 0, a.m);
     for (int64_t m = 0; m < a.m; m++) {
-        // A gemm's block of one row lies in the order of its columns; a gemv's need not.
-        k.prepare_int8(a, x.const_data_ptr(), m, m + 1, true);
         std::copy(a.q + m * padded, a.q + m * padded + cols, q_out + m * cols);
     }
     torch::stable::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {

@@ -18,6 +18,7 @@ const LinearKernels linear_scalar = {
     .float_gemv_limit = kFloatGemvLimit,
     .prepare_float = run_prepare_float,
     .prepare_int8 = run_prepare_int8,
+    .quantize_rows = run_quantize_rows,
     .takes_planes = run_takes_planes,
     .planes_limit = kPlanesLimit,
     .gemv_float = run_gemv_float,
