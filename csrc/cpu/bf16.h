@@ -61,8 +61,10 @@ struct Bf16Block {
     const float* row_scale;       // (rows) and
     const float* scale;           // (width) are there: then sum * (row_scale * scale) + bias
     bool more;                    // sums start from what is there
-    float* sums;                  // (rows, width), rows `stride` apart; int32 of bytes
-    int64_t stride;
+    // Row r of strip s is at sums + s * strip_stride + r * stride; int32 of bytes. In y itself, or
+    // strip after strip in a piece: rows of y may lie 4 KiB apart, the same few sets of a cache.
+    float* sums;
+    int64_t stride, strip_stride;
     void* y;  // where the finished sums go, rows `y_stride` apart; or null
     Type y_type;
     int64_t y_stride;

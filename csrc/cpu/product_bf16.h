@@ -68,8 +68,12 @@ struct Bf16Product {
 inline const float kOnes[kBlockRows] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
                                         1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// Whether sums are scaled once they are complete.
+// Whether sums are scaled once they are complete, and whether they are kept apart from y until
+// then.
 inline bool scales_sums(const Factors& f) { return f.codes || !f.scaled; }
+inline bool keeps_apart(const Factors& f, Type y) {
+    return y != Type::f32 || scales_sums(f) || products_of(f) > 1;
+}
 
 // Bytes of scratch for a part of so many rows.
 inline int64_t scratch_bytes(const Bf16Kernels& k, const Packed& w, Type y_type, int64_t rows,
@@ -77,7 +81,7 @@ inline int64_t scratch_bytes(const Bf16Kernels& k, const Packed& w, Type y_type,
     const int64_t blocks = panel_blocks(w), strips = panel_strips(k, w, f);
     const int64_t groups = w.group ? blocks * 64 / w.group + 2 : 1;
     const int64_t kept = blocks < w.blocks ? (rows + kBlockRows - 1) / kBlockRows : 1;
-    const int64_t sums = y_type != Type::f32 ? kept * kBlockRows * strips * kStripRows * 4 : 0;
+    const int64_t sums = keeps_apart(f, y_type) ? kept * kBlockRows * strips * kStripRows * 4 : 0;
     return 2 * blocks * (strips * block_of_w(f) + 2 * block_of_x(f)) +
            (2 * strips + groups) * kStripRows * 4 + sums;
 }
@@ -97,8 +101,7 @@ void product_bf16(const Bf16Product& p, const Parts& parts, int64_t part, char* 
     const Factors& f = p.factors;
     const int64_t deep = panel_blocks(w), wide = panel_strips(p.k, w, f);
     const int64_t w_block = block_of_w(f), x_block = block_of_x(f);
-    // Only float32 sums are complete in y itself.
-    const bool apart = p.y_type != Type::f32, parts_of_sums = deep < w.blocks;
+    const bool apart = keeps_apart(f, p.y_type), parts_of_sums = deep < w.blocks;
     uint16_t* panel = reinterpret_cast<uint16_t*>(scratch);
     uint16_t* converted[2] = {panel + wide * deep * w_block,
                               panel + wide * deep * w_block + deep * x_block};
@@ -142,19 +145,22 @@ void product_bf16(const Bf16Product& p, const Parts& parts, int64_t part, char* 
                 block.more = b > 0;
                 block.y_stride = w.rows;
                 block.y_type = p.y_type;
-                char* y = static_cast<char*>(p.y) + (m * w.rows + n) * (apart ? 2 : 4);
+                const int64_t y_bytes = p.y_type == Type::f32 ? 4 : 2;
+                char* y = static_cast<char*>(p.y) + (m * w.rows + n) * y_bytes;
                 if (apart) {
-                    block.stride = wide * kStripRows;
-                    block.sums = sums + (parts_of_sums ? m - m0 : 0) * block.stride;
+                    block.sums = sums + (parts_of_sums ? m - m0 : 0) * wide * kStripRows;
+                    block.stride = kStripRows;
+                    block.strip_stride = kBlockRows * kStripRows;
+                    if (b1 == w.blocks) block.y = y;
                 } else {
-                    block.stride = w.rows;
                     block.sums = reinterpret_cast<float*>(y);
+                    block.stride = w.rows;
+                    block.strip_stride = kStripRows;
                 }
                 if (scales_sums(f)) {
                     block.row_scale = p.row_scale ? p.row_scale + m : kOnes;
                     block.scale = factors;
                 }
-                if ((apart || scales_sums(f)) && b1 == w.blocks) block.y = y;
                 const Bf16Rows next = rows_at(m + kBlockRows, which ^ 1);
                 if (m + kBlockRows < m1) block.next = &next;
                 p.k.multiply(block);

@@ -172,7 +172,7 @@ void multiply_amx(const Bf16Block& b) {
         for (int64_t s = 0; s < strips; s++) {
             const uint16_t* w = b.strips + (s * b.blocks + begin) * w_block;
             const float* bias = start ? start + s * 32 : nullptr;
-            float* to = b.sums + s * 32;
+            float* to = b.sums + s * b.strip_stride;
             const bool more = b.more || c > 0;
             const int64_t steps = (end - begin) * steps_a_block, width = b.width - s * 32;
             if (meanwhile) {
@@ -180,7 +180,7 @@ void multiply_amx(const Bf16Block& b) {
                 next.row_end = b.next->rows * (s + 1) / strips;
                 next.at = (b.next->begin + begin) * 2;
             }
-            if (b.rows == (two ? 32 : 16) && width >= 32) {
+            if (b.strip_stride > 32 || (b.rows == (two ? 32 : 16) && width >= 32)) {
                 run(b.x + begin * x_block, w, steps, more, bias, to, b.stride, next);
             } else {
                 if (more) edge.take(to, b.stride, b.rows, width);

@@ -177,7 +177,7 @@ DQW_INLINE void multiply_rows(const Bf16Block& b, int64_t row, int64_t strip) {
     const uint16_t* x = b.x + row / 16 * 512 + row % 16 * 32;
     const uint16_t* w = b.strips + strip * b.blocks * 2048;
     f32 sum[kRows][2];
-    float* to = b.sums + row * b.stride + strip * 32;
+    float* to = b.sums + row * b.stride + strip * b.strip_stride;
     const int64_t left = b.width - strip * 32;
     const int64_t widths[2] = {left < W ? left : W, left < W ? 0 : left - W < W ? left - W : W};
     unroll<kRows * 2>([&](auto i) DQW_INLINED {
@@ -237,7 +237,7 @@ void finish_bf16(const Bf16Block& b, int64_t strip) {
     const int64_t n = strip * 32, left = b.width - n;
     for (int64_t r = 0; r < b.rows; r++) {
         for (int64_t i = 0; i < 32 && i < left; i += W) {
-            const float* from = b.sums + r * b.stride + n + i;
+            const float* from = b.sums + r * b.stride + strip * b.strip_stride + i;
             const int64_t count = left - i < W ? left - i : W;
             f32 y = read<Type::f32>(from, 0, count);
             if (b.scale) {
