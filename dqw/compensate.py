@@ -195,10 +195,10 @@ def _damped(moment: Tensor, damping: float) -> Tensor:
     return h
 
 
-def _round(x: Tensor, scale: Tensor, quantizer: FakeQuantize) -> Tensor:
-    """One column (rows,) rounded with one scale a row (rows,)."""
-    column, scales = x.contiguous()[:, None], scale.contiguous()[:, None]
-    return ops.fake_quant(column, scales, quantizer.bucket, 0)[:, 0]
+def _of_columns(scale: Tensor, start: int, stop: int, size: int) -> Tensor:
+    """Scales (rows, groups) of the columns from ``start`` to ``stop``, (columns, rows)."""
+    group = torch.arange(start, stop, device=scale.device) // size
+    return scale.T[group.clamp(max=scale.shape[1] - 1)]
 
 
 def _gptq(weight: Tensor, h: Tensor, quantizer: FakeQuantize, size: int) -> tuple[Tensor, Tensor]:
@@ -210,23 +210,22 @@ def _gptq(weight: Tensor, h: Tensor, quantizer: FakeQuantize, size: int) -> tupl
     upper = torch.linalg.cholesky(inverse, upper=True).float()
     importance = upper.diagonal().square().reciprocal()  # what an error in a column will cost
     searched = not quantizer.spec.per_tensor
-    block = min(size, BLOCK)  # a group's scale is searched when all before it has been updated
-    for start in range(0, cols, block):
-        stop = min(start + block, cols)
-        errors = torch.zeros(stop - start, rows, device=w.device)
-        for i in range(start, stop):
-            group = i // size
-            if searched and i % size == 0:
-                part = slice(i, min(i + size, cols))
-                scale[:, group : group + 1] = search_near(
-                    w[part].T, scale[:, group : group + 1], quantizer, importance[part]
-                )
-            rounded = _round(w[i], scale[:, group], quantizer)
-            error = (w[i] - rounded) / upper[i, i]
-            w[i] = rounded
-            w[i + 1 : stop] -= torch.outer(upper[i, i + 1 : stop], error)
-            errors[i - start] = error
-        w[stop:] -= upper[start:stop, stop:].T @ errors
+    stop = 0
+    while stop < cols:
+        # A group's scale is searched when all before it has been updated.
+        start, group = stop, stop // size
+        stop = min(start + BLOCK, (group + 1) * size, cols)
+        if searched and start % size == 0:
+            part = slice(start, min(start + size, cols))
+            scale[:, group : group + 1] = search_near(
+                w[part].T, scale[:, group : group + 1], quantizer, importance[part]
+            )
+        here = slice(start, stop)
+        w[here], errors = ops.round_columns(
+            w[here], None, upper.diagonal()[here], upper[here, here],
+            _of_columns(scale, start, stop, size), quantizer.bucket,
+        )  # fmt: skip
+        w[stop:] -= upper[here, stop:].T @ errors
     return w.T.contiguous(), scale
 
 
@@ -275,12 +274,10 @@ def _descend(
     pull = h @ (weight.T - q)  # minus half the gradient, (cols, rows)
     for start in range(0, cols, BLOCK):
         stop = min(start + BLOCK, cols)
-        moved = torch.empty_like(q[start:stop])
-        for i in range(start, stop):
-            new = _round(q[i] + pull[i] / h[i, i], scale[:, min(i // size, scale.shape[1] - 1)],
-                         quantizer)  # fmt: skip
-            moved[i - start] = new - q[i]
-            q[i] = new
-            pull[i + 1 : stop] -= torch.outer(h[i + 1 : stop, i], moved[i - start])
-        pull[stop:] -= h[stop:, start:stop] @ moved
+        here = slice(start, stop)
+        q[here], moved = ops.round_columns(
+            pull[here], q[here], h.diagonal()[here], h[here, here],
+            _of_columns(scale, start, stop, size), quantizer.bucket,
+        )  # fmt: skip
+        pull[stop:] -= h[stop:, here] @ moved
     return q.T.contiguous()

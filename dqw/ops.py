@@ -26,6 +26,10 @@ _SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor scale, Tensor bucket, int group_size) -> (Tensor, Tensor)"
     ),
     "fake_quant_activation": "(Tensor x) -> Tensor",
+    "round_columns": (
+        "(Tensor state, Tensor? base, Tensor divisor, Tensor coefficient, Tensor scale, "
+        "Tensor bucket) -> (Tensor, Tensor)"
+    ),
     "quantize": "(Tensor x, Tensor scale, Tensor bucket, int group_size) -> Tensor",
     "dequantize": (
         "(Tensor weight, Tensor scale, Tensor levels, int rows, int cols, int bits, int group_size)"
@@ -121,6 +125,20 @@ def _meta_fake_quant_activation(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
+def _meta_round_columns(
+    state: Tensor,
+    base: Tensor | None,
+    divisor: Tensor,
+    coefficient: Tensor,
+    scale: Tensor,
+    bucket: Tensor,
+) -> tuple[Tensor, Tensor]:
+    def empty() -> Tensor:
+        return state.new_empty(state.shape, dtype=torch.float32)
+
+    return empty(), empty()
+
+
 for _name in _SCHEMAS:
     torch.library.register_fake(f"dqw::{_name}", globals()[f"_meta_{_name}"], lib=_library)
 
@@ -212,6 +230,7 @@ def backend_info() -> dict[str, dict[str, str]]:
 
 fake_quant = torch.ops.dqw.fake_quant.default
 fake_quant_activation = torch.ops.dqw.fake_quant_activation.default
+round_columns = torch.ops.dqw.round_columns.default
 quantize = torch.ops.dqw.quantize.default
 dequantize = torch.ops.dqw.dequantize.default
 quant_linears = torch.ops.dqw.quant_linears.default

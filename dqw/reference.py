@@ -94,6 +94,31 @@ def fake_quant_activation(x: Tensor) -> Tensor:
     return (q * scale).to(x.dtype)
 
 
+def round_columns(
+    state: Tensor,
+    base: Tensor | None,
+    divisor: Tensor,
+    coefficient: Tensor,
+    scale: Tensor,
+    bucket: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Columns rounded one after the other, each passing on what its rounding changed.
+
+    state, base, scale: (cols, rows) float32, a column of the weight a row; divisor: (cols,);
+    coefficient: (cols, cols). Column i of x = ``state``, or ``base`` + ``state`` / ``divisor``, is
+    rounded to y; delta = (x - y) / divisor, or y - base; then every state[j] behind it becomes
+    state[j] - coefficient[i, j] × delta. → y and delta, (cols, rows) float32.
+    """
+    state = state.float().clone(memory_format=torch.contiguous_format)
+    rounded, delta = torch.empty_like(state), torch.empty_like(state)
+    for i in range(len(state)):
+        x = state[i] if base is None else base[i] + state[i] / divisor[i]
+        rounded[i] = fake_quant(x[:, None], scale[i][:, None], bucket, 0)[:, 0]
+        delta[i] = (x - rounded[i]) / divisor[i] if base is None else rounded[i] - base[i]
+        state[i + 1 :] -= torch.outer(coefficient[i, i + 1 :], delta[i])
+    return rounded, delta
+
+
 def _unpack_levels(weight: Tensor, levels: Tensor, rows: int, cols: int, bits: int) -> Tensor:
     return levels[unpack(weight, rows, cols, bits).long()]
 

@@ -9,6 +9,7 @@ import torch
 from kernel_helpers import (
     BITS,
     INSTRUCTION_SETS,
+    all_grids,
     instruction_set,
     needs_library,
     random_scale,
@@ -232,3 +233,37 @@ def test_the_environment_chooses_the_instruction_set(wanted: str) -> None:
     has = torch.ops.dqw_cpu.instruction_sets().split()
     assert done.stdout.strip() == (wanted if wanted in has else has[0])
     assert (wanted in has) == ("DQW_CPU_ISA" not in done.stderr)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_columns_pass_on_their_errors(isa: str) -> None:
+    """Bit for bit the reference's loop, for every grid, number of columns and of rows."""
+    with instruction_set(isa):
+        for grid, bits in all_grids():
+            bucket = grids.bucket(grid, bits)
+            for cols, rows in ((1, 1), (5, 33), (16, 7), (64, 40), (3, 0), (0, 5)):
+                state, base = torch.randn(cols, rows), torch.randn(cols, rows)
+                state[:1, :1] = float("nan")
+                scale = (torch.rand(cols, rows) + 0.5) * 2 / (bucket.numel() // 2)
+                scale[-1:, -1:] = 0.0
+                divisor, coefficient = torch.rand(cols) + 0.5, torch.randn(cols, cols) / 8
+                for start in (None, base):
+                    args = (state, start, divisor, coefficient, scale, bucket)
+                    want = reference.round_columns(*args)
+                    for got, wanted in zip(dqw.round_columns(*args), want, strict=True):
+                        assert torch.equal(got.nan_to_num(7e7), wanted.nan_to_num(7e7))
+
+
+def test_columns_of_any_layout() -> None:
+    bucket = grids.bucket("lloyd", 4)
+    state, h = torch.randn(40, 12).T, torch.randn(30, 30)
+    args = (state, None, h.diagonal()[:12].abs(), h[3:15, 3:15], torch.rand(40, 24).T[::2], bucket)
+    want = reference.round_columns(*args)
+    assert all(map(torch.equal, dqw.round_columns(*args), want))
+    torch.library.opcheck(dqw.round_columns.default, args)
+    with pytest.raises(RuntimeError, match="at most 64 columns"):
+        dqw.round_columns(torch.ones(65, 2), None, torch.ones(65), torch.ones(65, 65),
+                          torch.ones(65, 2), bucket)  # fmt: skip
+    with pytest.raises(RuntimeError, match="shape of state"):
+        dqw.round_columns(torch.ones(2, 2), None, torch.ones(2), torch.ones(2, 2),
+                          torch.ones(2, 3), bucket)  # fmt: skip

@@ -1,9 +1,12 @@
-// dqw::fake_quant, fake_quant_backward, quantize and fake_quant_activation on the CPU.
+// dqw::fake_quant, fake_quant_backward, quantize, fake_quant_activation and round_columns on the
+// CPU.
 //
 //   y      = fake_quant(x (rows, cols), scale, bucket, group_size)
 //   dx, ds = fake_quant_backward(grad, x, scale, bucket, group_size)
 //   levels = quantize(x, scale, bucket, group_size)                    int16
 //   y      = fake_quant_activation(x (..., cols))
+//   y, d   = round_columns(state (cols, rows), base, divisor, coefficient, scale (cols, rows),
+//   bucket)
 //
 // The rule is that of dqw/reference.py, bit for bit (dscale up to the order of its sum). Rows are
 // split over torch's threads. dscale does not depend on their number: every (row, group) is summed
@@ -150,6 +153,43 @@ Tensor fake_quant_activation(const Tensor& x_) {
     return y;
 }
 
+std::tuple<Tensor, Tensor> round_columns(const Tensor& state_, const std::optional<Tensor>& base_,
+                                         const Tensor& divisor_, const Tensor& coefficient_,
+                                         const Tensor& scale_, const Tensor& bucket) {
+    check_matrix(state_);
+    const int64_t cols = state_.size(0), rows = state_.size(1);
+    DQW_CHECK(cols <= kMostColumns, "at most ", kMostColumns, " columns at once, got ", cols);
+    const auto has = [](const Tensor& t, int64_t first, int64_t second) {
+        return t.dim() == 2 && t.size(0) == first && t.size(1) == second;
+    };
+    DQW_CHECK(has(scale_, cols, rows) && (!base_ || has(*base_, cols, rows)),
+              "scale and base must have the shape of state, (", cols, ", ", rows, ")");
+    DQW_CHECK(divisor_.numel() == cols && has(coefficient_, cols, cols), "divisor must have ", cols,
+              " entries, and coefficient ", cols, " times as many");
+    const Tensor state = as_float(state_), divisor = as_float(divisor_), scale = as_float(scale_),
+                 coefficient = as_float(coefficient_), base = base_ ? as_float(*base_) : state;
+    const Table table(bucket);
+    Tensor rounded = new_tensor({cols, rows}, ScalarType::Float);
+    Tensor delta = new_tensor({cols, rows}, ScalarType::Float);
+    const auto data = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
+    Columns a{cols,
+              rows,
+              data(state),
+              base_ ? data(base) : nullptr,
+              data(divisor),
+              data(coefficient),
+              data(scale),
+              static_cast<float*>(rounded.mutable_data_ptr()),
+              static_cast<float*>(delta.mutable_data_ptr()),
+              table.grid};
+    constexpr int64_t unit = 16;  // no register holds more rows
+    const auto* kernels = tier().fake_quant;
+    over_rows((rows + unit - 1) / unit, unit * cols * cols / 2, [&](int64_t begin, int64_t end) {
+        kernels->columns(a, begin * unit, std::min(end * unit, rows));
+    });
+    return {rounded, delta};
+}
+
 }  // namespace
 }  // namespace dqw
 
@@ -158,4 +198,5 @@ STABLE_TORCH_LIBRARY_IMPL(dqw, CPU, m) {
     m.impl("fake_quant_backward", TORCH_BOX(&dqw::fake_quant_backward));
     m.impl("quantize", TORCH_BOX(&dqw::quantize));
     m.impl("fake_quant_activation", TORCH_BOX(&dqw::fake_quant_activation));
+    m.impl("round_columns", TORCH_BOX(&dqw::round_columns));
 }

@@ -90,6 +90,39 @@ void quantize(const FakeQuant& a, const Lookup& level, int64_t r0, int64_t r1) {
     });
 }
 
+// Rows [r0, r1), a register of them at a time; what their columns pass on stays in the first cache.
+template <class Lookup>
+void round_columns(const Columns& a, const Lookup& level, int64_t r0, int64_t r1) {
+    const f32 last = all((float)(a.grid.size - 1));
+    for (int64_t r = r0; r < r1; r += W) {
+        const int64_t n = r1 - r < W ? r1 - r : W;
+        const auto take = [&](const float* p, int64_t i) DQW_INLINED {
+            const int64_t at = i * a.rows + r;
+            return n == W ? load(p + at) : read<Type::f32>(p, at, n);
+        };
+        float state[kMostColumns * W];
+        for (int64_t i = 0; i < a.cols; i++) store(state + i * W, take(a.state, i));
+        for (int64_t i = 0; i < a.cols; i++) {
+            f32 x = load(state + i * W), base = zero();
+            const f32 divisor = all(a.divisor[i]), scale = take(a.scale, i);
+            if (a.base) {
+                base = take(a.base, i);
+                x = add(base, divide(x, divisor));
+            }
+            const f32 t = clip(mul(absolute(x), divide(all(2.0f), scale)), last);
+            f32 y = copy_sign(mul(level(truncate(t)), scale), x);
+            y = where_nan(x, x, y);
+            const f32 delta = a.base ? sub(y, base) : divide(sub(x, y), divisor);
+            put<Type::f32>(a.rounded, i * a.rows + r, y, n);
+            put<Type::f32>(a.delta, i * a.rows + r, delta, n);
+            for (int64_t j = i + 1; j < a.cols; j++) {
+                const f32 passed = mul(all(a.coefficient[i * a.cols + j]), delta);
+                store(state + j * W, sub(load(state + j * W), passed));
+            }
+        }
+    }
+}
+
 // A row of activations, to be rounded to 255 levels of its own largest magnitude.
 struct RowRange {
     float inv, scale;  // q = round(x * inv), y = q * scale

@@ -22,9 +22,12 @@ void run_quantize(const FakeQuant& a, int64_t r0, int64_t r1) {
 void run_activation(const FakeQuant& a, int64_t r0, int64_t r1) {
     with_type(a.type, [&]<Type T>() { activation<T>(a, r0, r1); });
 }
+void run_columns(const Columns& a, int64_t r0, int64_t r1) {
+    with_lookup(a.grid, [&](auto level) { round_columns(a, level, r0, r1); });
+}
 
 constexpr FakeQuantKernels kFakeQuantKernels = {run_forward, run_backward, run_quantize,
-                                                run_activation};
+                                                run_activation, run_columns};
 
 }  // namespace
 }  // namespace dqw

@@ -36,11 +36,26 @@ struct FakeQuant {
     Grid grid;
 };
 
+// Columns of a block, rounded one after the other, each with the errors of those before it.
+constexpr int64_t kMostColumns = 64;
+struct Columns {
+    int64_t cols, rows;        // what follows is (cols, rows) or as said, float32
+    const float* state;        // what is rounded is state, or
+    const float* base;         // base + state / divisor; or null
+    const float* divisor;      // (cols)
+    const float* coefficient;  // (cols, cols): state[j] -= coefficient[i, j] * delta[i] for j > i
+    const float* scale;
+    float* rounded;
+    float* delta;  // (state - rounded) / divisor, or rounded - base
+    Grid grid;
+};
+
 struct FakeQuantKernels {
     void (*forward)(const FakeQuant&, int64_t row_begin, int64_t row_end);
     void (*backward)(const FakeQuant&, int64_t row_begin, int64_t row_end);
     void (*quantize)(const FakeQuant&, int64_t row_begin, int64_t row_end);
     void (*activation)(const FakeQuant&, int64_t row_begin, int64_t row_end);
+    void (*columns)(const Columns&, int64_t row_begin, int64_t row_end);
 };
 
 // ---- packed weights: csrc/cpu/quant_linear.cpp, csrc/cpu/dequantize.cpp ----
