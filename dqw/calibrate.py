@@ -69,12 +69,14 @@ def calibrate(
     model: Any,
     batches: Iterable[dict[str, Tensor]],
     progress: Callable[[str], object] | None = None,
+    off_grid: bool = False,
 ) -> None:
     """Round the Linear weights and the embedding of a learning Whisper with compensation, in place.
 
     batches: input_features and decoder_input_ids; a ``decoder_mask`` (batch, length) bool marks the
     tokens that are no padding. Clips and biases change too. Keeps 23 bytes for each feature of each
     position (counted: 2.8 GB for base and 160 windows). ``progress`` gets each layer's name.
+    ``off_grid``: training starts off the grid at every width, for a student that has far to go.
     """
     say = progress or (lambda name: None)
     encoder, decoder = model.model.encoder, model.model.decoder
@@ -88,7 +90,7 @@ def calibrate(
     with _as_float(encoder):
         heard = [_first_call(encoder, inputs) for inputs in hearing]
     now = [_first_call(encoder, inputs) for inputs in hearing]
-    _walk("model.encoder.layers", encoder.layers, heard, now, say)
+    _walk("model.encoder.layers", encoder.layers, heard, now, say, off_grid)
     told, states = list[_Call](), [encoder.layer_norm(call.hidden) for call in now]
     moments = _output_moments(model)
     with _as_float(model):
@@ -102,12 +104,12 @@ def calibrate(
     heard.clear()
     for name, (_, holder, moment) in moments.items():
         say(name)
-        round_layer(name, holder, moment)
+        round_layer(name, holder, moment, off_grid)
     now = [
         _first_call(decoder, decoding(state, batch), batch.get("decoder_mask"))
         for batch, state in zip(given, states, strict=True)
     ]
-    _walk("model.decoder.layers", decoder.layers, told, now, say)
+    _walk("model.decoder.layers", decoder.layers, told, now, say, off_grid)
 
 
 def _output_moments(model: nn.Module) -> dict[str, tuple[nn.Module, QuantModule, Moment]]:
@@ -162,7 +164,12 @@ def _first_call(stack: Any, inputs: dict[str, Any], real: Tensor | None = None) 
 
 
 def _walk(
-    stack: str, layers: Any, floats: list[_Call], now: list[_Call], say: Callable[[str], object]
+    stack: str,
+    layers: Any,
+    floats: list[_Call],
+    now: list[_Call],
+    say: Callable[[str], object],
+    off_grid: bool,
 ) -> None:
     """Round a stack's layers one after the other; the calls end behind the last one."""
     for index, layer in enumerate(layers):
@@ -178,7 +185,7 @@ def _walk(
             rows.clear()
             for own, _, holder in stage:
                 say(f"{stack}.{index}.{own}")
-                round_layer(own, holder, moment)
+                round_layer(own, holder, moment, off_grid)
         for call in now:
             call.hidden = call.run(layer)
             call.attended.clear()

@@ -33,6 +33,13 @@ def is_multilingual(model: Any) -> bool:
     return bool(known) if known is not None else model.config.vocab_size != 51864
 
 
+def is_copy(student: Any, teacher: Any) -> bool:
+    """Whether the student has the teacher's width and layers, as a copy to be quantized has: where
+    training starts, it is where it should end."""
+    sizes = ("d_model", "encoder_layers", "decoder_layers")
+    return all(getattr(student.config, k) == getattr(teacher.config, k) for k in sizes)
+
+
 def check_models(student: Any, teacher: Any, teacher_processor: Any) -> None:
     """Raise UserError where `teacher` cannot teach `student`."""
     if student is teacher:

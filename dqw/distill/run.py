@@ -28,7 +28,7 @@ from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig, check
 from dqw.distill.data import Collator, EpochSampler, LabelEncoder, SpeechDataset, SpeechItem
 from dqw.distill.guidance import Choice
 from dqw.distill.model import DistillModel
-from dqw.distill.pair import Pair, check_models, is_multilingual, settle
+from dqw.distill.pair import Pair, check_models, is_copy, is_multilingual, settle
 from dqw.distill.prepare import Prepared, prepare
 from dqw.distill.progress import Display, StepReport, display
 from dqw.distill.states import FOLDER as STATES
@@ -141,7 +141,9 @@ def distill(
     if found is None and config.calibration_clips:
         # Rounding hears whole windows: of clips that are not joined, silence for the most part.
         spoken = dataset if config.audio_context == "full" else dataset.joined()
-        _calibrate(student.to(args.device), spoken, Collator(pad=encoder.end), config, shown)
+        _calibrate(
+            student.to(args.device), teacher, spoken, Collator(pad=encoder.end), config, shown
+        )
     args.max_steps = total_steps(train, len(dataset), args.world_size)
     seed_step(train.seed, -1, 0, 0)  # projections start at random
     pupil = DistillModel(student, teacher, config)
@@ -201,7 +203,12 @@ def _keys(
 
 
 def _calibrate(
-    student: Any, dataset: SpeechDataset, collate: Collator, config: DistillConfig, shown: Display
+    student: Any,
+    teacher: Any,
+    dataset: SpeechDataset,
+    collate: Collator,
+    config: DistillConfig,
+    shown: Display,
 ) -> None:
     """Round with error compensation on some windows; a resumed run has that behind it."""
     size = 4
@@ -220,6 +227,7 @@ def _calibrate(
             student,
             batches,
             lambda name: shown.count("error compensation, layers rounded", next(done), layers),
+            off_grid=not is_copy(student, teacher),
         )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from dqw.budget import PROBE, float_bytes, rounded, stored_bytes
 from dqw.calibrate import calibrate
 from dqw.convert import quant_modules, quantize
-from dqw.distill.pair import Pair
+from dqw.distill.pair import Pair, is_copy
 from dqw.probe import Probe, changed, first_changed
 from dqw.recipe import Recipe
 from dqw.save import save_student
@@ -181,7 +181,7 @@ class Lab:
         quantize(model, recipe)
         model.eval()
         with lowered(model):
-            calibrate(model, batches)
+            calibrate(model, batches, off_grid=not is_copy(model, self.teacher))
         return model
 
     @property
