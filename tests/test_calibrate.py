@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import dqw.calibrate as walk
 from dqw.calibrate import calibrate, layer_count
 from dqw.compensate import EMBEDDING_DAMPING, FINE, Moment, carried_over, compensated, round_layer
 from dqw.convert import quant_modules
+from dqw.distill.config import DistillConfig
 from dqw.embedding import QuantEmbedding
 from dqw.fake_quant import FakeQuantize
 from dqw.linear import QuantLinear
@@ -131,9 +133,9 @@ def test_every_layer_is_rounded_on_what_it_will_be_given(monkeypatch: pytest.Mon
     names = {id(m): n for n, m in dqw.quantize(model, Recipe(QuantConfig(bits=3))).named_modules()}
     seen: dict[str, Moment] = {}
 
-    def noting(name: str, module: QuantLinear, moment: Moment) -> None:
+    def noting(name: str, module: QuantLinear, moment: Moment, off_grid: bool) -> None:
         seen[names[id(module)]] = moment
-        round_layer(name, module, moment)
+        round_layer(name, module, moment, off_grid)
 
     def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
@@ -191,16 +193,19 @@ def test_what_is_not_chosen_stays_float() -> None:
         assert module.quantizer is not None
 
 
+@pytest.mark.parametrize("off_grid", [False, True])
 @pytest.mark.parametrize(("grid", "bits"), [("lloyd", 4), ("apot", 6), ("uniform", 8)])
-def test_training_starts_off_a_fine_grid_and_rounds_to_what_was_found(grid: str, bits: int) -> None:
+def test_training_starts_off_a_fine_grid_and_rounds_to_what_was_found(
+    grid: str, bits: int, off_grid: bool
+) -> None:
     """Weights on the grid would have half a step to go before any of them changes."""
     layer = QuantLinear.from_linear(nn.Linear(128, 64), QuantSpec(bits, grid, 16))
     assert layer.quantizer is not None
     before, x = layer.weight.detach().clone(), inputs(512, 128)
-    round_layer("fc1", layer, Moment(x.T @ x, x.sum(0), len(x)))
+    round_layer("fc1", layer, Moment(x.T @ x, x.sum(0), len(x)), off_grid)
     after = layer.fake_quantized_weight().detach()
     assert torch.equal(layer.quantizer(after), after)
-    if bits < FINE:
+    if bits < FINE and not off_grid:
         assert torch.equal(layer.weight, after)
         return
     kept = layer.weight == before  # rounded as if alone: nothing pulls them from where they were
@@ -208,6 +213,21 @@ def test_training_starts_off_a_fine_grid_and_rounds_to_what_was_found(grid: str,
     assert (layer.weight == after).float().mean() < 0.2
     between = (layer.weight - after).abs() <= (before - after).abs() * 1.001
     assert bool(between.all())
+
+
+@pytest.mark.parametrize("decoder_layers", [1, 2])
+def test_a_student_with_far_to_go_starts_off_the_grid(
+    monkeypatch: pytest.MonkeyPatch, decoder_layers: int
+) -> None:
+    from dqw.distill import run
+
+    told = list[bool]()
+    monkeypatch.setattr(run, "calibrate", lambda *_, off_grid: told.append(off_grid))
+    monkeypatch.setattr(run, "balanced", lambda *_: [])
+    teacher = make_tiny_whisper(decoder_layers=2)
+    student = make_tiny_whisper(decoder_layers=decoder_layers)
+    run._calibrate(student, teacher, SimpleNamespace(examples=[]), None, DistillConfig(), None)
+    assert told == [decoder_layers == 1]
 
 
 def test_languages_share_in_calibration_more_evenly_than_in_the_speech() -> None:
