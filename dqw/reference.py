@@ -102,12 +102,14 @@ def round_columns(
     scale: Tensor,
     bucket: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Columns rounded one after the other, each passing on what its rounding changed.
+    """Columns rounded one after the other, each passing on what its rounding changed: the inner
+    loop of GPTQ (arXiv 2210.17323), and with ``base`` one of coordinate descent.
 
     state, base, scale: (cols, rows) float32, a column of the weight a row; divisor: (cols,);
     coefficient: (cols, cols). Column i of x = ``state``, or ``base`` + ``state`` / ``divisor``, is
     rounded to y; delta = (x - y) / divisor, or y - base; then every state[j] behind it becomes
     state[j] - coefficient[i, j] × delta. → y and delta, (cols, rows) float32.
+    The compiled kernel raises RuntimeError for more than 64 columns.
     """
     state = state.float().clone(memory_format=torch.contiguous_format)
     rounded, delta = torch.empty_like(state), torch.empty_like(state)

@@ -71,6 +71,18 @@ def tolerance(
     return limit
 
 
+def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Int64 activations and their float32 scale, as ``fake_quant_activation`` rounds."""
+    largest = x.float().abs().amax(-1, keepdim=True)
+    return torch.round(x.float() * (largest.reciprocal() * 127.0)).long(), largest / 127.0
+
+
+def assert_as_good(got: Tensor, plain: Tensor, exact: Tensor, where: object) -> None:
+    """``got`` is at most twice as far from ``exact``, float64, as the plain product is."""
+    error, limit = (got - exact).abs().max(), 2 * (plain - exact).abs().max()
+    assert error <= limit + 1e-6 * exact.abs().max(), (where, float(error), float(limit))
+
+
 def random_scale(rows: int, cols: int, granularity: str, size: float = 1.0) -> tuple[Tensor, int]:
     """A scale around ``size``, shaped for ``tensor``, ``channel`` or a group size."""
     group = int(granularity) if granularity.isdigit() else 0

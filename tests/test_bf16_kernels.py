@@ -5,6 +5,7 @@ import torch
 from kernel_helpers import (
     BF16_SETS,
     BITS,
+    assert_as_good,
     instruction_set,
     needs_library,
     random_scale,
@@ -27,8 +28,7 @@ def check(x: Tensor, args: tuple, weight: Tensor, bias: Tensor | None, where: tu
     plain = linear(x, weight.bfloat16(), None if bias is None else bias.bfloat16())
     got = dqw.quant_linear(x, *args)
     assert got.dtype == torch.bfloat16 and got.shape == plain.shape
-    error, limit = (got - exact).abs().max(), 2 * (plain - exact).abs().max()
-    assert error <= limit + 1e-6 * exact.abs().max(), (*where, float(error), float(limit))
+    assert_as_good(got, plain, exact, where)
     return got
 
 

@@ -8,6 +8,7 @@ from kernel_helpers import (
     all_grids,
     instruction_set,
     needs_library,
+    quantized_rows,
     random_scale,
     random_weight,
     wildest_levels,
@@ -19,12 +20,6 @@ from dqw import grids, packing, reference
 
 pytestmark = needs_library
 dqw = torch.ops.dqw
-
-
-def quantized_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Int64 activations and their float32 scale, as ``fake_quant_activation`` rounds."""
-    largest = x.abs().amax(-1, keepdim=True)
-    return torch.round(x * (largest.reciprocal() * 127.0)).long(), largest / 127.0
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])

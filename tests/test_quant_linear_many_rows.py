@@ -4,8 +4,10 @@ import pytest
 import torch
 from kernel_helpers import (
     BITS,
+    assert_as_good,
     instruction_set,
     needs_library,
+    quantized_rows,
     random_scale,
     random_weight,
     wildest_levels,
@@ -48,9 +50,8 @@ def test_int8_is_exact(isa: str, granularity: str) -> None:
                 bias = torch.randn(rows) if m % 2 else None
                 for dtype in (torch.float32, torch.float16, torch.bfloat16):
                     x = torch.randn(m, cols).to(dtype)
-                    largest = x.float().abs().amax(-1, keepdim=True)
-                    q = torch.round(x.float() * (largest.reciprocal() * 127.0)).long()
-                    want = (q @ level.T).float() * (largest / 127.0 * scale.T)
+                    q, s = quantized_rows(x)
+                    want = (q @ level.T).float() * (s * scale.T)
                     want = want if bias is None else want + bias
                     args = (weight, scale, levels, bias, rows, bits, 0, True)
                     got = dqw.quant_linear(x, *args)
@@ -89,9 +90,8 @@ def test_floats_are_as_good_as_torch(isa: str, granularity: str) -> None:
                     )
                     plain = linear(x.float(), full, bias).to(dtype)
                     got = dqw.quant_linear(x, *args, bias, rows, bits, group, False)
-                    error, limit = (got - exact).abs().max(), 2 * (plain - exact).abs().max()
                     assert got.dtype == dtype
-                    assert error <= limit + 1e-6 * exact.abs().max(), (bits, m, rows, cols, dtype)
+                    assert_as_good(got, plain, exact, (bits, m, rows, cols, dtype))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -112,8 +112,7 @@ def test_int8_in_groups(isa: str, granularity: str) -> None:
             exact = rounded.double() @ full.double().T
             plain = rounded @ full.T
             got = dqw.quant_linear(x, *args, None, rows, bits, group, True)
-            error, limit = (got - exact).abs().max(), 2 * (plain - exact).abs().max()
-            assert error <= limit + 1e-6 * exact.abs().max(), (grid, bits)
+            assert_as_good(got, plain, exact, (grid, bits))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -39,7 +39,14 @@ const CeilingKernels ceilings_avx512_bf16 =
 const CeilingKernels ceilings_amx = ceilings_with(multiply_bf16_amx, multiply_int8_amx);
 constexpr Bf16Kernels bf16_with(void (*multiply)(const Bf16Block&), int64_t cycles, int64_t panel,
                                 bool tiles) {
-    return {decode_bf16, convert_bf16, multiply, cycles, panel, 16, 64, tiles};
+    return {.decode = decode_bf16,
+            .convert = convert_bf16,
+            .multiply = multiply,
+            .cycles = cycles,
+            .panel_bytes = panel,
+            .few = 16,
+            .few_grouped = 64,
+            .tiles = tiles};
 }
 constexpr Bf16Kernels bf16_avx512_bf16 = bf16_with(multiply_avx512_bf16, 2048, 1 << 19, false);
 constexpr Bf16Kernels bf16_amx = bf16_with(multiply_amx, 170, 1 << 20, true);

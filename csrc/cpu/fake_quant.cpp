@@ -5,8 +5,7 @@
 //   dx, ds = fake_quant_backward(grad, x, scale, bucket, group_size)
 //   levels = quantize(x, scale, bucket, group_size)                    int16
 //   y      = fake_quant_activation(x (..., cols))
-//   y, d   = round_columns(state (cols, rows), base, divisor, coefficient, scale (cols, rows),
-//   bucket)
+//   y, d   = round_columns(state (cols, rows), base, divisor, coefficient, scale, bucket)
 //
 // The rule is that of dqw/reference.py, bit for bit (dscale up to the order of its sum). Rows are
 // split over torch's threads. dscale does not depend on their number: every (row, group) is summed

@@ -162,9 +162,8 @@ void multiply_amx(const Bf16Block& b) {
     const Next how = !meanwhile ? Next::none : f.type == Type::bf16 ? Next::bf16 : Next::f32;
     const auto run = two ? strip_of<true>(f, how) : strip_of<false>(f, how);
     const int64_t x_block = block_of_x(f), w_block = block_of_w(f), steps_a_block = f.bytes ? 1 : 2;
-    const int64_t chunk = (products_of(f) == 1 ? kChunk : kChunkOfTerms) / x_block,
-                  strips = (b.width + 31) / 32;
-    const int64_t chunks = (b.blocks + chunk - 1) / chunk;
+    const int64_t chunk = (products_of(f) == 1 ? kChunk : kChunkOfTerms) / x_block;
+    const int64_t chunks = (b.blocks + chunk - 1) / chunk, strips = (b.width + 31) / 32;
     const float* start = b.scale ? nullptr : b.bias;
     Meanwhile next{b.next};
     for (int64_t c = 0; c < chunks; c++) {

@@ -121,17 +121,19 @@ bool has_short_scales(const Packed& w) {
 
 // How product_bf16.h may multiply many rows of x; nothing where it may not.
 std::optional<Factors> factors_of(const Linear& a, bool int8, const LinearKernels& k) {
-    if (k.bf16 == nullptr || a.m <= k.bf16->few || a.w.cols == 0) return std::nullopt;
+    const bool grouped = a.w.group > 0;
+    if (k.bf16 == nullptr || a.w.cols == 0) return std::nullopt;
+    if (a.m <= (int8 && grouped ? k.bf16->few_grouped : k.bf16->few)) return std::nullopt;
     if (!int8 && a.type == Type::bf16) return Factors{};
     if (!k.bf16->tiles || (int8 && a.w.cols > kLongestInt8Row)) return std::nullopt;
-    const bool rows = a.w.group == 0;
-    if (!rows && int8 && a.m <= k.bf16->few_grouped) return std::nullopt;
-    if (!rows && (a.w.wide || !has_short_scales(a.w))) return std::nullopt;
-    const int x = a.type == Type::f16 ? 2 : 3;
-    if (!int8)
-        return Factors{.scaled = !rows, .x = x, .w = !rows || a.w.wide ? 2 : 1, .type = a.type};
-    if (rows && a.w.wide) return std::nullopt;
-    return Factors{.bytes = rows, .scaled = !rows, .w = rows ? 1 : 2, .codes = true};
+    if (grouped && (a.w.wide || !has_short_scales(a.w))) return std::nullopt;
+    if (!int8) {
+        const int x = a.type == Type::f16 ? 2 : 3, w = grouped || a.w.wide ? 2 : 1;
+        return Factors{.scaled = grouped, .x = x, .w = w, .type = a.type};
+    }
+    if (grouped) return Factors{.w = 2, .codes = true};
+    if (a.w.wide) return std::nullopt;
+    return Factors{.bytes = true, .scaled = false, .codes = true};
 }
 
 void product_by_factors(Linear& a, const void* x, const Factors& f, const LinearKernels& k) {

@@ -90,7 +90,7 @@ class Study:
 TEACHER = Setting("float teacher", model="teacher", baseline=True)
 UNTRAINED = Setting("calibrated rounding, no training")
 JOINT = (Phase(),)
-# Of many cells, each rounded anew: 90 s a cell of base on two cores with AMX instead of 140.
+# Studies of many cells, each of which is rounded anew.
 _FEWER_WINDOWS: Changes = {"distill": {"calibration_clips": 64}}
 
 
