@@ -289,14 +289,18 @@ def test_studies_that_train(name: str, base: Path, speech: Path, tmp_path: Path)
     assert all(float(r["kl"]) >= 0 for r in found)
     assert "Answer" in (out / f"{name}.html").read_text(encoding="utf-8")
     assert not list((out / "runs").glob("*/checkpoint-*"))
+    sizes = {r["setting"]: float(r["mib"]) for r in found}
     if name == "paper":
         assert "5.18" in (out / "paper.html").read_text(encoding="utf-8")
-        sizes = {r["setting"]: float(r["mib"]) for r in found}
         assert sizes["distilled, uniform 8 bits"] < sizes["distilled, float"]
     if name == "ablation":
         logs = list((out / "runs").glob("one-after-the-other.0-*/log.jsonl"))
-        assert len(logs) == 2
-        assert "kl" in logs[0].read_text()
+        assert len(logs) == 2 and "kl" in logs[0].read_text()
+        logs = list((out / "runs").glob("distilled-then-rounded.0-*/log.jsonl"))
+        assert len(logs) == 1, "the second phase rounds and trains nothing"
+        assert (
+            sizes["distilled, then rounded"] == sizes["jointly"] < sizes["distillation only, float"]
+        )
 
 
 def test_seeds_are_cells_of_their_own(

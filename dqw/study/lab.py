@@ -144,6 +144,11 @@ class Lab:
             starts_float = bool(setting.phases) and not setting.phases[0].quantized
             model = copy.deepcopy(self.student) if starts_float else self._rounded(recipe, status)
         for number, phase in enumerate(setting.phases):
+            if phase.quantized and not quant_modules(model):
+                status("rounding")
+                model = self._calibrated(model, recipe)
+            if not phase.share:
+                continue
             steps = max(round(self.steps * phase.share), 1)
             told = with_changes(
                 recipe,
@@ -155,9 +160,6 @@ class Lab:
                     "distill": {"calibration_clips": 0},  # the student is rounded already
                 },
             )  # fmt: skip
-            if phase.quantized and not quant_modules(model):
-                status("rounding")
-                model = self._calibrated(model, recipe)
             self._distil(model, told, self.folder(setting, seed, number), status)
         return model
 

@@ -21,7 +21,8 @@ RATIOS = (25, 50, 75, 100)
 
 @dataclass(frozen=True)
 class Phase:
-    """Training for a ``share`` of the steps, quantized or float, under more changes."""
+    """Training for a ``share`` of the steps, quantized or float, under more changes. A quantized
+    phase starts with calibrated rounding; of a share of 0 it is all there is."""
 
     share: float = 1.0
     quantized: bool = True
@@ -211,6 +212,7 @@ def _ablation(scope: Scope) -> list[Setting]:
         UNTRAINED,
         Setting("distillation only, float", model="student", phases=(distil,)),
         Setting("quantization only", phases=(learn,)),
+        Setting("distilled, then rounded", phases=(distil, Phase(0.0))),
         Setting("one after the other", phases=after),
         Setting("jointly", phases=JOINT),
     ]
@@ -321,7 +323,8 @@ STUDIES = {
             "Distillation only, quantization only, one after the other, or jointly?",
             "The decoder learns, the same steps each. Quantization only learns from the texts "
             "(cross entropy), distillation only has a float student; one after the other: half of "
-            "the steps each.",
+            "the steps each. Distilled, then rounded: all steps in float, then calibrated "
+            "rounding, which learns nothing.",
             _ablation,
             recipe="decoder",
             cut=True,
