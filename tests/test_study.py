@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,6 +159,46 @@ def test_model_size_is_that_of_a_folder(base: Path, tmp_path: Path) -> None:
     stored = (out / "model.safetensors").stat().st_size - header
     size = model_size(model, Recipe.shipped("default").plan(model))
     assert abs(size - stored) < 0.002 * stored
+
+
+# ---------------------------------------------------------------- what cells share
+
+
+def test_equal_float_encoders_hear_once() -> None:
+    import copy
+
+    from conftest import make_tiny_whisper
+
+    from dqw.convert import quantize
+    from dqw.study.heard import Heard
+
+    heard, model = Heard(), make_tiny_whisper().eval()
+    features = torch.randn(1, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+    ran = 0
+
+    def counted(*_: object) -> None:
+        nonlocal ran
+        ran += 1
+
+    def states(of: Any, x: torch.Tensor) -> torch.Tensor:
+        handle = of.layers[0].register_forward_pre_hook(counted)
+        with heard.recalled(of), torch.no_grad():
+            found = of(x).last_hidden_state
+        handle.remove()
+        assert "forward" not in vars(of)
+        return found
+
+    first = states(model.model.encoder, features)
+    twin = copy.deepcopy(model)
+    assert torch.equal(states(twin.model.encoder, features.clone()), first) and ran == 1
+    states(twin.model.encoder, features + 1)
+    assert ran == 2, "other features"
+    twin.model.encoder.layers[0].fc1.bias.data += 1
+    assert not torch.equal(states(twin.model.encoder, features), first) and ran == 3
+    quantize(twin)
+    for times in (4, 5):
+        states(twin.model.encoder, features)
+        assert ran == times, "a quantized encoder is one cell's own"
 
 
 # ---------------------------------------------------------------- settings

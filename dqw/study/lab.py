@@ -24,6 +24,7 @@ from dqw.probe import Probe, changed, first_changed
 from dqw.recipe import Recipe
 from dqw.save import save_student
 from dqw.speech import calibration_batches, clip_batches, lowered, spread
+from dqw.study.heard import Heard
 from dqw.study.table import Changes, Setting, layer_spec
 from dqw.whisper.data import Item
 from dqw.whisper.files import write_atomic
@@ -68,6 +69,7 @@ class Lab:
         self.train, self.test, self.recipe = train, test, recipe
         self.out, self.steps, self.say = out, steps, say
         self.packed = bool(quant_modules(self.student))
+        self.heard = Heard()
         self._start: tuple[str, Any] = ("", None)
 
     # ------------------------------------------------------------ what cells share
@@ -236,10 +238,12 @@ class Lab:
         from dqw.whisper.evaluate import evaluate
         from dqw.whisper.scoring import clip_counts
 
-        kl = self.probe.by_batch(model)
-        status("transcribing")
+        probe = self.probe  # made first: it is the teacher that hears
         processor = self.pair.teacher_processor if model is self.teacher else self.pair.processor
-        found = evaluate(model, processor, self.test)
+        with self.heard.recalled(model.model.encoder):
+            kl = probe.by_batch(model)
+            status("transcribing")
+            found = evaluate(model, processor, self.test)
         languages = [item.language for item in self.test]
         rows = clip_counts(
             [item.text or "" for item in self.test],

@@ -1,0 +1,59 @@
+"""What a float encoder makes of the speech that a study measures on, kept from cell to cell.
+
+Cells that leave the encoder float share it to the last bit, and it is most of their measuring: base
+takes 1.3 s of one core for a window, a decoder of 4 bits 0.1 s for its words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from dqw.convert import quant_modules
+
+
+class Heard:
+    """States of one encoder, those of the one that was asked last; 3 MB a window of base."""
+
+    def __init__(self) -> None:
+        self._encoder, self._states = b"", dict[bytes, Tensor]()
+
+    @contextmanager
+    def recalled(self, encoder: Any) -> Iterator[None]:
+        """Within the block a float ``encoder``, whose weights must not change there, gives for the
+        same features what it, or another of the same weights, gave before. A quantized one, which
+        no other cell has, is left alone."""
+        if quant_modules(encoder):
+            yield
+            return
+        key = _digest(encoder.state_dict().values())
+        if key != self._encoder:
+            self._encoder, self._states = key, {}
+        forward = encoder.forward
+
+        def recall(features: Tensor) -> BaseModelOutput:
+            asked = _digest([features])
+            if asked not in self._states:
+                self._states[asked] = forward(features).last_hidden_state
+            return BaseModelOutput(last_hidden_state=self._states[asked])
+
+        encoder.forward = recall
+        try:
+            yield
+        finally:
+            del encoder.forward
+
+
+def _digest(tensors: Iterable[Tensor]) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous()
+        found.update(repr((plain.dtype, plain.shape)).encode())
+        found.update(plain.flatten().view(torch.uint8).numpy().data)
+    return found.digest()
