@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from dqw.distill.pair import Pair
     from dqw.whisper.data import Item
-    from dqw.whisper.student import Kept
 
 Say = Callable[[str], object]
 _SETTINGS = "recipe.json"  # in the run's folder: what it began with
@@ -44,8 +43,7 @@ class Job:
     """One compression: names as the user gave them, and the recipe.
 
     teacher, student: hub id, Hugging Face folder or faster-whisper folder; student None: a copy of
-    the teacher, or ``student_layers`` of it: the layers ``kept``, which are chosen on the data
-    (``dqw.prune``), evenly spaced without any. data: manifest, audio folder or dataset name; not
+    the teacher, or ``student_layers`` of it. data: manifest, audio folder or dataset name; not
     needed with ``ptq_only``, where some of it calibrates. language: only clips in it, and those
     that name none. ptq_only: no training, whatever the recipe says. budget: bytes of the whole
     folder without the tokenizer; widths are then chosen layer by layer on calibration speech.
@@ -56,7 +54,6 @@ class Job:
     student: str | None = None
     data: str | None = None
     student_layers: tuple[int, int] | None = None
-    kept: Kept | None = None
     language: str | None = None
     ptq_only: bool = False
     resume: bool = False
@@ -91,8 +88,6 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     elif not job.ptq_only or job.budget:
         raise UserError(_NO_DATA)
     pair = load_models(job, say)
-    if job.student_layers and items:
-        job, pair = choose_student(job, recipe, pair, items, say)
     student = pair.student
     batches: list[dict[str, Tensor]] = []
     allocates = bool(job.budget or (recipe.quant.allocate and items))
@@ -149,7 +144,7 @@ def load_models(job: Job, say: Say) -> Pair:
     from dqw.convert import quant_modules
     from dqw.distill.pair import Pair, check_models
     from dqw.whisper.checkpoint import load_whisper
-    from dqw.whisper.student import cut_student, spaced_evenly
+    from dqw.whisper.student import cut_student
 
     if job.student and job.student_layers:
         raise UserError("--student and --student-layers exclude each other: give one of them.")
@@ -157,8 +152,7 @@ def load_models(job: Job, say: Say) -> Pair:
     teacher, teacher_processor = load_whisper(job.teacher)
     processor = teacher_processor
     if job.student_layers:
-        kept = job.kept or spaced_evenly(teacher, *job.student_layers)
-        student = cut_student(teacher, kept)
+        student = cut_student(teacher, *job.student_layers)
     elif job.student and job.student != job.teacher:
         say(f"student: {job.student}")
         student, processor = load_whisper(job.student)
@@ -168,39 +162,6 @@ def load_models(job: Job, say: Say) -> Pair:
         raise UserError("the student is quantized already: give a float checkpoint.")
     check_models(student, teacher, teacher_processor)
     return Pair(teacher, student, processor, teacher_processor)
-
-
-def choose_student(
-    job: Job, recipe: Recipe, pair: Pair, items: list[Item], say: Say
-) -> tuple[Job, Pair]:
-    """The job with the layers its student keeps, those of the run that it resumes or the best ones
-    on ``items``, and the pair with that student."""
-    from dqw.prune import WINDOWS, choose_layers, passes
-    from dqw.speech import calibration_batches, lowered
-    from dqw.whisper.student import Kept, cut_student
-
-    count = job.student_layers
-    assert count is not None
-    settings = job.run / _SETTINGS
-    if job.resume and settings.exists():
-        before = json.loads(settings.read_text(encoding="utf-8")).get("kept_layers")
-        if before and tuple(map(len, before.values())) == count:
-            job = replace(job, kept=Kept(**before))
-    if job.kept is None:
-        start = time.monotonic()
-        few = replace(recipe, distill=replace(recipe.distill, calibration_clips=WINDOWS))
-        batches = calibration_batches(items, few, pair, say)
-        with (
-            progress_bar("layers", passes(pair.teacher, count), "passes") as advance,
-            lowered(pair.teacher),
-        ):
-            job = replace(job, kept=choose_layers(pair.teacher, batches, count, advance))
-        say(f"chose layers in {time.monotonic() - start:.0f} s")
-    assert job.kept is not None
-    for stack, layers in job.kept._asdict().items():
-        of = getattr(pair.teacher.config, f"{stack}_layers")
-        say(f"student: {stack} layers {' '.join(map(str, layers))} of 0 to {of - 1}")
-    return job, pair._replace(student=cut_student(pair.teacher, job.kept))
 
 
 def quantize_student(student: WhisperForConditionalGeneration, recipe: Recipe, say: Say) -> None:
@@ -288,7 +249,7 @@ def provenance(job: Job, recipe: Recipe) -> dict[str, Any]:
     made = {
         "teacher": Path(job.teacher).name,
         "student": Path(job.student or job.teacher).name,
-        "kept_layers": job.kept and job.kept._asdict(),
+        "student_layers": list(job.student_layers or ()) or None,
         "quant": recipe.to_dict()["quant"],
     }
     if job.budget:

@@ -141,13 +141,12 @@ def open_lab(study: Study, request: Request, recipe: Recipe, say: Callable[[str]
         pair = pair._replace(student=packed[0], processor=packed[1])
         check_models(pair.student, pair.teacher, pair.teacher_processor)
     elif study.cut and not (request.student or request.student_layers):
-        from dqw.whisper.student import cut_student, spaced_evenly
+        from dqw.whisper.student import cut_student
 
         config = pair.teacher.config
-        count = config.encoder_layers, max(config.decoder_layers * 2 // 3, 1)
-        kept = spaced_evenly(pair.teacher, *count)
-        pair = pair._replace(student=cut_student(pair.teacher, kept))
-        say(f"student: the teacher's encoder and {count[1]} of its decoder layers")
+        kept = config.encoder_layers, max(config.decoder_layers * 2 // 3, 1)
+        pair = pair._replace(student=cut_student(pair.teacher, *kept))
+        say(f"student: the teacher's encoder and {kept[1]} of its decoder layers")
     test = spoken(test, pair.student)
     recipe = with_changes(recipe, study.base)
     if request.quick:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -24,15 +24,8 @@ def parse_layers(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-class Kept(NamedTuple):
-    """Which of the teacher's layers a student has, by their index there, in order."""
-
-    encoder: list[int]
-    decoder: list[int]
-
-
 def kept_layers(count: int, of: int) -> list[int]:
-    """``count`` of ``of`` layers evenly spaced, first and last included.
+    """Which ``count`` of ``of`` layers a cut keeps: evenly spaced, first and last included.
 
     distil-whisper keeps the same ones (arXiv 2311.00430, section 4).
     """
@@ -41,12 +34,13 @@ def kept_layers(count: int, of: int) -> list[int]:
     return [round(i * (of - 1) / (count - 1)) for i in range(count)]
 
 
-def spaced_evenly(teacher: Any, encoder_layers: int, decoder_layers: int) -> Kept:
-    """So many layers of each stack; ``dqw.prune`` measures which.
+def cut_student(
+    teacher: WhisperForConditionalGeneration, encoder_layers: int, decoder_layers: int
+) -> WhisperForConditionalGeneration:
+    """A copy of ``teacher`` with ``encoder_layers`` + ``decoder_layers`` of its layers.
 
-    Raises UserError if more are asked for than the teacher has, or none.
+    Raises UserError if more layers are asked for than the teacher has, or none.
     """
-    found = []
     for stack, count in (("encoder", encoder_layers), ("decoder", decoder_layers)):
         has = getattr(teacher.config, f"{stack}_layers")
         if not 1 <= count <= has:
@@ -54,26 +48,20 @@ def spaced_evenly(teacher: Any, encoder_layers: int, decoder_layers: int) -> Kep
                 f"--student-layers asks for {count} {stack} layers, and the teacher has {has}: "
                 f"give 1 to {has}."
             )
-        found.append(kept_layers(count, has))
-    return Kept(*found)
-
-
-def cut_student(
-    teacher: WhisperForConditionalGeneration, kept: Kept
-) -> WhisperForConditionalGeneration:
-    """A copy of ``teacher`` with the layers ``kept``."""
     student = copy.deepcopy(teacher)
-    for stack, layers in kept._asdict().items():
+    keep = {}
+    for stack, count in (("encoder", encoder_layers), ("decoder", decoder_layers)):
         module = getattr(student.model, stack)
-        module.layers = nn.ModuleList(module.layers[i] for i in layers)
-        setattr(student.config, f"{stack}_layers", len(layers))
-    student.config.num_hidden_layers = len(kept.encoder)
+        keep[stack] = kept_layers(count, len(module.layers))
+        module.layers = nn.ModuleList(module.layers[i] for i in keep[stack])
+        setattr(student.config, f"{stack}_layers", count)
+    student.config.num_hidden_layers = encoder_layers
     for index, layer in enumerate(
         student.model.decoder.layers
     ):  # each knows its place in the cache
         for attention in (layer.self_attn, layer.encoder_attn):
             attention.layer_idx = index
-    _remap_alignment_heads(student, kept.decoder)
+    _remap_alignment_heads(student, keep["decoder"])
     return student
 
 
