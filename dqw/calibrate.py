@@ -17,51 +17,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dqw.calls import Call, decoding, first_call, hearing
 from dqw.catch import given_to
 from dqw.compensate import Moment, round_layer
 from dqw.embedding import TiedProjection
 from dqw.linear import QuantLinear, QuantModule
-
-ROWS = 4096  # at most this many rows of one input are taken, evenly spaced
-
-
-@dataclass
-class _Call:
-    """What a transformer layer is called with; hidden: its first argument, (batch, length, width).
-
-    real: which positions are no padding, (batch, length) bool. attended: attention modules of the
-    layer with what their out_proj is given, known already and not worked out again.
-    """
-
-    hidden: Tensor
-    rest: tuple[Any, ...]
-    named: dict[str, Any]
-    real: Tensor | None = None
-    attended: list[tuple[Any, Tensor]] = field(default_factory=list)
-
-    def run(self, layer: nn.Module) -> Tensor:
-        for attention, x in self.attended:
-            attention.forward = lambda *_, last=attention.out_proj, x=x, **__: (last(x), None)
-        try:
-            output = layer(self.hidden, *self.rest, **self.named)
-        finally:
-            for attention, _ in self.attended:
-                del attention.forward
-        return output[0] if isinstance(output, tuple) else output
-
-    def rows(self, x: Tensor, cols: int) -> Tensor:
-        """Rows (n, cols) of a matrix's input that are no padding, evenly spaced."""
-        if self.real is not None and x.shape[:-1] == self.real.shape:
-            x = x[self.real]
-        x = x.reshape(-1, cols)
-        return x[:: max(-(-len(x) // ROWS), 1)]
 
 
 @torch.no_grad()
@@ -81,22 +47,16 @@ def calibrate(
     say = progress or (lambda name: None)
     encoder, decoder = model.model.encoder, model.model.decoder
     given = [{k: v.to(model.device) for k, v in batch.items()} for batch in batches]
-
-    def decoding(states: Tensor, batch: dict[str, Tensor]) -> dict[str, Any]:
-        ids = batch["decoder_input_ids"]
-        return {"input_ids": ids, "encoder_hidden_states": states, "use_cache": False}
-
-    hearing = [{"input_features": batch["input_features"]} for batch in given]
     with _as_float(encoder):
-        heard = [_first_call(encoder, inputs) for inputs in hearing]
-    now = [_first_call(encoder, inputs) for inputs in hearing]
+        heard = [first_call(encoder, hearing(batch)) for batch in given]
+    now = [first_call(encoder, hearing(batch)) for batch in given]
     _walk("model.encoder.layers", encoder.layers, heard, now, say, off_grid)
-    told, states = list[_Call](), [encoder.layer_norm(call.hidden) for call in now]
+    told, states = list[Call](), [encoder.layer_norm(call.hidden) for call in now]
     moments = _output_moments(model)
     with _as_float(model):
         for call, batch in zip(heard, given, strict=True):
-            inputs = decoding(encoder.layer_norm(call.hidden), batch)
-            told.append(_first_call(decoder, inputs, batch.get("decoder_mask")))
+            inputs = decoding(batch, encoder.layer_norm(call.hidden))
+            told.append(first_call(decoder, inputs, batch.get("decoder_mask")))
             last = decoder(**inputs).last_hidden_state
             for module, holder, moment in moments.values():
                 rows = told[-1].rows(last, holder.cols)
@@ -106,7 +66,7 @@ def calibrate(
         say(name)
         round_layer(name, holder, moment, off_grid)
     now = [
-        _first_call(decoder, decoding(state, batch), batch.get("decoder_mask"))
+        first_call(decoder, decoding(batch, state), batch.get("decoder_mask"))
         for batch, state in zip(given, states, strict=True)
     ]
     _walk("model.decoder.layers", decoder.layers, told, now, say, off_grid)
@@ -157,17 +117,11 @@ def _doubt(logits: Tensor) -> Tensor:
     return 1.02 - logits.float().softmax(-1).square().sum(-1)
 
 
-def _first_call(stack: Any, inputs: dict[str, Any], real: Tensor | None = None) -> _Call:
-    """How ``stack`` calls its first layer for ``inputs``."""
-    given, named = given_to(stack.layers[0], lambda: stack(**inputs))
-    return _Call(given[0], given[1:], named, real)
-
-
 def _walk(
     stack: str,
     layers: Any,
-    floats: list[_Call],
-    now: list[_Call],
+    floats: list[Call],
+    now: list[Call],
     say: Callable[[str], object],
     off_grid: bool,
 ) -> None:
@@ -195,7 +149,7 @@ _Stage = list[tuple[str, nn.Module, QuantModule]]  # matrices that share their i
 
 
 def _float_layer(
-    layer: nn.Module, calls: Sequence[_Call]
+    layer: nn.Module, calls: Sequence[Call]
 ) -> tuple[list[_Stage], list[list[Tensor]]]:
     """Run the float ``layer`` on its calls, whose hidden states go on; → its stages in order, and
     each one's inputs, rows (n, cols) of every call."""

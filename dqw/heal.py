@@ -1,0 +1,110 @@
+"""The layers of a cut student take over what those that left did, by least squares: no training.
+
+Layer k of the teacher stays, those up to layer e leave. The student's states behind it should be
+the teacher's behind e. What is missing there is fitted, as an addition to its last matrices, on
+speech: by ridge regression from what they multiply. Layer after layer, each on the states that the
+healed ones before it give: so each also makes up for what those still lack.
+
+    for each kept layer: teacher's states behind e → fc2, the out_projs, fc2 again → student's states
+
+A row counts by one over the variance of the teacher's, for which the next LayerNorm divides by it:
+the first token's state is a hundred times as large as the others', and unweighted it is all that is
+fitted. ReplaceMe (arXiv 2505.02819) fits a linear map for what leaves in the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqw.calls import Call, decoding, first_call, hearing
+from dqw.whisper.student import kept_layers
+
+RIDGE = 0.1  # of the mean of what the inputs' squares sum to
+
+
+@torch.no_grad()
+def heal(
+    student: Any,
+    teacher: Any,
+    batches: Iterable[dict[str, Tensor]],
+    progress: Callable[[], object] | None = None,
+) -> None:
+    """Change the float ``student``, cut from the float ``teacher`` (``cut_student``), in place.
+
+    batches: as for ``calibrate``. ``progress`` is called after each of the student's layers.
+    """
+    say = progress or (lambda: None)
+    given = [{k: v.to(teacher.device) for k, v in batch.items()} for batch in batches]
+    ours, theirs = student.model.encoder, teacher.model.encoder
+    aims = [first_call(theirs, hearing(batch)) for batch in given]
+    now = [first_call(ours, hearing(batch)) for batch in given]
+    _walk(ours, theirs, now, aims, say)
+
+    def start(model: Any, heard: list[Call]) -> list[Call]:
+        norm, decoder = model.encoder.layer_norm, model.decoder
+        inputs = [decoding(b, norm(call.hidden)) for b, call in zip(given, heard, strict=True)]
+        masks = [batch.get("decoder_mask") for batch in given]
+        return [first_call(decoder, i, mask) for i, mask in zip(inputs, masks, strict=True)]
+
+    aims, now = start(teacher.model, aims), start(student.model, now)
+    _walk(student.model.decoder, teacher.model.decoder, now, aims, say)
+
+
+def _walk(
+    ours: Any, theirs: Any, now: list[Call], aims: list[Call], say: Callable[[], object]
+) -> None:
+    """Heal a stack's layers; the calls end behind the last one."""
+    kept, done = kept_layers(len(ours.layers), len(theirs.layers)), 0
+    for layer, end in zip(ours.layers, [*kept[1:], len(theirs.layers)], strict=True):
+        for aim in aims:
+            for taught in theirs.layers[done:end]:
+                aim.hidden = aim.run(taught)
+        done = end
+        if not torch.equal(now[0].run(layer), aims[0].hidden):  # else nothing is missing yet
+            for name in _last_matrices(layer):
+                _fit(layer, layer.get_submodule(name), now, aims)
+        for call in now:
+            call.hidden = call.run(layer)
+        say()
+
+
+def _last_matrices(layer: Any) -> list[str]:
+    """Those whose outputs are added to the states, in the order in which they are fitted."""
+    attentions = [n for n in ("encoder_attn", "self_attn") if hasattr(layer, n)]
+    return ["fc2", *(f"{name}.out_proj" for name in attentions), "fc2"]
+
+
+def _fit(layer: nn.Module, matrix: Any, now: Sequence[Call], aims: Sequence[Call]) -> None:
+    """``matrix`` and its bias such that the layer comes nearest to the aims, all else as it is (an
+    attention's addition reaches the aim directly, what the layer makes of it left out)."""
+    rows, cols = matrix.weight.shape
+    device = matrix.weight.device
+    second = torch.zeros(cols + 1, cols + 1, device=device)
+    cross = torch.zeros(cols + 1, rows, device=device)
+    seen = list[Tensor]()
+
+    def hook(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        seen.append(given[0])
+
+    handle = matrix.register_forward_pre_hook(hook)
+    try:
+        for call, aim in zip(now, aims, strict=True):
+            missing = call.rows(aim.hidden - call.run(layer), rows).float()
+            x = call.rows(seen.pop(), cols).float()
+            root = call.rows(aim.hidden, rows).float().var(-1, keepdim=True).rsqrt()
+            x = torch.cat([x, torch.ones_like(root)], 1) * root
+            with torch.autocast(device.type, enabled=False):
+                second.addmm_(x.T, x)
+                cross.addmm_(x.T, missing * root)
+    finally:
+        handle.remove()
+    with torch.autocast(device.type, enabled=False):
+        h = second.double()
+        h.diagonal().add_(RIDGE * h.diagonal()[:-1].mean() + 1e-12)
+        added = torch.cholesky_solve(cross.double(), torch.linalg.cholesky(h)).float()
+        matrix.weight += added[:-1].T
+        matrix.bias += added[-1]
