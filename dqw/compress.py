@@ -43,10 +43,11 @@ class Job:
     """One compression: names as the user gave them, and the recipe.
 
     teacher, student: hub id, Hugging Face folder or faster-whisper folder; student None: a copy of
-    the teacher, or ``student_layers`` of it. data: manifest, audio folder or dataset name; not
-    needed with ``ptq_only``, where some of it calibrates. language: only clips in it, and those
-    that name none. ptq_only: no training, whatever the recipe says. budget: bytes of the whole
-    folder without the tokenizer; widths are then chosen layer by layer on calibration speech.
+    the teacher, or ``student_layers`` of it, healed on the data. data: manifest, audio folder or
+    dataset name; not needed with ``ptq_only``, where some of it calibrates. language: only clips in
+    it, and those that name none. ptq_only: no training, whatever the recipe says. budget: bytes of
+    the whole folder without the tokenizer; widths are then chosen layer by layer on calibration
+    speech.
     """
 
     teacher: str
@@ -89,15 +90,17 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
         raise UserError(_NO_DATA)
     pair = load_models(job, say)
     student = pair.student
-    batches: list[dict[str, Tensor]] = []
     allocates = bool(job.budget or (recipe.quant.allocate and items))
     if allocates and job.resume:
         shared_out = resumed_plan(job, recipe)
         allocates, recipe = shared_out is None, shared_out or recipe
-    if items and (job.ptq_only or allocates):
+    batches: list[dict[str, Tensor]] = []
+    if items and (job.ptq_only or allocates or job.student_layers):
         from dqw.speech import calibration_batches
 
         batches = calibration_batches(items, recipe, pair, say)
+    if batches and job.student_layers:
+        heal_student(pair, batches, say)
     if allocates:
         from dqw.budget import OVERHEAD, fit_budget, model_size
 
@@ -162,6 +165,20 @@ def load_models(job: Job, say: Say) -> Pair:
         raise UserError("the student is quantized already: give a float checkpoint.")
     check_models(student, teacher, teacher_processor)
     return Pair(teacher, student, processor, teacher_processor)
+
+
+def heal_student(pair: Pair, batches: list[dict[str, Tensor]], say: Say) -> None:
+    """Fit what a cut student lacks into its layers (``dqw.heal``), in place."""
+    from dqw.heal import heal
+    from dqw.speech import lowered
+
+    start = time.monotonic()
+    config = pair.student.config
+    layers = config.encoder_layers + config.decoder_layers
+    with progress_bar("healing", layers, "layers") as advance, lowered(pair.teacher):
+        heal(pair.student, pair.teacher, batches, advance)
+    clips = sum(len(batch["decoder_input_ids"]) for batch in batches)
+    say(f"healed {layers} layers on {clips} windows of speech in {time.monotonic() - start:.0f} s")
 
 
 def quantize_student(student: WhisperForConditionalGeneration, recipe: Recipe, say: Say) -> None:

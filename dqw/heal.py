@@ -5,7 +5,7 @@ the teacher's behind e. What is missing there is fitted, as an addition to its l
 speech: by ridge regression from what they multiply. Layer after layer, each on the states that the
 healed ones before it give: so each also makes up for what those still lack.
 
-    for each kept layer: teacher's states behind e → fc2, the out_projs, fc2 again → student's states
+    for each kept layer: teacher's states behind e → fc2, out_projs, fc2 again → student's states
 
 A row counts by one over the variance of the teacher's, for which the next LayerNorm divides by it:
 the first token's state is a hundred times as large as the others', and unweighted it is all that is
