@@ -27,7 +27,10 @@ def compress(
     ] = None,
     student_layers: Annotated[
         str | None,
-        typer.Option(help="Cut the student from the teacher: encoder,decoder layers, like 4,4."),
+        typer.Option(
+            help="Cut the student from the teacher: encoder,decoder layers, like 4,4. With --data "
+            "they take over what the others did."
+        ),
     ] = None,
     data: Annotated[
         str | None,

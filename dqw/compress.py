@@ -96,9 +96,12 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
         allocates, recipe = shared_out is None, shared_out or recipe
     batches: list[dict[str, Tensor]] = []
     if items and (job.ptq_only or allocates or job.student_layers):
+        from dqw.heal import WINDOWS
         from dqw.speech import calibration_batches
 
-        batches = calibration_batches(items, recipe, pair, say)
+        wanted = max(recipe.distill.calibration_clips, WINDOWS if job.student_layers else 0)
+        listening = replace(recipe.distill, calibration_clips=wanted)
+        batches = calibration_batches(items, replace(recipe, distill=listening), pair, say)
     if batches and job.student_layers:
         heal_student(pair, batches, say)
     if allocates:

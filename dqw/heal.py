@@ -5,11 +5,14 @@ the teacher's behind e. What is missing there is fitted, as an addition to its l
 speech: by ridge regression from what they multiply. Layer after layer, each on the states that the
 healed ones before it give: so each also makes up for what those still lack.
 
-    for each kept layer: teacher's states behind e → fc2, out_projs, fc2 again → student's states
+    for each kept layer: teacher's states behind e → fc2 (out_proj, fc2 again) → student's states
 
 A row counts by one over the variance of the teacher's, for which the next LayerNorm divides by it:
 the first token's state is a hundred times as large as the others', and unweighted it is all that is
 fitted. ReplaceMe (arXiv 2505.02819) fits a linear map for what leaves in the same place.
+
+base without training, KL on 16 clips: cut to 4 + 4 layers 9.45, healed 0.55 (distilled for 300
+steps instead: 0.95); the decoder alone cut to 4 layers 8.88, healed 0.19.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from torch import Tensor, nn
 from dqw.calls import Call, decoding, first_call, hearing
 from dqw.whisper.student import kept_layers
 
-RIDGE = 0.1  # of the mean of what the inputs' squares sum to
+# Base cut to 4 + 4 layers, KL on 16 clips: 40 windows 0.87, 160 windows 0.55.
+WINDOWS = 160
+RIDGE = 0.3  # of the mean of what the inputs' squares sum to
 
 
 @torch.no_grad()
@@ -73,9 +78,9 @@ def _walk(
 
 
 def _last_matrices(layer: Any) -> list[str]:
-    """Those whose outputs are added to the states, in the order in which they are fitted."""
-    attentions = [n for n in ("encoder_attn", "self_attn") if hasattr(layer, n)]
-    return ["fc2", *(f"{name}.out_proj" for name in attentions), "fc2"]
+    """Those that are fitted, in this order. In the decoder, of whose rows there are few, fc2 alone
+    generalizes better; a matrix that another follows aims past what that will add anew."""
+    return ["fc2"] if hasattr(layer, "encoder_attn") else ["fc2", "self_attn.out_proj", "fc2"]
 
 
 def _fit(layer: nn.Module, matrix: Any, now: Sequence[Call], aims: Sequence[Call]) -> None:

@@ -114,6 +114,7 @@ def test_a_cut_student_and_its_own_teacher(base: Path, data: Path, tmp_path: Pat
     assert code == 0, output
     model, _ = load_whisper(out)
     assert (len(model.model.encoder.layers), len(model.model.decoder.layers)) == (1, 2)
+    assert "healed 3 layers on" in output
 
 
 def test_cut_keeps_first_and_last_and_generates() -> None:
