@@ -180,12 +180,16 @@ def test_the_student_learns_and_the_teacher_stays(tmp_path):
     with torch.no_grad():
         for p in student.parameters():
             p.add_(torch.randn_like(p) * 0.02 * p.requires_grad)
+    positions = (
+        student.model.encoder.embed_positions.weight.requires_grad_()
+    )  # as loading leaves them
     before, started = weights(teacher), weights(student)
     reports = []
     plan = TrainConfig(steps=12, batch_size=3, lr=3e-3, tensorboard=False)
     result = run(tmp_path, student, teacher, train=plan, progress=reports.append)
     assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
     assert not all(torch.equal(started[k], v) for k, v in student.state_dict().items())
+    assert torch.equal(positions, started["model.encoder.embed_positions.weight"])
     assert reports[-1].losses["kl"] < reports[0].losses["kl"]
     assert reports[-1].losses["hidden"] < reports[0].losses["hidden"]
     assert result.steps == 12 and result.examples == 6 and not student.training

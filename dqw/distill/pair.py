@@ -79,6 +79,8 @@ def settle(student: Any, teacher: Any, config: DistillConfig, train: TrainConfig
     )
     # CPUs have no fast float16 arithmetic, and the same numbers fit float32.
     teacher.to(torch.float32 if on_cpu and dtype == torch.float16 else dtype)
+    # Sinusoids, which Whisper never learned: moved ones would have to be stored (1.5 MiB of base).
+    student.model.encoder.embed_positions.requires_grad_(False)
     if train.freeze_encoder:
         student.model.encoder.requires_grad_(False)
     if train.freeze_embedding:
