@@ -104,6 +104,8 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
         batches = calibration_batches(items, replace(recipe, distill=listening), pair, say)
     if batches and job.student_layers:
         heal_student(pair, batches, say)
+    elif job.student_layers:
+        say("without --data nothing makes up for the layers that were cut")
     if allocates:
         from dqw.budget import OVERHEAD, fit_budget, model_size
 

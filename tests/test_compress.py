@@ -115,6 +115,9 @@ def test_a_cut_student_and_its_own_teacher(base: Path, data: Path, tmp_path: Pat
     model, _ = load_whisper(out)
     assert (len(model.model.encoder.layers), len(model.model.decoder.layers)) == (1, 2)
     assert "healed 3 layers on" in output
+    arguments = ("--teacher", base, "--student-layers", "1,2", "--ptq-only")
+    code, output = dqw("compress", *arguments, "--out", tmp_path / "blind")
+    assert code == 0 and "without --data nothing makes up" in output, output
 
 
 def test_cut_keeps_first_and_last_and_generates() -> None:
