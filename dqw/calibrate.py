@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqw.calls import Call, decoding, first_call, hearing
+from dqw.calls import Call, decoder_call, decoding, first_call, hearing
 from dqw.catch import given_to
 from dqw.compensate import Moment, round_layer
 from dqw.embedding import TiedProjection
@@ -51,13 +51,13 @@ def calibrate(
         heard = [first_call(encoder, hearing(batch)) for batch in given]
     now = [first_call(encoder, hearing(batch)) for batch in given]
     _walk("model.encoder.layers", encoder.layers, heard, now, say, off_grid)
-    told, states = list[Call](), [encoder.layer_norm(call.hidden) for call in now]
+    told = list[Call]()
     moments = _output_moments(model)
     with _as_float(model):
         for call, batch in zip(heard, given, strict=True):
-            inputs = decoding(batch, encoder.layer_norm(call.hidden))
-            told.append(first_call(decoder, inputs, batch.get("decoder_mask")))
-            last = decoder(**inputs).last_hidden_state
+            told.append(decoder_call(model.model, batch, call))
+            states = encoder.layer_norm(call.hidden)
+            last = decoder(**decoding(batch, states)).last_hidden_state
             for module, holder, moment in moments.values():
                 rows = told[-1].rows(last, holder.cols)
                 moment.add(rows, _doubt(module(rows)))
@@ -65,10 +65,7 @@ def calibrate(
     for name, (_, holder, moment) in moments.items():
         say(name)
         round_layer(name, holder, moment, off_grid)
-    now = [
-        first_call(decoder, decoding(batch, state), batch.get("decoder_mask"))
-        for batch, state in zip(given, states, strict=True)
-    ]
+    now = [decoder_call(model.model, b, call) for b, call in zip(given, now, strict=True)]
     _walk("model.decoder.layers", decoder.layers, told, now, say, off_grid)
 
 

@@ -58,6 +58,13 @@ def hearing(batch: dict[str, Tensor]) -> dict[str, Any]:
     return {"input_features": batch["input_features"]}
 
 
+def decoder_call(model: Any, batch: dict[str, Tensor], heard: Call) -> Call:
+    """How the decoder of ``model``, a WhisperModel, calls its first layer for ``batch``; heard: the
+    encoder's call behind its last layer."""
+    inputs = decoding(batch, model.encoder.layer_norm(heard.hidden))
+    return first_call(model.decoder, inputs, batch.get("decoder_mask"))
+
+
 def decoding(batch: dict[str, Tensor], states: Tensor) -> dict[str, Any]:
     """The decoder's inputs; states: the encoder's last, normalized."""
     ids = batch["decoder_input_ids"]

@@ -72,6 +72,8 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     Raises UserError before any long work for whatever can be known then: an output folder that
     exists, unknown data rows, models that do not fit each other, an unfinished run.
     """
+    from dqw.distill.pair import is_copy
+
     if not job.ptq_only and not recipe.train.wanted:
         if job.data is None:
             raise UserError(_NO_DATA)
@@ -94,17 +96,18 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     if allocates and job.resume:
         shared_out = resumed_plan(job, recipe)
         allocates, recipe = shared_out is None, shared_out or recipe
+    is_cut = job.student_layers is not None and not is_copy(student, pair.teacher)
     batches: list[dict[str, Tensor]] = []
-    if items and (job.ptq_only or allocates or job.student_layers):
+    if items and (job.ptq_only or allocates or is_cut):
         from dqw.heal import WINDOWS
         from dqw.speech import calibration_batches
 
-        wanted = max(recipe.distill.calibration_clips, WINDOWS if job.student_layers else 0)
+        wanted = max(recipe.distill.calibration_clips, WINDOWS if is_cut else 0)
         listening = replace(recipe.distill, calibration_clips=wanted)
         batches = calibration_batches(items, replace(recipe, distill=listening), pair, say)
-    if batches and job.student_layers:
+    if batches and is_cut:
         heal_student(pair, batches, say)
-    elif job.student_layers:
+    elif is_cut:
         say("without --data nothing makes up for the layers that were cut")
     if allocates:
         from dqw.budget import OVERHEAD, fit_budget, model_size

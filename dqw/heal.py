@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqw.calls import Call, decoding, first_call, hearing
+from dqw.calls import Call, decoder_call, first_call, hearing
 from dqw.whisper.student import kept_layers
 
 # Base cut to 4 + 4 layers, KL on 16 clips: 40 windows 0.87, 160 windows 0.55.
@@ -40,7 +40,8 @@ def heal(
 ) -> None:
     """Change the float ``student``, cut from the float ``teacher`` (``cut_student``), in place.
 
-    batches: as for ``calibrate``. ``progress`` is called after each of the student's layers.
+    batches: as for ``calibrate``, at least one. Keeps two states of every position, float32.
+    ``progress`` is called after each of the student's layers.
     """
     say = progress or (lambda: None)
     given = [{k: v.to(teacher.device) for k, v in batch.items()} for batch in batches]
@@ -48,14 +49,8 @@ def heal(
     aims = [first_call(theirs, hearing(batch)) for batch in given]
     now = [first_call(ours, hearing(batch)) for batch in given]
     _walk(ours, theirs, now, aims, say)
-
-    def start(model: Any, heard: list[Call]) -> list[Call]:
-        norm, decoder = model.encoder.layer_norm, model.decoder
-        inputs = [decoding(b, norm(call.hidden)) for b, call in zip(given, heard, strict=True)]
-        masks = [batch.get("decoder_mask") for batch in given]
-        return [first_call(decoder, i, mask) for i, mask in zip(inputs, masks, strict=True)]
-
-    aims, now = start(teacher.model, aims), start(student.model, now)
+    aims = [decoder_call(teacher.model, b, call) for b, call in zip(given, aims, strict=True)]
+    now = [decoder_call(student.model, b, call) for b, call in zip(given, now, strict=True)]
     _walk(student.model.decoder, teacher.model.decoder, now, aims, say)
 
 
@@ -78,14 +73,14 @@ def _walk(
 
 
 def _last_matrices(layer: Any) -> list[str]:
-    """Those that are fitted, in this order. In the decoder, of whose rows there are few, fc2 alone
-    generalizes better; a matrix that another follows aims past what that will add anew."""
+    """Those that are fitted, in this order; fc2 again for what a new out_proj changes in it.
+    Of the decoder, whose rows are few, fc2 alone (docs/results.md)."""
     return ["fc2"] if hasattr(layer, "encoder_attn") else ["fc2", "self_attn.out_proj", "fc2"]
 
 
 def _fit(layer: nn.Module, matrix: Any, now: Sequence[Call], aims: Sequence[Call]) -> None:
-    """``matrix`` and its bias such that the layer comes nearest to the aims, all else as it is (an
-    attention's addition reaches the aim directly, what the layer makes of it left out)."""
+    """Add to ``matrix`` (rows, cols) and its bias what brings the layer's outputs nearest to the
+    aims, as if nothing else in the layer depended on it."""
     rows, cols = matrix.weight.shape
     device = matrix.weight.device
     second = torch.zeros(cols + 1, cols + 1, device=device)

@@ -118,6 +118,9 @@ def test_a_cut_student_and_its_own_teacher(base: Path, data: Path, tmp_path: Pat
     arguments = ("--teacher", base, "--student-layers", "1,2", "--ptq-only")
     code, output = dqw("compress", *arguments, "--out", tmp_path / "blind")
     assert code == 0 and "without --data nothing makes up" in output, output
+    arguments = ("--teacher", base, "--data", data, "--student-layers", "2,2", "--ptq-only")
+    code, output = dqw("compress", *arguments, "--out", tmp_path / "whole")
+    assert code == 0 and "healed" not in output and "makes up" not in output, output
 
 
 def test_cut_keeps_first_and_last_and_generates() -> None:

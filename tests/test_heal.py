@@ -37,13 +37,10 @@ def tiny(encoder: int, decoder: int) -> Any:
 
 def constant(layer: Any) -> None:
     """The layer adds the same to every state."""
-    attentions = [
-        layer.self_attn,
-        *([layer.encoder_attn] if hasattr(layer, "encoder_attn") else []),
-    ]
-    for matrix in (layer.fc2, *(a.out_proj for a in attentions)):
-        matrix.weight.data.zero_()
-        matrix.bias.data.normal_(0, 2)
+    for name, matrix in layer.named_modules():
+        if name == "fc2" or name.endswith("out_proj"):
+            matrix.weight.data.zero_()
+            matrix.bias.data.normal_(0, 2)
 
 
 def test_what_one_matrix_can_give_is_given_exactly() -> None:

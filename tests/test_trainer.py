@@ -180,9 +180,8 @@ def test_the_student_learns_and_the_teacher_stays(tmp_path):
     with torch.no_grad():
         for p in student.parameters():
             p.add_(torch.randn_like(p) * 0.02 * p.requires_grad)
-    positions = (
-        student.model.encoder.embed_positions.weight.requires_grad_()
-    )  # as loading leaves them
+    positions = student.model.encoder.embed_positions.weight
+    positions.requires_grad_()  # as loading a checkpoint leaves them
     before, started = weights(teacher), weights(student)
     reports = []
     plan = TrainConfig(steps=12, batch_size=3, lr=3e-3, tensorboard=False)

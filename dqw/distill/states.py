@@ -145,10 +145,15 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         ) from error
 
 
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's numbers as they lie in memory, to take a digest of."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def _fingerprint(pupil: DistillModel, content: str) -> str:
     digest = hashlib.blake2b(f"{content} {pupil.stacks} {pupil.kind}".encode(), digest_size=16)
     if not pupil.encoder_learns:
         for name, tensor in sorted(pupil.student.model.encoder.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(raw_bytes(tensor))
     return digest.hexdigest()

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from dqw.convert import quant_modules
+from dqw.distill.states import raw_bytes
 
 
 class Heard:
@@ -53,7 +53,6 @@ class Heard:
 def _digest(tensors: Iterable[Tensor]) -> bytes:
     found = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        plain = tensor.detach().cpu().contiguous()
-        found.update(repr((plain.dtype, plain.shape)).encode())
-        found.update(plain.flatten().view(torch.uint8).numpy().data)
+        found.update(repr((tensor.dtype, tensor.shape)).encode())
+        found.update(raw_bytes(tensor))
     return found.digest()
