@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dqw.calls import Call, decoder_call, decoding, first_call, hearing
 from dqw.catch import given_to
-from dqw.compensate import Moment, round_layer
+from dqw.compensate import Moment, round_layers
 from dqw.embedding import TiedProjection
 from dqw.linear import QuantLinear, QuantModule
 
@@ -63,8 +63,7 @@ def calibrate(
                 moment.add(rows, _doubt(module(rows)))
     heard.clear()
     for name, (_, holder, moment) in moments.items():
-        say(name)
-        round_layer(name, holder, moment, off_grid)
+        round_layers({name: holder}, moment, off_grid, say)
     now = [decoder_call(model.model, b, call) for b, call in zip(given, now, strict=True)]
     _walk("model.decoder.layers", decoder.layers, told, now, say, off_grid)
 
@@ -134,9 +133,8 @@ def _walk(
                 if name.endswith("attn.out_proj"):
                     call.attended.append((layer.get_submodule(name.rpartition(".")[0]), x))
             rows.clear()
-            for own, _, holder in stage:
-                say(f"{stack}.{index}.{own}")
-                round_layer(own, holder, moment, off_grid)
+            shared = {f"{stack}.{index}.{own}": holder for own, _, holder in stage}
+            round_layers(shared, moment, off_grid, say)
         for call in now:
             call.hidden = call.run(layer)
             call.attended.clear()

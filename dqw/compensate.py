@@ -20,7 +20,9 @@ It fits every grid. ``dqw.calibrate`` walks through a model with it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,7 @@ CARRY_DAMPING = 1.0
 # An embedding's rows are inputs as well, where every column counts alike: base's KL on 2,429
 # held-out tokens is 0.0112 at 0.01, 0.0107 at 0.05, 0.0099 at 0.1, 0.0098 at 0.3 (groups of 32).
 EMBEDDING_DAMPING = 0.15
+SCRATCH = 2**18  # floats that step 2 works on at once, 1 MiB: they stay in a core's L2
 BLOCK = 64  # columns whose errors are collected before the rest is updated
 FINE = 6  # bits from which a copy of the teacher starts off the grid, too
 ROUNDS = 3  # of steps 2 and 3; the first takes 25 % off the error, the second 4 %, the third 2 %
@@ -115,23 +118,36 @@ def _total(x: Tensor, root: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def round_layer(name: str, module: QuantModule, moment: Moment, off_grid: bool = False) -> None:
-    """Round one layer's weight with compensation, in place; its bias takes the mean error.
-    ``off_grid``: see ``latent``."""
-    quantizer = module.quantizer
-    assert quantizer is not None
-    before = module.weight.float()
-    bias: Tensor | None = getattr(module, "bias", None)  # an embedding has none
-    free_mean = bias is not None or name.endswith("k_proj")
-    damping = EMBEDDING_DAMPING if isinstance(module, QuantEmbedding) else DAMPING
-    # The model may run in bfloat16; what is solved here may not (base: a KL of 5 instead of 0.03).
-    with torch.autocast(before.device.type, enabled=False):
-        seen = moment.centred() if free_mean else moment
-        aim = before if seen.cross is None else before @ carried_over(seen.second, seen.cross)
-        after = compensated(aim, seen.second, quantizer, damping)
-        if bias is not None:
-            bias += (before @ moment.mean_float() - after @ moment.mean()).to(bias.dtype)
-        module.weight.copy_(latent(before, after, quantizer, off_grid))
+def round_layers(
+    layers: Mapping[str, QuantModule],
+    moment: Moment,
+    off_grid: bool = False,
+    say: Callable[[str], object] = lambda name: None,
+) -> None:
+    """Round the weights of layers that share their inputs with compensation, in place; biases take
+    the mean error. ``off_grid``: see ``latent``; ``say`` gets each name before its turn."""
+    made = dict[tuple[bool, float], tuple[Moment, Curvature]]()
+    for name, module in layers.items():
+        say(name)
+        quantizer = module.quantizer
+        assert quantizer is not None
+        before = module.weight.float()
+        bias: Tensor | None = getattr(module, "bias", None)  # an embedding has none
+        free_mean = bias is not None or name.endswith("k_proj")
+        damping = EMBEDDING_DAMPING if isinstance(module, QuantEmbedding) else DAMPING
+        # The model may run in bfloat16; what is solved here may not (base: KL 5 instead of 0.03).
+        with torch.autocast(before.device.type, enabled=False):
+            if (free_mean, damping) not in made:
+                seen = moment.centred() if free_mean else moment
+                made[free_mean, damping] = seen, Curvature.of(seen.second, damping)
+            seen, curvature = made[free_mean, damping]
+            aim = before
+            if seen.cross is not None:
+                aim = carried_over(before, seen.second, seen.cross)
+            after = compensated(aim, curvature, quantizer)
+            if bias is not None:
+                bias += (before @ moment.mean_float() - after @ moment.mean()).to(bias.dtype)
+            module.weight.copy_(latent(before, after, quantizer, off_grid))
 
 
 @torch.no_grad()
@@ -156,62 +172,72 @@ def latent(
     return found
 
 
-def carried_over(moment: Tensor, cross: Tensor) -> Tensor:
-    """The matrix M (cols, cols), float32, for which x Mᵀ is nearest to y: W M does to x what W does
-    to y. moment: XᵀX; cross: YᵀX. Damped towards the identity, so that directions which were hardly
-    seen stay as they are."""
+def carried_over(weight: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
+    """The matrix (rows, cols), float32, that does to x most nearly what ``weight`` does to y.
+    moment: XᵀX; cross: YᵀX. Damped towards ``weight``, so that directions which were hardly seen
+    stay as they are."""
     h = moment.double()
-    ridge = CARRY_DAMPING * h.diagonal().mean() + 1e-12
-    h.diagonal().add_(ridge)
-    c = cross.double()
-    c.diagonal().add_(ridge)
-    return torch.cholesky_solve(c.T, torch.linalg.cholesky(h)).T.float()
+    h.diagonal().add_(CARRY_DAMPING * h.diagonal().mean() + 1e-12)
+    lacking = (weight @ (cross - moment)).double()
+    return weight + torch.cholesky_solve(lacking.T, torch.linalg.cholesky(h)).T.float()
+
+
+class Curvature(NamedTuple):
+    """H of a layer's inputs with its damping, and ``upper``, triangular, for which upperᵀ upper is
+    H⁻¹; both (cols, cols) float32."""
+
+    h: Tensor
+    upper: Tensor
+
+    @classmethod
+    def of(cls, moment: Tensor, damping: float = DAMPING) -> Curvature:
+        """moment: XᵀX, (cols, cols). damping: share of its mean diagonal added to it. Dead inputs
+        get a unit diagonal."""
+        h = moment.double()
+        diagonal = h.diagonal()
+        dead = diagonal <= 0
+        diagonal += dead + damping * diagonal.mean()
+        # H = V Vᵀ with an upper V, the Cholesky factor from the other end, gives H⁻¹ = V⁻ᵀ V⁻¹.
+        v = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1).float()
+        eye = torch.eye(len(h), device=h.device)
+        return cls(h.float(), torch.linalg.solve_triangular(v, eye, upper=True))
 
 
 @torch.no_grad()
-def compensated(
-    weight: Tensor, moment: Tensor, quantizer: FakeQuantize, damping: float = DAMPING
-) -> Tensor:
+def compensated(weight: Tensor, curvature: Curvature, quantizer: FakeQuantize) -> Tensor:
     """``weight`` (rows, cols) on the quantizer's grid, so that X Wᵀ moves least; sets its clips.
 
-    moment: XᵀX, (cols, cols); damping: share of its mean diagonal added to it. Columns go from left
-    to right: with per-group scales an order by importance would mix the groups. Clips per tensor
-    stay as they are.
+    Columns go from left to right: with per-group scales an order by importance would mix the
+    groups. Clips per tensor stay as they are.
     """
-    h = _damped(moment, damping)
+    h = curvature.h
     size = quantizer.group_size or weight.shape[1]
-    q, scale = _gptq(weight, h, quantizer, size)
-    h = h.float()
+    # All is transposed from here on, W (cols, rows) and its scales (groups, rows): what belongs to
+    # a column of the layer lies at a stretch.
+    w = weight.T.contiguous()
+    pull = h @ w
+    q, scale = _gptq(w, curvature.upper, quantizer, size)
     for _ in range(ROUNDS):
         if not quantizer.spec.per_tensor:
-            q, scale = _fit_scales(weight, q, scale, h, quantizer, size)
-        q = _descend(weight, q, scale, h, quantizer, size)
-    quantizer.set_scale(scale)
-    return quantizer(q)  # the same levels; the scale may be another by its last bit
-
-
-def _damped(moment: Tensor, damping: float) -> Tensor:
-    """H in float64 with its damping. Dead inputs get a unit diagonal."""
-    h = moment.double()
-    diagonal = h.diagonal()
-    dead = diagonal <= 0
-    diagonal += dead + damping * diagonal.mean()
-    return h
+            q, scale = _fit_scales(pull, q, scale, h, quantizer, size)
+        q = _descend(pull, q, scale, h, quantizer, size)
+    quantizer.set_scale(scale.T.contiguous())
+    return quantizer(q.T.contiguous())  # the same levels; the scale may be another by its last bit
 
 
 def _of_columns(scale: Tensor, start: int, stop: int, size: int) -> Tensor:
-    """Scales (rows, groups) of the columns from ``start`` to ``stop``, (columns, rows)."""
+    """Scales (groups, rows) of the columns from ``start`` to ``stop``, (columns, rows)."""
     group = torch.arange(start, stop, device=scale.device) // size
-    return scale.T[group.clamp(max=scale.shape[1] - 1)]
+    return scale[group.clamp(max=len(scale) - 1)]
 
 
-def _gptq(weight: Tensor, h: Tensor, quantizer: FakeQuantize, size: int) -> tuple[Tensor, Tensor]:
-    """Step 1: the rounded weight and the scales (rows, groups). Columns are worked as rows."""
-    w = weight.T.contiguous()
+def _gptq(
+    weight: Tensor, upper: Tensor, quantizer: FakeQuantize, size: int
+) -> tuple[Tensor, Tensor]:
+    """Step 1: the rounded weight and its scales."""
+    w = weight.clone()
     cols, rows = w.shape
-    scale = quantizer.scale().expand(rows, -1).clone()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    upper = torch.linalg.cholesky(inverse, upper=True).float()
+    scale = quantizer.scale().expand(rows, -1).T.clone(memory_format=torch.contiguous_format)
     importance = upper.diagonal().square().reciprocal()  # what an error in a column will cost
     searched = not quantizer.spec.per_tensor
     stop = 0
@@ -221,67 +247,72 @@ def _gptq(weight: Tensor, h: Tensor, quantizer: FakeQuantize, size: int) -> tupl
         stop = min(start + BLOCK, (group + 1) * size, cols)
         if searched and start % size == 0:
             part = slice(start, min(start + size, cols))
-            scale[:, group : group + 1] = search_near(
-                w[part].T, scale[:, group : group + 1], quantizer, importance[part]
-            )
+            near = search_near(w[part].T, scale[group][:, None], quantizer, importance[part])
+            scale[group] = near[:, 0]
         here = slice(start, stop)
         w[here], errors = ops.round_columns(
             w[here], None, upper.diagonal()[here], upper[here, here],
             _of_columns(scale, start, stop, size), quantizer.bucket,
         )  # fmt: skip
-        w[stop:] -= upper[here, stop:].T @ errors
-    return w.T.contiguous(), scale
+        w[stop:].addmm_(upper[here, stop:].T, errors, alpha=-1)
+    return w, scale
 
 
 def _fit_scales(
-    weight: Tensor, q: Tensor, scale: Tensor, h: Tensor, quantizer: FakeQuantize, size: int
+    pull: Tensor, q: Tensor, scale: Tensor, h: Tensor, quantizer: FakeQuantize, size: int
 ) -> tuple[Tensor, Tensor]:
     """Step 2: scales of least squares for the levels of ``q``, and the weight they give.
+    pull: H Wᵀ.
 
     A scale that would fall below a third of itself, or turn negative, stays.
     """
-    rows, cols = weight.shape
-    groups = scale.shape[1]
-    found = scale.clone()
-    for start in range(0, rows, 4096):
-        part = slice(start, start + 4096)
-        level = ops.quantize(
-            q[part], scale[part].contiguous(), quantizer.bucket, size if size < cols else 0
-        )
-        level = _grouped(level.float(), groups, size)
-        target = (_grouped(weight[part] @ h, groups, size) * level).sum(-1)
-        normal = torch.empty(len(level), groups, groups, device=h.device)
+    (cols, rows), groups = q.shape, len(scale)
+    spare = groups * size - cols
+    h = nn.functional.pad(h, (0, spare, 0, spare)) if spare else h
+    shared = size if size < cols else 0
+    level = ops.quantize(q.T.contiguous(), scale.T.contiguous(), quantizer.bucket, shared)
+    level = level.T.contiguous()
+    fitted, chunk = scale.clone(), max(SCRATCH // cols, 1)
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        own = _grouped(level[:, part].float(), groups, size)
+        target = (_grouped(pull[:, part], groups, size) * own).sum(1)
+        normal = own.new_zeros(groups, groups, own.shape[2])  # its upper triangle
         for g in range(groups):
-            at = slice(g * size, min((g + 1) * size, cols))
-            carried = level[:, g, : at.stop - at.start] @ h[at]
-            normal[:, g] = (_grouped(carried, groups, size) * level).sum(-1)
-        ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + 1e-12
-        normal.diagonal(dim1=1, dim2=2).add_(ridge)
-        fitted = quantizer.stored(torch.linalg.solve(normal, target))
-        found[part] = torch.where(fitted > scale[part] / 3, fitted, scale[part])
-    level = ops.quantize(q, scale.contiguous(), quantizer.bucket, size if size < cols else 0)
-    per_column = found.repeat_interleave(size, 1)[:, :cols]
-    return level * per_column, found
+            at = g * size
+            carried = h[at:, at : at + size] @ own[g]  # what group g does to those from g on
+            torch.sum(carried.view(-1, *own.shape[1:]).mul_(own[g:]), 1, out=normal[g, g:])
+        diagonal = normal.diagonal()
+        diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-12
+        # (r, groups, groups), upper triangles; of their transposes LAPACK takes the lower ones
+        normal = normal.flatten(0, 1).T.contiguous().view(-1, groups, groups)
+        factor, failed = torch.linalg.cholesky_ex(normal.mT)
+        found = torch.cholesky_solve(target.T[:, :, None], factor)[:, :, 0]
+        fitted[:, part] = torch.where(failed == 0, found.T, scale[:, part])
+    fitted = quantizer.stored(fitted)
+    found = torch.where(fitted > scale / 3, fitted, scale)
+    return _of_columns(found, 0, cols, size).mul_(level), found
 
 
 def _grouped(x: Tensor, groups: int, size: int) -> Tensor:
-    """(rows, cols) → (rows, groups, size), zeros at the end."""
-    return nn.functional.pad(x, (0, groups * size - x.shape[1])).unflatten(1, (groups, size))
+    """(cols, rows) → (groups, size, rows), contiguous, zeros at the end."""
+    spare = groups * size - len(x)
+    x = nn.functional.pad(x, (0, 0, 0, spare)) if spare else x.contiguous()
+    return x.unflatten(0, (groups, size))
 
 
 def _descend(
-    weight: Tensor, q: Tensor, scale: Tensor, h: Tensor, quantizer: FakeQuantize, size: int
+    pull: Tensor, q: Tensor, scale: Tensor, h: Tensor, quantizer: FakeQuantize, size: int
 ) -> Tensor:
-    """Step 3: each column rounded anew to where the error is least, the others as they are."""
-    q = q.T.contiguous()
-    cols = q.shape[0]
-    pull = h @ (weight.T - q)  # minus half the gradient, (cols, rows)
-    for start in range(0, cols, BLOCK):
-        stop = min(start + BLOCK, cols)
+    """Step 3: each column of ``q`` rounded anew to where the error is least, the others as they
+    are; in place. pull: H Wᵀ."""
+    pull = torch.addmm(pull, h, q, alpha=-1)  # minus half the gradient
+    for start in range(0, len(q), BLOCK):
+        stop = min(start + BLOCK, len(q))
         here = slice(start, stop)
         q[here], moved = ops.round_columns(
             pull[here], q[here], h.diagonal()[here], h[here, here],
             _of_columns(scale, start, stop, size), quantizer.bucket,
         )  # fmt: skip
-        pull[stop:] -= h[stop:, here] @ moved
-    return q.T.contiguous()
+        pull[stop:].addmm_(h[stop:, here], moved, alpha=-1)
+    return q

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,16 @@ from torch import nn
 import dqw
 import dqw.calibrate as walk
 from dqw.calibrate import calibrate, layer_count
-from dqw.compensate import EMBEDDING_DAMPING, FINE, Moment, carried_over, compensated, round_layer
+from dqw.compensate import (
+    DAMPING,
+    EMBEDDING_DAMPING,
+    FINE,
+    Curvature,
+    Moment,
+    carried_over,
+    compensated,
+    round_layers,
+)
 from dqw.convert import quant_modules
 from dqw.distill.config import DistillConfig
 from dqw.embedding import QuantEmbedding
@@ -35,7 +45,7 @@ def test_compensation_lowers_the_output_error(grid: str, bits: int, group: int |
     x, w = inputs(512, 200), torch.randn(96, 200)
     quantizer = FakeQuantize(QuantSpec(bits=bits, grid=grid, group_size=group), w)
     plain = quantizer(w).detach()
-    better = compensated(w, x.T @ x, quantizer)
+    better = compensated(w, Curvature.of(x.T @ x), quantizer)
     error = [(x @ (q - w).T).square().sum() for q in (better, plain)]
     assert error[0] < 0.6 * error[1]
     assert torch.equal(quantizer(better), better)  # on the grid: rounding leaves it as it is
@@ -44,25 +54,27 @@ def test_compensation_lowers_the_output_error(grid: str, bits: int, group: int |
 def test_without_correlation_it_is_plain_rounding() -> None:
     w = torch.randn(8, 130)
     quantizer = FakeQuantize(QuantSpec(group_size=32), w)
-    moment = torch.eye(130)
-    assert torch.equal(compensated(w, moment, quantizer), quantizer(w))
+    curvature = Curvature.of(torch.eye(130))
+    assert torch.equal(compensated(w, curvature, quantizer), quantizer(w))
 
 
 def test_dead_inputs_and_few_rows_are_no_trouble() -> None:
     x, w = torch.randn(5, 130), torch.randn(8, 130)
     x[:, 7] = 0
     quantizer = FakeQuantize(QuantSpec(group_size=None), w)
-    assert compensated(w, x.T @ x, quantizer).isfinite().all()
+    assert compensated(w, Curvature.of(x.T @ x), quantizer).isfinite().all()
 
 
 def test_an_embedding_is_damped_more_because_its_rows_are_inputs() -> None:
     x, table = inputs(256, 64), torch.nn.Embedding(40, 64)
     layer = QuantEmbedding.from_embedding(table, QuantSpec(group_size=32))
     quantizer = FakeQuantize(QuantSpec(group_size=32), table.weight)
-    want = compensated(table.weight.detach().clone(), x.T @ x, quantizer, EMBEDDING_DAMPING)
-    less = compensated(table.weight.detach().clone(), x.T @ x, quantizer)
-    round_layer("embed_tokens", layer, Moment(x.T @ x, x.sum(0), len(x)))
-    assert torch.equal(layer.fake_quantized_weight(), want) and not torch.equal(want, less)
+    damped, less = (
+        compensated(table.weight.detach().clone(), Curvature.of(x.T @ x, damping), quantizer)
+        for damping in (EMBEDDING_DAMPING, DAMPING)
+    )
+    round_layers({"embed_tokens": layer}, Moment(x.T @ x, x.sum(0), len(x)))
+    assert torch.equal(layer.fake_quantized_weight(), damped) and not torch.equal(damped, less)
 
 
 def test_rounding_itself_is_never_in_bfloat16() -> None:
@@ -71,7 +83,7 @@ def test_rounding_itself_is_never_in_bfloat16() -> None:
     for lowered in (False, True):
         layer = QuantLinear.from_linear(copy.deepcopy(linear), QuantSpec(bits=3, group_size=64))
         with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
-            round_layer("fc1", layer, moment)
+            round_layers({"fc1": layer}, moment)
         found.append((layer.fake_quantized_weight().detach(), layer.bias))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
@@ -116,13 +128,13 @@ def test_carried_over_gives_the_float_inputs_back(monkeypatch: pytest.MonkeyPatc
     x, same = inputs(4000, 24), torch.eye(24)
     mixed = same + 0.2 * torch.randn(24, 24)
     y = x @ mixed.T
-    damped = carried_over(x.T @ x, y.T @ x)
+    damped = carried_over(same, x.T @ x, y.T @ x)
     assert (y - x @ damped.T).norm() < 0.9 * (y - x).norm()  # part of the way
-    torch.testing.assert_close(carried_over(x.T @ x, x.T @ x), same, atol=1e-5, rtol=0)
+    torch.testing.assert_close(carried_over(same, x.T @ x, x.T @ x), same, atol=1e-5, rtol=0)
     # What was never seen stays as it is.
-    assert torch.equal(carried_over(torch.zeros(24, 24), torch.zeros(24, 24)), same)
+    assert torch.equal(carried_over(same, torch.zeros(24, 24), torch.zeros(24, 24)), same)
     monkeypatch.setattr("dqw.compensate.CARRY_DAMPING", 1e-7)
-    torch.testing.assert_close(carried_over(x.T @ x, y.T @ x), mixed, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(carried_over(same, x.T @ x, y.T @ x), mixed, atol=1e-3, rtol=1e-3)
 
 
 def test_every_layer_is_rounded_on_what_it_will_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,9 +145,9 @@ def test_every_layer_is_rounded_on_what_it_will_be_given(monkeypatch: pytest.Mon
     names = {id(m): n for n, m in dqw.quantize(model, Recipe(QuantConfig(bits=3))).named_modules()}
     seen: dict[str, Moment] = {}
 
-    def noting(name: str, module: QuantLinear, moment: Moment, off_grid: bool) -> None:
-        seen[names[id(module)]] = moment
-        round_layer(name, module, moment, off_grid)
+    def noting(layers: dict[str, QuantLinear], moment: Moment, *rest: Any) -> None:
+        seen.update((names[id(module)], moment) for module in layers.values())
+        round_layers(layers, moment, *rest)
 
     def inputs_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
@@ -152,7 +164,7 @@ def test_every_layer_is_rounded_on_what_it_will_be_given(monkeypatch: pytest.Mon
 
     with walk._as_float(model):
         told = inputs_of(model)
-    monkeypatch.setattr(walk, "round_layer", noting)
+    monkeypatch.setattr(walk, "round_layers", noting)
     calibrate(model, [{k: v[:3] for k, v in batch.items()}, {k: v[3:] for k, v in batch.items()}])
     assert len(seen) == layer_count(model)
     for name, x in inputs_of(model).items():
@@ -174,7 +186,7 @@ def test_layers_make_up_for_those_before_them(monkeypatch: pytest.MonkeyPatch) -
             target = model(**batch).logits
             dqw.quantize(model, Recipe(QuantConfig(bits=2, group_size=32)))
             if not carries:
-                monkeypatch.setattr("dqw.compensate.carried_over", lambda h, c: torch.eye(len(h)))
+                monkeypatch.setattr("dqw.compensate.carried_over", lambda weight, *_: weight)
             calibrate(model, [batch])
             errors.append(float((model(**batch).logits - target).square().mean()))
     assert errors[0] < errors[1]
@@ -202,7 +214,7 @@ def test_training_starts_off_a_fine_grid_and_rounds_to_what_was_found(
     layer = QuantLinear.from_linear(nn.Linear(128, 64), QuantSpec(bits, grid, 16))
     assert layer.quantizer is not None
     before, x = layer.weight.detach().clone(), inputs(512, 128)
-    round_layer("fc1", layer, Moment(x.T @ x, x.sum(0), len(x)), off_grid)
+    round_layers({"fc1": layer}, Moment(x.T @ x, x.sum(0), len(x)), off_grid)
     after = layer.fake_quantized_weight().detach()
     assert torch.equal(layer.quantizer(after), after)
     if bits < FINE and not off_grid:
