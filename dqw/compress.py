@@ -72,8 +72,6 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     Raises UserError before any long work for whatever can be known then: an output folder that
     exists, unknown data rows, models that do not fit each other, an unfinished run.
     """
-    from dqw.distill.pair import is_copy
-
     if not job.ptq_only and not recipe.train.wanted:
         if job.data is None:
             raise UserError(_NO_DATA)
@@ -81,49 +79,69 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     check_output(job)
     if not job.ptq_only:
         check_settings(recipe.distill, recipe.train)
-    items: list[Item] = []
-    if job.data is not None:
-        from dqw.whisper.data import load_items
-
-        items = load_items(job.data, language=job.language)
-        seconds = sum(item.seconds or 0 for item in items)
-        say(f"data: {len(items)} clips, {seconds / 60:.1f} min")
-    elif not job.ptq_only or job.budget:
-        raise UserError(_NO_DATA)
+    items = load_data(job, say)
     pair = load_models(job, say)
-    student = pair.student
-    allocates = bool(job.budget or (recipe.quant.allocate and items))
-    if allocates and job.resume:
-        shared_out = resumed_plan(job, recipe)
-        allocates, recipe = shared_out is None, shared_out or recipe
-    is_cut = job.student_layers is not None and not is_copy(student, pair.teacher)
-    batches: list[dict[str, Tensor]] = []
-    if items and (job.ptq_only or allocates or is_cut):
-        from dqw.heal import WINDOWS
-        from dqw.speech import calibration_batches
-
-        wanted = max(recipe.distill.calibration_clips, WINDOWS if is_cut else 0)
-        listening = replace(recipe.distill, calibration_clips=wanted)
-        batches = calibration_batches(items, replace(recipe, distill=listening), pair, say)
-    if batches and is_cut:
-        heal_student(pair, batches, say)
-    elif is_cut:
+    heals = lacks_layers(job, pair)
+    if heals and not items:
         say("without --data nothing makes up for the layers that were cut")
+    began = resumed_plan(job, recipe) if job.resume else None
+    allocates = began is None and bool(job.budget or (recipe.quant.allocate and items))
+    recipe = began or recipe
+    batches: list[dict[str, Tensor]] = []
+    if items and (job.ptq_only or allocates or heals):
+        batches = listen(items, recipe, pair, heals, say)
+    if heals and batches:
+        heal_student(pair, batches, say)
     if allocates:
         from dqw.budget import OVERHEAD, fit_budget, model_size
 
-        budget = job.budget or model_size(student, recipe.plan(student)) + OVERHEAD
-        recipe = fit_budget(student, recipe, budget, batches, say)
-    quantize_student(student, recipe, say)
+        budget = job.budget or model_size(pair.student, recipe.plan(pair.student)) + OVERHEAD
+        recipe = fit_budget(pair.student, recipe, budget, batches, say)
+    quantize_student(pair.student, recipe, say)
     if job.ptq_only and batches:
-        calibrate_student(student, batches, say)
+        calibrate_student(pair.student, batches, say)
     if not job.ptq_only:
         train(job, recipe, pair, items)
-    folder = save_student(student, pair.processor, job.out, provenance(job, recipe))
+    folder = save_student(pair.student, pair.processor, job.out, provenance(job, recipe))
     if not job.ptq_only:
         finish(job)
     say(f"wrote {folder}: {model_bytes(folder) / 2**20:.1f} MiB without the tokenizer")
     return folder
+
+
+def load_data(job: Job, say: Say) -> list[Item]:
+    """The clips, none without --data. Raises UserError where the job needs some."""
+    from dqw.whisper.data import load_items
+
+    if job.data is None:
+        if not job.ptq_only or job.budget:
+            raise UserError(_NO_DATA)
+        return []
+    items = load_items(job.data, language=job.language)
+    seconds = sum(item.seconds or 0 for item in items)
+    say(f"data: {len(items)} clips, {seconds / 60:.1f} min")
+    return items
+
+
+def lacks_layers(job: Job, pair: Pair) -> bool:
+    """Whether the student was cut from the teacher, and no checkpoint holds it healed."""
+    from dqw.distill.checkpoint import newest
+    from dqw.distill.pair import is_copy
+
+    cut = job.student_layers is not None and not is_copy(pair.student, pair.teacher)
+    return cut and not (job.resume and newest(job.run))
+
+
+def listen(
+    items: list[Item], recipe: Recipe, pair: Pair, heals: bool, say: Say
+) -> list[dict[str, Tensor]]:
+    """Windows of speech to calibrate on, and to heal on."""
+    from dqw.heal import WINDOWS
+    from dqw.speech import calibration_batches
+
+    wanted = max(recipe.distill.calibration_clips, WINDOWS if heals else 0)
+    listening = replace(recipe.distill, calibration_clips=wanted)
+    return calibration_batches(items, replace(recipe, distill=listening), pair, say)
 
 
 def check_output(job: Job) -> None:
