@@ -16,6 +16,7 @@ from whisper_helpers import save_tiny, write_tone
 
 from dqw.budget import model_size
 from dqw.cli import app
+from dqw.probe import Probe
 from dqw.recipe import Recipe
 from dqw.study import STUDIES, lab
 from dqw.study.plot import Axis, Point, dots, figure, lines
@@ -246,9 +247,16 @@ def test_charts_are_xml_and_keep_inside() -> None:
 def test_sensitivity_is_resumable_and_names_layers(
     base: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    out, asked, hear = tmp_path / "out", list[int](), Probe._hear_from
+
+    def noting(probe: Probe, first: int) -> list[torch.Tensor]:
+        asked.append(first)
+        return hear(probe, first)
+
+    monkeypatch.setattr(Probe, "_hear_from", noting)
     code, printed = study("sensitivity", base, speech, out)
     assert code == 0, printed
+    assert asked and asked == sorted(asked)  # states before a layer are had once
     found = rows(out / "sensitivity.csv")
     layer = [r for r in found if r["setting"] == "model.decoder.layers.1.fc1, 3 bits"]
     assert len(layer) == 1 and float(layer[0]["kl"]) > 0 and layer[0]["layer"] == "1"

@@ -20,6 +20,7 @@ from typing import Any
 
 from dqw.bars import Bar, progress_bar
 from dqw.errors import UserError
+from dqw.probe import first_changed
 from dqw.recipe import Recipe
 from dqw.speech import spread
 from dqw.study.lab import Lab, cell_name, forget_checkpoints, with_changes
@@ -257,6 +258,8 @@ def run_cells(lab: Lab, cells: list[tuple[Setting, int]], say: Callable[[str], o
         say(f"{len(cells) - len(todo)} of {len(cells)} cells are there already")
     if not todo:
         return
+    # One after the other where the encoder is changed alike: the states before that layer are kept.
+    todo.sort(key=lambda cell: first_changed(cell[0].layers) or 0)
     with progress_bar("", len(todo), "cells") as bar:
         for setting, seed in todo:
             bar.say(setting.name)
