@@ -1,6 +1,6 @@
 """The console on stderr, and a progress bar on it: what is done, of how many, and the time left.
 
-Lines printed on ``err`` while a bar is shown go above it.
+Lines printed on ``err`` while a bar is shown go above it. Of several processes one is heard.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import Any
 
 from rich.console import Console
 
-err = Console(stderr=True, highlight=False)
+from dqw.processes import is_main
+
+err = Console(stderr=True, highlight=False, quiet=not is_main())
 
 
 class Bar:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dqw.bars import progress_bar
 from dqw.distill.config import check_settings
 from dqw.errors import UserError
+from dqw.processes import agreed, is_main, wait
 from dqw.recipe import Recipe
 from dqw.save import save_student
 from dqw.whisper.report import model_bytes
@@ -76,6 +77,8 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
         if job.data is None:
             raise UserError(_NO_DATA)
         job = replace(job, ptq_only=True)
+    if job.ptq_only and not is_main():
+        return job.out  # no work for several processes
     check_output(job)
     if not job.ptq_only:
         check_settings(recipe.distill, recipe.train)
@@ -97,16 +100,18 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
 
         budget = job.budget or model_size(pair.student, recipe.plan(pair.student)) + OVERHEAD
         recipe = fit_budget(pair.student, recipe, budget, batches, say)
+    recipe = recipe if job.ptq_only else agreed(recipe)
     quantize_student(pair.student, recipe, say)
     if job.ptq_only and batches:
         calibrate_student(pair.student, batches, say)
     if not job.ptq_only:
         train(job, recipe, pair, items)
-    folder = save_student(pair.student, pair.processor, job.out, provenance(job, recipe))
-    if not job.ptq_only:
-        finish(job)
-    say(f"wrote {folder}: {model_bytes(folder) / 2**20:.1f} MiB without the tokenizer")
-    return folder
+    if is_main():
+        save_student(pair.student, pair.processor, job.out, provenance(job, recipe))
+        if not job.ptq_only:
+            finish(job)
+        say(f"wrote {job.out}: {model_bytes(job.out) / 2**20:.1f} MiB without the tokenizer")
+    return job.out
 
 
 def load_data(job: Job, say: Say) -> list[Item]:
@@ -256,16 +261,18 @@ def train(job: Job, recipe: Recipe, pair: Pair, items: list[Item]) -> None:
     run = job.run
     settings = run / _SETTINGS
     wanted = json.dumps(provenance(job, recipe), indent=1, sort_keys=True)
-    if job.resume:
-        if settings.exists() and settings.read_text(encoding="utf-8") != wanted:
-            raise UserError(
-                f"the run in {run} was started with other settings (see {settings.name}): "
-                "resume with those, or remove it."
-            )
-    elif run.exists():
-        shutil.rmtree(run)
-    run.mkdir(parents=True, exist_ok=True)
-    settings.write_text(wanted, encoding="utf-8")
+    if job.resume and settings.exists() and settings.read_text(encoding="utf-8") != wanted:
+        raise UserError(
+            f"the run in {run} was started with other settings (see {settings.name}): "
+            "resume with those, or remove it."
+        )
+    wait()  # all have read what was there
+    if is_main():
+        if run.exists() and not job.resume:
+            shutil.rmtree(run)
+        run.mkdir(parents=True, exist_ok=True)
+        settings.write_text(wanted, encoding="utf-8")
+    wait()
     distill(
         pair.student,
         pair.teacher,

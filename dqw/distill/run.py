@@ -36,6 +36,7 @@ from dqw.distill.states import StatesDataset, keep_states, keeps_states
 from dqw.distill.stepping import seed_step
 from dqw.distill.trainer import DistillTrainer
 from dqw.errors import UserError
+from dqw.processes import is_main
 from dqw.speech import balanced, lowered
 
 CACHED_CLIPS = 2000  # about 1 GB of float16 features at 80 mels
@@ -232,6 +233,8 @@ def _calibrate(
 
 
 def _display(progress: str | Callable[[StepReport], object] | Display) -> Display:
+    if not is_main():
+        return Display()
     if isinstance(progress, Display):
         return progress
     if isinstance(progress, str):

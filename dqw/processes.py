@@ -1,0 +1,46 @@
+"""The processes of one run, as torchrun starts them: one for each GPU, or several on CPUs.
+
+One process alone, the usual case, is the main one, and nothing here costs it anything.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def wait() -> None:
+    """Go on when all processes have come here."""
+    if _several():
+        _joined().wait_for_everyone()
+
+
+def agreed(value: T) -> T:
+    """The main process's ``value``, in all."""
+    if not _several():
+        return value
+    import torch.distributed
+
+    _joined()
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _joined() -> Any:
+    """accelerate's state, which joins the processes (NCCL, or gloo on CPUs) when first made."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())

@@ -1,0 +1,70 @@
+"""`torchrun -m dqw compress`: two processes (gloo, on CPUs) make one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+from whisper_helpers import save_tiny, write_tone
+
+from dqw.cli import app
+from dqw.whisper.checkpoint import load_whisper
+
+RECIPE = "[quant]\nallocate = true\n[train]\nsteps = 2\nlr = 1e-3\nlog_steps = 1\nbatch_size = "
+
+
+def options(folder: Path, out: Path, batch: int) -> list[str]:
+    recipe = folder / f"{batch}.toml"
+    recipe.write_text(f"{RECIPE}{batch}\n")
+    given = ["--teacher", folder / "base", "--student-layers", "1,2", "--recipe", recipe]
+    given += ["--data", folder / "clips" / "manifest.jsonl", "--out", out]
+    return ["compress", *map(str, given)]
+
+
+def log(out: Path) -> list[Any]:
+    lines = (out.with_name(out.name + ".run") / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny(tmp_path / "base")
+    rows = []
+    for number, text in enumerate(["hello", "hello wow", "wow", "hello hello"] * 2):
+        write_tone(tmp_path / "clips" / f"{number}.wav", 0.4 + 0.05 * number)
+        rows.append({"audio": f"{number}.wav", "text": text, "language": "en"})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "clips" / "manifest.jsonl").write_text(lines)
+    return tmp_path
+
+
+def test_two_processes_learn_what_one_does_of_twice_the_batch(folder: Path) -> None:
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dqw"]
+    found = subprocess.run(
+        [sys.executable, *run, *options(folder, folder / "two", 2)],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    for words in ("healed 3 layers", "plan: ", "quantized ", "step 2/2", "wrote "):
+        assert found.stderr.count(words) == 1, (words, found.stderr)
+    load_whisper(folder / "two")
+    result = CliRunner().invoke(app, options(folder, folder / "one", 4))
+    assert result.exit_code == 0, result.output
+    two, one = log(folder / "two"), log(folder / "one")
+    assert [row["step"] for row in two] == [1, 2]
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=0.01)
+    assert two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=0.1)
+
+
+def test_without_training_one_process_does_it_all(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    result = CliRunner().invoke(app, [*options(folder, folder / "out", 2), "--ptq-only"])
+    assert result.exit_code == 0 and not (folder / "out").exists(), result.output
