@@ -80,6 +80,10 @@ Activations = Annotated[
         help="How a packed model multiplies: int8 (faster on a CPU) or float; auto: as it was made."
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(help="cpu, or cuda: float16 on a GPU, for large models and many clips at once."),
+]
 
 
 def main() -> None:
@@ -130,6 +134,7 @@ def transcribe(
     batch_size: BatchSize = 8,
     audio_context: Context = "auto",
     activations: Activations = "auto",
+    device: Device = "cpu",
 ) -> None:
     """Write down what is said in audio files."""
     from dqw.whisper.audio import audio_seconds
@@ -149,7 +154,7 @@ def transcribe(
     from dqw.whisper.writers import TIMED, render
 
     with err.status(f"loading {model}"):
-        engine = open_engine(model, beam_size, activations)
+        engine = open_engine(model, beam_size, activations, device)
     timed = timestamps or any(name in TIMED for name in forms)
     waiting: dict[int, Transcript] = {}
     printed = 0

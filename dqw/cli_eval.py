@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dqw.bars import err, progress_bar
-from dqw.cli import Activations, BatchSize, BeamSize, Context, app, audio_progress
+from dqw.cli import Activations, BatchSize, BeamSize, Context, Device, app, audio_progress
 
 
 @app.command(
@@ -39,6 +39,7 @@ def evaluate(
     batch_size: BatchSize = 8,
     audio_context: Context = "auto",
     activations: Activations = "auto",
+    device: Device = "cpu",
     engine: Annotated[
         str,
         typer.Option(
@@ -77,7 +78,15 @@ def evaluate(
 
     with err.status(f"loading {model}"):
         evaluator = open_evaluator(
-            model, engine, beam_size, batch_size, normalizer, audio_context, activations, teacher
+            model,
+            engine,
+            beam_size,
+            batch_size,
+            normalizer,
+            audio_context,
+            activations,
+            teacher,
+            device,
         )
     size, spelling = evaluator.model_bytes, evaluator.spelling
     with audio_progress(sum(item.seconds or 0 for item in items)) as advance:
@@ -106,7 +115,7 @@ def evaluate(
                     "language": language, "limit": limit, "beam_size": beam_size,
                     "batch_size": batch_size if engine == "dqw" else 1,
                     "audio_context": audio_context if engine == "dqw" else "full",
-                    "activations": activations, "teacher": teacher,
+                    "activations": activations, "device": device, "teacher": teacher,
                     "english_spelling_map": spelling}  # fmt: skip
         figures = {**settings, **_machine(evaluator.package), **result.to_dict()}
         write_atomic(json_file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqw.bars import progress_bar
+from dqw.devices import best_device
 from dqw.distill.config import check_settings
 from dqw.errors import UserError
 from dqw.processes import agreed, is_main, wait
@@ -93,6 +94,8 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     batches: list[dict[str, Tensor]] = []
     if items and (job.ptq_only or allocates or heals):
         batches = listen(items, recipe, pair, heals, say)
+        for model in (pair.teacher, pair.student):
+            model.to(best_device())
     if heals and batches:
         heal_student(pair, batches, say)
     if allocates:

@@ -27,6 +27,7 @@ def save_student(
     from dqw.hf import attach
     from dqw.whisper.checkpoint import file_sha256, quiet_transformers, save_processor
 
+    student.cpu()  # where packing is tested to the last bit
     if not all(m.frozen for m in quant_modules(student).values()):
         freeze(student)
     attach(student, dqw_version=dqw.__version__, made_by=made_by)

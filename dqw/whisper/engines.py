@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dqw.convert import choose_activations
+from dqw.devices import move_to
 from dqw.whisper.checkpoint import load_whisper, quiet_transformers, verify_folder
 from dqw.whisper.context import AudioContext, narrowed
 from dqw.whisper.fast import (
@@ -148,20 +149,23 @@ class NativeEngine:
         return self.pieces.text(tokens)
 
 
-def open_engine(name_or_path: str | Path, beam_size: int = 1, activations: str = "auto") -> Engine:
+def open_engine(
+    name_or_path: str | Path, beam_size: int = 1, activations: str = "auto", device: str = "cpu"
+) -> Engine:
     """The quickest engine for a checkpoint of any kind that ``load_whisper`` knows.
 
     activations: "float" or "int8" for a packed model, "auto": as it was made. Raises UserError as
-    ``load_whisper`` and ``choose_activations`` do, and for a damaged tokenizer.json.
+    ``load_whisper``, ``choose_activations`` and ``move_to`` do, and for a damaged tokenizer.json.
     """
     folder = Path(name_or_path)
-    if beam_size == 1 and folder.is_dir():
+    if beam_size == 1 and folder.is_dir() and device == "cpu":
         native = _open_native(folder)
         if native is not None:
             choose_activations(native.model, activations)
             return native
     model, processor = load_whisper(name_or_path)
     choose_activations(model, activations)
+    move_to(model, device)
     return PlainEngine(model, processor)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dqw.convert import choose_activations
+from dqw.devices import move_to
 from dqw.errors import UserError
 from dqw.whisper.audio import SAMPLE_RATE
 from dqw.whisper.checkpoint import load_whisper
@@ -144,13 +145,15 @@ def open_evaluator(
     audio_context: str = "auto",
     activations: str = "auto",
     teacher: str | None = None,
+    device: str = "cpu",
 ) -> Evaluator:
     """`model` loaded into dqw or one of the RIVALS, which hear clip by clip.
 
     `normalizer`: a normalizer.json, or a folder that has one, in the place of the model's own.
     `audio_context`: as in `transcribe`; for dqw alone. `activations`: as in `open_engine`; for dqw
     and a packed model in transformers. `teacher`: a model to take the divergence from; for dqw.
-    Raises UserError as `load_whisper`, `open_rival`, `read_spelling` and `check_models` do.
+    `device`: as in `move_to`, float32 with a teacher; for dqw. Raises UserError as `load_whisper`,
+    `open_rival`, `read_spelling`, `check_models` and `move_to` do.
     """
     if teacher is not None and engine != "dqw":
         raise UserError(
@@ -175,9 +178,13 @@ def open_evaluator(
             audio_context=audio_context,
         )
         package = "dqw"
+        move_to(whisper, device, exact=teacher is not None)
         if teacher is not None:
             pair = _pair(whisper, processor, teacher)
+            move_to(pair.teacher, device, exact=True)
     else:
+        if device != "cpu":
+            raise UserError(f"--device is for dqw's own engine, not for {engine}: leave one out.")
         kind = "" if activations == "auto" else activations
         if kind and engine != "transformers":
             raise UserError(f"--activations is for packed models, which {engine} does not read.")

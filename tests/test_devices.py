@@ -1,0 +1,87 @@
+"""`--device`: what it says where there is no GPU, and that its path in float16 hears the same.
+
+The second takes the CPU for a GPU, as far as that goes without one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+from whisper_helpers import save_tiny, write_tone
+
+from dqw.cli import app
+from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
+
+
+def dqw(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    save_tiny(tmp_path / "base")
+    out = tmp_path / "packed"
+    assert dqw("compress", "--teacher", tmp_path / "base", "--ptq-only", "--out", out)[0] == 0
+    write_tone(tmp_path / "0.wav")
+    row = {"audio": "0.wav", "text": "hello", "language": "en"}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n")
+    return out
+
+
+def test_without_a_gpu_it_says_so(packed: Path) -> None:
+    heard = ("transcribe", packed.parent / "0.wav", "--model", packed)
+    scored = ("eval", "--data", packed.parent / "manifest.jsonl", "--model", packed)
+    for command in (heard, scored):
+        for device, words in (
+            ("cuda", "no CUDA GPU: leave"),
+            ("gpu", "choose one of cpu, cud"),
+        ):
+            if device == "cuda" and torch.cuda.is_available():
+                continue
+            code, output = dqw(*command, "--device", device)
+            assert code == 1 and words in output and "Traceback" not in output, output
+    code, output = dqw(*scored, "--device", "cuda", "--engine", "transformers")
+    assert code == 1 and "dqw's own engine" in output, output
+
+
+def test_a_gpu_hears_in_float16(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    audio = packed.parent / "0.wav"
+    code, want = dqw("transcribe", audio, "--model", packed, "--language", "en")
+    assert code == 0, want
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("dqw.devices.best_device", lambda: torch.device("cpu"))
+    engine = open_engine(packed, device="cuda")
+    assert isinstance(engine, PlainEngine) and engine.model.dtype == torch.float16
+    assert engine.native() is None and isinstance(open_engine(packed), NativeEngine)
+    code, found = dqw(
+        "transcribe", audio, "--model", packed, "--language", "en", "--device", "cuda"
+    )
+    assert code == 0 and found == want
+    data = packed.parent / "manifest.jsonl"
+    options = ("--teacher", packed.parent / "base", "--device", "cuda")
+    code, output = dqw("eval", "--data", data, "--model", packed, *options)
+    assert code == 0 and "KL" in output, output
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu(packed: Path) -> None:
+    """Compressed with the GPU's help, and heard there: the same words as on the CPU."""
+    base, data, out = (
+        packed.parent / "base",
+        packed.parent / "manifest.jsonl",
+        packed.parent / "out",
+    )
+    options = ("--student-layers", "1,2", "--budget", "1MiB", "--ptq-only", "--data", data)
+    code, output = dqw("compress", "--teacher", base, *options, "--out", out)
+    assert code == 0 and "healed" in output and "plan: " in output, output
+    words = [
+        dqw("transcribe", packed.parent / "0.wav", "--model", out, "--language", "en", *where)
+        for where in ((), ("--device", "cuda"))
+    ]
+    assert words[0] == words[1] and words[0][0] == 0, words
