@@ -81,7 +81,7 @@ def test_on_a_gpu(packed: Path) -> None:
     code, output = dqw("compress", "--teacher", base, *options, "--out", out)
     assert code == 0 and "healed" in output and "plan: " in output, output
     words = [
-        dqw("transcribe", packed.parent / "0.wav", "--model", out, "--language", "en", *where)
+        dqw("transcribe", folder / "0.wav", "--model", out, "--language", "en", *where)
         for where in ((), ("--device", "cuda"))
     ]
     assert words[0] == words[1] and words[0][0] == 0, words
