@@ -72,11 +72,8 @@ def test_a_gpu_hears_in_float16(packed: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu(packed: Path) -> None:
     """Compressed with the GPU's help, and heard there: the same words as on the CPU."""
-    base, data, out = (
-        packed.parent / "base",
-        packed.parent / "manifest.jsonl",
-        packed.parent / "out",
-    )
+    folder = packed.parent
+    base, data, out = folder / "base", folder / "manifest.jsonl", folder / "out"
     options = ("--student-layers", "1,2", "--budget", "1MiB", "--ptq-only", "--data", data)
     code, output = dqw("compress", "--teacher", base, *options, "--out", out)
     assert code == 0 and "healed" in output and "plan: " in output, output
