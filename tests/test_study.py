@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,23 @@ def test_sensitivity_is_resumable_and_names_layers(
     gone.write_text("{}")
     code, printed = study("sensitivity", base, speech, out)
     assert code == 1 and "is damaged" in printed
+
+
+def test_a_cell_is_one_processs_own(base: Path, speech: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    other = out / "cells" / "apot-4-bits-per-row.0.lock"
+    code, printed = study("grids", base, speech, out)
+    assert code == 0 and (out / "grids.html").exists(), printed
+    (out / "grids.html").unlink()
+    other.with_suffix(".json").unlink()
+    with open(other, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, printed = study("grids", base, speech, out)
+        assert code == 0 and "cells are another process's" in printed, printed
+        assert not (out / "grids.html").exists() and not other.with_suffix(".json").exists()
+    code, printed = study("grids", base, speech, out)  # that process was killed
+    assert code == 0 and (out / "grids.html").exists(), printed
+    assert not list((out / "cells").glob("*.lock"))
 
 
 def test_grids_compares_within_bits_and_scales(base: Path, speech: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -219,13 +220,13 @@ class Lab:
             states=self.states,
         )
         if labels.exists():
-            shutil.copy(labels, shared)
+            write_atomic(shared, labels.read_text(encoding="utf-8"))
 
     def _mib(self, model: Any) -> float:
         """Size of the folder without the tokenizer, or of float16; freezes ``model``."""
         if not quant_modules(model):
             return float_bytes(model, {}) / MIB
-        folder = self.out / "runs" / "model"
+        folder = self.out / "runs" / f"model-{os.getpid()}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -1,19 +1,23 @@
 """Runs the cells of a study that are not there yet, and writes its pages.
 
+Several processes may run one study: each takes cells that no other has, the last writes the pages.
+
 OUT/
   study.json             what is measured on what; a rerun with other settings is refused
-  cells/NAME.SEED.json   one finished cell, whole or not there
+  cells/NAME.SEED.json   one finished cell, whole or not there; .lock beside it: being measured
   runs/                  logs of training cells, and checkpoints of the one that runs
   NAME.csv NAME.svg NAME.html
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,7 @@ from dqw.errors import UserError
 from dqw.probe import first_changed
 from dqw.recipe import Recipe
 from dqw.speech import spread
-from dqw.study.lab import Lab, cell_name, forget_checkpoints, with_changes
+from dqw.study.lab import Lab, Say, cell_name, forget_checkpoints, with_changes
 from dqw.study.table import STUDIES, Scope, Setting, Study
 from dqw.whisper.data import Item, load_items
 from dqw.whisper.files import write_atomic
@@ -60,8 +64,9 @@ class Request:
     quick: bool = False
 
 
-def run_study(request: Request, say: Callable[[str], None] = print) -> Path:
-    """Measure what is missing and write the page, whose path is returned.
+def run_study(request: Request, say: Callable[[str], None] = print) -> Path | None:
+    """Measure what is missing and write the page, whose path is returned; None: the other processes
+    that run this study are still measuring, and the last of them will write it.
 
     Raises UserError before any long work where it can be known: an unknown study or recipe, models
     that do not fit, no data, a folder of other settings.
@@ -85,6 +90,10 @@ def run_study(request: Request, say: Callable[[str], None] = print) -> Path:
     seeds = 1 if request.quick else request.seeds
     cells = [(s, seed) for s in settings for seed in range(seeds if s.phases else 1)]
     run_cells(lab, cells, say)
+    left = [cell for cell in cells if not cell_path(request.out, *cell).exists()]
+    if left:
+        say(f"{len(left)} of {len(cells)} cells are another process's, which will write the page")
+        return None
     found = read_cells(request.out, cells)
     page = write_report(request.out, study, settings, found, about, command(request))
     say(f"wrote {page}")
@@ -262,17 +271,43 @@ def run_cells(lab: Lab, cells: list[tuple[Setting, int]], say: Callable[[str], o
     todo.sort(key=lambda cell: first_changed(cell[0].layers) or 0)
     with progress_bar("", len(todo), "cells") as bar:
         for setting, seed in todo:
-            bar.say(setting.name)
-            start = time.monotonic()
-            made = lab.measure(setting, seed, _within(bar, setting.name))
-            row = {"setting": setting.name, "seed": seed, **made}
-            row["seconds"] = round(time.monotonic() - start, 1)
-            write_atomic(cell_path(lab.out, setting, seed), json.dumps(row) + "\n")
-            forget_checkpoints(lab, setting, seed)
+            with claimed(cell_path(lab.out, setting, seed)) as free:
+                if free:
+                    bar.say(setting.name)
+                    row = run_cell(lab, setting, seed, _within(bar, setting.name))
+                    if not setting.layers:
+                        say(one_line(setting, seed, row))
             bar()
-            if not setting.layers:
-                say(one_line(setting, seed, row))
-    shutil.rmtree(lab.states, ignore_errors=True)
+    if all(cell_path(lab.out, *cell).exists() for cell in cells):
+        shutil.rmtree(lab.states, ignore_errors=True)
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether the cell ``path`` is this process's to measure: neither there nor another's. The lock
+    ends with the block, or with the process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield not path.exists()
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
+
+
+def run_cell(lab: Lab, setting: Setting, seed: int, status: Say) -> dict[str, Any]:
+    """Measure one cell and write it."""
+    start = time.monotonic()
+    made = lab.measure(setting, seed, status)
+    row = {"setting": setting.name, "seed": seed, **made}
+    row["seconds"] = round(time.monotonic() - start, 1)
+    write_atomic(cell_path(lab.out, setting, seed), json.dumps(row) + "\n")
+    forget_checkpoints(lab, setting, seed)
+    return row
 
 
 def _within(bar: Bar, name: str) -> Callable[[str], None]:

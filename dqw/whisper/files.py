@@ -21,7 +21,7 @@ def write_atomic(
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(chunks, str):
         chunks = [chunks.encode("utf-8")]
-    partial = path.with_name(path.name + ".part")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # others may write it, too
     digest = hashlib.sha256()
     try:
         with open(partial, "wb") as file:
