@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from dqw import grids, ops
 from dqw.bars import progress_bar
+from dqw.devices import lowered
 from dqw.errors import UserError
 from dqw.fake_quant import least_squares_scale
 from dqw.hf import POSITIONS, sinusoidal_positions
 from dqw.packing import packed_bytes, packed_scale_bytes
 from dqw.probe import Probe, changed, first_changed
 from dqw.recipe import GROUP_SIZES, Override, QuantSpec, Recipe
-from dqw.speech import lowered, spread
+from dqw.speech import spread
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 # Larger groups take fewer scales. Base on lloyd, about 3 bits a weight in all: 2 bits in groups of

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqw.bars import progress_bar
-from dqw.devices import best_device
+from dqw.devices import best_device, lowered
 from dqw.distill.config import check_settings
 from dqw.errors import UserError
 from dqw.processes import agreed, is_main, wait
@@ -204,7 +204,6 @@ def load_models(job: Job, say: Say) -> Pair:
 def heal_student(pair: Pair, batches: list[dict[str, Tensor]], say: Say) -> None:
     """Fit what a cut student lacks into its layers (``dqw.heal``), in place."""
     from dqw.heal import heal
-    from dqw.speech import lowered
 
     start = time.monotonic()
     config = pair.student.config
@@ -247,7 +246,6 @@ def calibrate_student(
 ) -> None:
     """Round with error compensation (``dqw.calibrate``), in place."""
     from dqw.calibrate import calibrate, layer_count
-    from dqw.speech import lowered
 
     start = time.monotonic()
     student.eval()

@@ -1,8 +1,10 @@
-"""Which device a model runs on."""
+"""Which device a model runs on, and how exactly it multiplies there."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dqw.errors import UserError
@@ -20,6 +22,30 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def fast_precision() -> str:
+    """``bf16`` where this machine multiplies it in hardware, else ``float32``."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if has_bf16 else "float32"
+
+
+@contextmanager
+def lowered(model: Any) -> Iterator[None]:
+    """bfloat16 matrix products within the block, where the machine multiplies it in hardware.
+
+    Weights may change within it: autocast's own copies, which would be those of the first use, are
+    switched off.
+    """
+    import torch
+
+    lowers = fast_precision() == "bf16"
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=lowers, cache_enabled=False):
+        yield
 
 
 def move_to(model: Any, device: str, exact: bool = False) -> None:

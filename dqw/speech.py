@@ -6,14 +6,12 @@ the tokens it should give. Clips without a text are labelled by the teacher.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
 from dqw.recipe import Recipe
@@ -120,21 +118,3 @@ def _dataset(
         augment=augment, seed=recipe.train.seed,
     )  # fmt: skip
     return dataset, Collator(pad=encoder.end)
-
-
-@contextlib.contextmanager
-def lowered(model: Any) -> Iterator[None]:
-    """bfloat16 matrix products within the block, where the machine multiplies it in hardware.
-
-    Weights may change within it: autocast's own copies, which would be those of the first use, are
-    switched off.
-    """
-    from dqw.distill.arguments import fast_precision
-
-    with torch.autocast(
-        model.device.type,
-        torch.bfloat16,
-        enabled=fast_precision() == "bf16",
-        cache_enabled=False,
-    ):
-        yield

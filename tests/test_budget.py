@@ -26,12 +26,12 @@ from dqw.budget import (
 )
 from dqw.cli import app
 from dqw.convert import quant_modules
+from dqw.devices import lowered
 from dqw.errors import UserError
 from dqw.hf import packed_state
 from dqw.linear import QuantLinear
 from dqw.probe import Probe, changed, first_changed
 from dqw.recipe import QuantSpec, Recipe
-from dqw.speech import lowered
 from dqw.whisper.checkpoint import load_whisper
 from dqw.whisper.report import model_bytes
 
@@ -165,7 +165,7 @@ def test_another_model_with_the_same_encoder_is_not_asked_what_it_hears(
 
 def test_changed_weights_are_felt_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     # autocast keeps its copies of the weights it has met, unless it is told not to
-    monkeypatch.setattr("dqw.distill.arguments.fast_precision", lambda: "bf16")
+    monkeypatch.setattr("dqw.devices.fast_precision", lambda: "bf16")
     model = make_tiny_whisper(max_source_positions=50)
     layer = model.model.encoder.layers[0].fc1
     with lowered(model):

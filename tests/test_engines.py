@@ -19,8 +19,10 @@ from transformers.models.whisper.modeling_whisper import sinusoids as their_sinu
 from typer.testing import CliRunner
 from whisper_helpers import save_tiny, tiny, voices, write_tone
 
+import dqw
 from dqw.cli import app
 from dqw.errors import UserError
+from dqw.recipe import QuantConfig, Recipe
 from dqw.whisper.checkpoint import load_whisper, save_processor
 from dqw.whisper.decoding import LoopGuard, SuppressTokens, TimestampRules
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
@@ -201,6 +203,25 @@ def test_what_is_not_covered_goes_to_transformers(folder, tmp_path):
         del settings["lang_to_id" if "lang_to_id" in settings else "processor_class"]
         (other / name).write_text(json.dumps(settings))
         assert isinstance(open_engine(other), PlainEngine)
+
+
+@pytest.mark.parametrize("quantizes", [True, False])
+def test_float_layers_of_a_packed_model_multiply_in_bfloat16(quantizes, monkeypatch, tmp_path):
+    """An encoder that stays float, as in the paper. A float model stays exact."""
+    model, processor = tiny(tmp_path)
+    if quantizes:
+        dqw.freeze(dqw.quantize(model, Recipe(QuantConfig(skip=["model.encoder.*"]))))
+    monkeypatch.setattr("dqw.devices.fast_precision", lambda: "bf16")
+    engine, rounds = PlainEngine(model.eval(), processor), []
+    model.model.encoder.register_forward_pre_hook(
+        lambda *_: rounds.append(torch.is_autocast_enabled("cpu"))
+    )
+    features = engine.log_mel.clips(voices(0.5))
+    with torch.inference_mode():
+        states, exact = engine.encode(features), model.get_encoder()(features)[0]
+    assert rounds == [quantizes, False]
+    assert torch.equal(states, exact) == (not quantizes)
+    torch.testing.assert_close(states, exact, rtol=0.05, atol=0.05)
 
 
 @needs_library

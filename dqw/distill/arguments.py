@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import Seq2SeqTrainingArguments
 
+from dqw.devices import fast_precision
 from dqw.distill.config import TrainConfig
 
 
@@ -51,11 +52,3 @@ def total_steps(train: TrainConfig, clips: int, processes: int) -> int:
     batches = math.ceil(clips / (train.batch_size * processes))
     per_epoch = math.ceil(batches / train.accumulate)
     return train.steps or max(math.ceil(train.epochs * per_epoch), 1)
-
-
-def fast_precision() -> str:
-    """`bf16` where this machine multiplies it in hardware, else `float32`."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if has_bf16 else "float32"

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from dqw.calibrate import calibrate, layer_count
+from dqw.devices import lowered
 from dqw.distill import checkpoint as store
 from dqw.distill.arguments import total_steps, training_arguments
 from dqw.distill.callbacks import ReportCallback, cut_log, tensorboard_callback
@@ -37,7 +38,7 @@ from dqw.distill.stepping import seed_step
 from dqw.distill.trainer import DistillTrainer
 from dqw.errors import UserError
 from dqw.processes import is_main
-from dqw.speech import balanced, lowered
+from dqw.speech import balanced
 
 CACHED_CLIPS = 2000  # about 1 GB of float16 features at 80 mels
 

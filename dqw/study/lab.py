@@ -20,11 +20,12 @@ from typing import Any
 from dqw.budget import PROBE, float_bytes, rounded, stored_bytes
 from dqw.calibrate import calibrate
 from dqw.convert import quant_modules, quantize
+from dqw.devices import lowered
 from dqw.distill.pair import Pair, is_copy
 from dqw.probe import Probe, changed, first_changed
 from dqw.recipe import Recipe
 from dqw.save import save_student
-from dqw.speech import calibration_batches, clip_batches, lowered, spread
+from dqw.speech import calibration_batches, clip_batches, spread
 from dqw.study.heard import Heard
 from dqw.study.table import Changes, Setting, layer_spec
 from dqw.whisper.data import Item

@@ -284,10 +284,11 @@ STUDIES = {
             "guidance",
             "Does mutual guidance choose layers better than chance?",
             "Joint training of the decoder, its layers at 3 bits: at 4 there is little to choose "
-            "by. The student lacks layers, as the paper's do: a copy has nothing to learn. The ratio is the share of transformer layers that is quantized; the others stay "
-            "float16, so compare within a ratio. Half of the layers are distilled wherever a rule "
-            "chooses them, all where the distillation loss alone chooses. Reversed: layers far "
-            "from the teacher are quantized, layers that rounding spares are distilled.",
+            "by. The student lacks layers, as the paper's do: a copy has nothing to learn. The "
+            "ratio is the share of transformer layers that is quantized; the others stay float16, "
+            "so compare within a ratio. Half of the layers are distilled wherever a rule chooses "
+            "them, all where the distillation loss alone chooses. Reversed: layers far from the "
+            "teacher are quantized, layers that rounding spares are distilled.",
             _guidance,
             within=("ratio",),
             recipe="decoder",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from dqw.convert import choose_activations
-from dqw.devices import move_to
+from dqw.convert import choose_activations, quant_modules
+from dqw.devices import lowered, move_to
 from dqw.whisper.checkpoint import load_whisper, quiet_transformers, verify_folder
 from dqw.whisper.context import AudioContext, narrowed
 from dqw.whisper.fast import (
@@ -77,6 +78,8 @@ class PlainEngine:
         self.positions: int = model.config.max_target_positions
         self.log_mel = LogMel.of(processor.feature_extractor)
         self.context = AudioContext.of(model.config)
+        # A float model stays exact: others are measured against it.
+        self._rounds = model.device.type == "cpu" and bool(quant_modules(model))
 
     def encode(self, features: Tensor) -> Tensor:
         encoder: Any = self.model.get_encoder()
@@ -84,7 +87,8 @@ class PlainEngine:
         native = fast_encoder(encoder) if self.native() else None
         if native is not None:
             return native(features, bf16=True)
-        with narrowed(encoder, features.shape[-1] // 2):
+        rounding = lowered(encoder) if self._rounds else nullcontext()
+        with rounding, narrowed(encoder, features.shape[-1] // 2):
             return encoder(features.to(self.model.device, self.model.dtype))[0]
 
     def native(self) -> FastDecoder | None:
