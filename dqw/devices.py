@@ -15,11 +15,17 @@ if TYPE_CHECKING:
 DEVICES = ("cpu", "cuda")
 
 
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def best_device() -> torch.device:
     """A GPU, where there is one (this process's own of several), for what takes long."""
     import torch
 
-    if torch.cuda.is_available():
+    if has_gpu():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
 
@@ -57,6 +63,6 @@ def move_to(model: Any, device: str, exact: bool = False) -> None:
         raise UserError(f"the device {device!r} is not known: choose one of {', '.join(DEVICES)}.")
     if device == "cpu":
         return
-    if not torch.cuda.is_available():
+    if not has_gpu():
         raise UserError("torch finds no CUDA GPU: leave out --device, or install a torch for CUDA.")
     model.to(best_device(), None if exact else torch.float16)

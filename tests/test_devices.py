@@ -54,7 +54,8 @@ def test_a_gpu_hears_in_float16(packed: Path, monkeypatch: pytest.MonkeyPatch) -
     audio = packed.parent / "0.wav"
     code, want = dqw("transcribe", audio, "--model", packed, "--language", "en")
     assert code == 0, want
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("dqw.devices.has_gpu", lambda: True)
+    monkeypatch.setattr("dqw.devices.fast_precision", lambda: "float32")  # a GPU's is not asked
     monkeypatch.setattr("dqw.devices.best_device", lambda: torch.device("cpu"))
     engine = open_engine(packed, device="cuda")
     assert isinstance(engine, PlainEngine) and engine.model.dtype == torch.float16
