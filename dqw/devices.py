@@ -16,6 +16,7 @@ DEVICES = ("cpu", "cuda")
 
 
 def has_gpu() -> bool:
+    """Whether torch finds a CUDA GPU."""
     import torch
 
     return torch.cuda.is_available()
@@ -34,7 +35,7 @@ def fast_precision() -> str:
     """``bf16`` where this machine multiplies it in hardware, else ``float32``."""
     import torch
 
-    if torch.cuda.is_available():
+    if has_gpu():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if has_bf16 else "float32"

@@ -40,7 +40,8 @@ def _several() -> bool:
 
 def _joined() -> Any:
     """accelerate's state, which joins the processes (NCCL, or gloo on CPUs) when first made."""
-    import torch
     from accelerate import PartialState
 
-    return PartialState(cpu=not torch.cuda.is_available())
+    from dqw.devices import has_gpu
+
+    return PartialState(cpu=not has_gpu())

@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
-from whisper_helpers import save_tiny, write_tone
+from whisper_helpers import run_dqw, save_speech, save_tiny, write_tone
 
-from dqw.cli import app
 from dqw.convert import quant_modules
 from dqw.whisper.checkpoint import load_whisper
 from dqw.whisper.report import model_bytes
@@ -34,24 +32,11 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Three labelled clips and a manifest."""
-    rows = []
-    for number, text in enumerate(("hello", "hello world", "wow")):
-        write_tone(tmp_path / "clips" / f"{number}.wav", 0.4 + 0.1 * number)
-        rows.append({"audio": f"{number}.wav", "text": text, "language": "en"})
-    manifest = tmp_path / "clips" / "manifest.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return manifest
-
-
-def dqw(*arguments: object) -> tuple[int, str]:
-    """Exit code and everything printed."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
+    return save_speech(tmp_path / "clips", ("hello", "hello world", "wow"))
 
 
 def refused(words: str, *arguments: object) -> None:
-    code, output = dqw("compress", *arguments)
+    code, output = run_dqw("compress", *arguments)
     assert code == 1 and "Traceback" not in output, output
     assert output.strip().splitlines()[-1].startswith("Error: "), output
     assert words in output, output
@@ -59,7 +44,7 @@ def refused(words: str, *arguments: object) -> None:
 
 def test_ptq_writes_a_folder_that_loads(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
-    code, output = dqw("compress", "--teacher", base, "--ptq-only", "--bits", "3", "--out", out)
+    code, output = run_dqw("compress", "--teacher", base, "--ptq-only", "--bits", "3", "--out", out)
     assert code == 0, output
     model, _ = load_whisper(out)
     specs = {name: m.spec for name, m in quant_modules(model).items()}
@@ -83,43 +68,43 @@ def test_the_default_recipe_depends_on_the_student(
         "dqw.compress.compress", lambda job, recipe, say: found.append(recipe.train.freeze_encoder)
     )
     for options in ([], ["--student", str(base)], ["--student-layers", "1,1"], ["--student", "x"]):
-        code, output = dqw("compress", "--teacher", base, "--out", tmp_path / "out", *options)
+        code, output = run_dqw("compress", "--teacher", base, "--out", tmp_path / "out", *options)
         assert code == 0, output
     assert found == [True, True, False, False]
 
 
 def test_joint_training_moves_weights_and_clips(base: Path, data: Path, tmp_path: Path) -> None:
     ptq, out = tmp_path / "ptq", tmp_path / "student"
-    assert dqw("compress", "--teacher", base, "--ptq-only", "--out", ptq)[0] == 0
+    assert run_dqw("compress", "--teacher", base, "--ptq-only", "--out", ptq)[0] == 0
     recipe = tmp_path / "recipe.toml"
     recipe.write_text("[train]\nsteps = 2\nbatch_size = 2\nclip_lr = 0.01\n")
     options = ("--teacher", base, "--data", data, "--out", out, "--recipe", recipe)
-    code, output = dqw("compress", *options)
+    code, output = run_dqw("compress", *options)
     assert code == 0, output
     before, after = (load_whisper(f)[0].model.encoder.layers[0].fc1 for f in (ptq, out))
     assert not torch.equal(before.scale, after.scale)
     assert (tmp_path / "student.run" / "log.jsonl").exists()
-    code, output = dqw("transcribe", data.parent / "0.wav", "--model", out, "--language", "en")
+    code, output = run_dqw("transcribe", data.parent / "0.wav", "--model", out, "--language", "en")
     assert code == 0, output
-    code, output = dqw("eval", "--model", out, "--data", data)
+    code, output = run_dqw("eval", "--model", out, "--data", data)
     assert code == 0 and "%" in output, output
-    code, output = dqw("info", out)
+    code, output = run_dqw("info", out)
     assert code == 0 and "apot 4" in output, output
 
 
 def test_a_cut_student_and_its_own_teacher(base: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "cut"
     arguments = ("--teacher", base, "--data", data, "--student-layers", "1,2", "--out", out)
-    code, output = dqw("compress", *arguments, *FAST)
+    code, output = run_dqw("compress", *arguments, *FAST)
     assert code == 0, output
     model, _ = load_whisper(out)
     assert (len(model.model.encoder.layers), len(model.model.decoder.layers)) == (1, 2)
     assert "healed 3 layers on" in output
     arguments = ("--teacher", base, "--student-layers", "1,2", "--ptq-only")
-    code, output = dqw("compress", *arguments, "--out", tmp_path / "blind")
+    code, output = run_dqw("compress", *arguments, "--out", tmp_path / "blind")
     assert code == 0 and "without --data nothing makes up" in output, output
     arguments = ("--teacher", base, "--data", data, "--student-layers", "2,2", "--ptq-only")
-    code, output = dqw("compress", *arguments, "--out", tmp_path / "whole")
+    code, output = run_dqw("compress", *arguments, "--out", tmp_path / "whole")
     assert code == 0 and "healed" not in output and "makes up" not in output, output
 
 
@@ -139,17 +124,19 @@ def test_the_default_shares_out_its_bytes_and_trains_only_when_asked(
 ) -> None:
     shared, even, trained = tmp_path / "shared", tmp_path / "even", tmp_path / "trained"
     options = ("--teacher", base, "--data", data)
-    code, output = dqw("compress", *options, "--out", shared)
+    code, output = run_dqw("compress", *options, "--out", shared)
     assert code == 0 and "plan: " in output and "step " not in output, output
     assert not shared.with_name("shared.run").exists()
-    assert dqw("compress", "--teacher", base, "--ptq-only", "--out", even)[0] == 0
+    assert run_dqw("compress", "--teacher", base, "--ptq-only", "--out", even)[0] == 0
     bits, uniform = (
         {module.spec.bits for module in quant_modules(load_whisper(folder)[0]).values()}
         for folder in (shared, even)
     )
     assert len(bits) > 2 and uniform == {4, 8}
     assert model_bytes(shared) <= model_bytes(even) + 64 * 1024
-    code, output = dqw("compress", *options, "--out", trained, "--steps", "1", "--batch-size", "2")
+    code, output = run_dqw(
+        "compress", *options, "--out", trained, "--steps", "1", "--batch-size", "2"
+    )
     assert code == 0 and "plan: " in output, output
     assert (tmp_path / "trained.run" / "log.jsonl").exists()
     refused("--data is missing", "--teacher", base, "--out", tmp_path / "none")
@@ -215,14 +202,14 @@ def test_no_space_left_leaves_nothing(
 
 def test_an_edited_or_cut_file_is_noticed(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
-    assert dqw("compress", "--teacher", base, "--ptq-only", "--out", out)[0] == 0
+    assert run_dqw("compress", "--teacher", base, "--ptq-only", "--out", out)[0] == 0
     audio = write_tone(tmp_path / "a.wav")
     weights = out / "model.safetensors"
     good = weights.read_bytes()
     flipped = good[:-9] + bytes([good[-9] ^ 1]) + good[-8:]
     for bad in (flipped, good[: len(good) // 2]):
         weights.write_bytes(bad)
-        code, output = dqw("transcribe", audio, "--model", out)
+        code, output = run_dqw("transcribe", audio, "--model", out)
         assert code == 1 and "Error: " in output and "model.safetensors" in output, output
 
 
@@ -263,7 +250,7 @@ def test_a_killed_compression_resumes_to_the_same_folder(
 def test_the_folder_works_in_pipeline_and_generate(base: Path, tmp_path: Path) -> None:
     """What a user of transformers types, after `import dqw`, in a fresh process."""
     out = tmp_path / "small"
-    assert dqw("compress", "--teacher", base, "--ptq-only", "--out", out)[0] == 0
+    assert run_dqw("compress", "--teacher", base, "--ptq-only", "--out", out)[0] == 0
     audio = write_tone(tmp_path / "a.wav")
     code = (
         "import sys, dqw, soundfile\n"

@@ -5,32 +5,21 @@ The second takes the CPU for a GPU, as far as that goes without one.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
-from whisper_helpers import save_tiny, write_tone
+from whisper_helpers import run_dqw, save_speech, save_tiny
 
-from dqw.cli import app
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
-
-
-def dqw(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
 
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
     save_tiny(tmp_path / "base")
     out = tmp_path / "packed"
-    assert dqw("compress", "--teacher", tmp_path / "base", "--ptq-only", "--out", out)[0] == 0
-    write_tone(tmp_path / "0.wav")
-    row = {"audio": "0.wav", "text": "hello", "language": "en"}
-    (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n")
+    assert run_dqw("compress", "--teacher", tmp_path / "base", "--ptq-only", "--out", out)[0] == 0
+    save_speech(tmp_path, ("hello",))
     return out
 
 
@@ -44,15 +33,15 @@ def test_without_a_gpu_it_says_so(packed: Path) -> None:
         ):
             if device == "cuda" and torch.cuda.is_available():
                 continue
-            code, output = dqw(*command, "--device", device)
+            code, output = run_dqw(*command, "--device", device)
             assert code == 1 and words in output and "Traceback" not in output, output
-    code, output = dqw(*scored, "--device", "cuda", "--engine", "transformers")
+    code, output = run_dqw(*scored, "--device", "cuda", "--engine", "transformers")
     assert code == 1 and "dqw's own engine" in output, output
 
 
 def test_a_gpu_hears_in_float16(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     audio = packed.parent / "0.wav"
-    code, want = dqw("transcribe", audio, "--model", packed, "--language", "en")
+    code, want = run_dqw("transcribe", audio, "--model", packed, "--language", "en")
     assert code == 0, want
     monkeypatch.setattr("dqw.devices.has_gpu", lambda: True)
     monkeypatch.setattr("dqw.devices.fast_precision", lambda: "float32")  # a GPU's is not asked
@@ -60,13 +49,13 @@ def test_a_gpu_hears_in_float16(packed: Path, monkeypatch: pytest.MonkeyPatch) -
     engine = open_engine(packed, device="cuda")
     assert isinstance(engine, PlainEngine) and engine.model.dtype == torch.float16
     assert engine.native() is None and isinstance(open_engine(packed), NativeEngine)
-    code, found = dqw(
+    code, found = run_dqw(
         "transcribe", audio, "--model", packed, "--language", "en", "--device", "cuda"
     )
     assert code == 0 and found == want
     data = packed.parent / "manifest.jsonl"
     options = ("--teacher", packed.parent / "base", "--device", "cuda")
-    code, output = dqw("eval", "--data", data, "--model", packed, *options)
+    code, output = run_dqw("eval", "--data", data, "--model", packed, *options)
     assert code == 0 and "KL" in output, output
 
 
@@ -76,10 +65,10 @@ def test_on_a_gpu(packed: Path) -> None:
     folder = packed.parent
     base, data, out = folder / "base", folder / "manifest.jsonl", folder / "out"
     options = ("--student-layers", "1,2", "--budget", "1MiB", "--ptq-only", "--data", data)
-    code, output = dqw("compress", "--teacher", base, *options, "--out", out)
+    code, output = run_dqw("compress", "--teacher", base, *options, "--out", out)
     assert code == 0 and "healed" in output and "plan: " in output, output
     words = [
-        dqw("transcribe", folder / "0.wav", "--model", out, "--language", "en", *where)
+        run_dqw("transcribe", folder / "0.wav", "--model", out, "--language", "en", *where)
         for where in ((), ("--device", "cuda"))
     ]
     assert words[0] == words[1] and words[0][0] == 0, words

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import WhisperForConditionalGeneration
-from whisper_helpers import save_tiny, write_tone
+from whisper_helpers import save_speech, save_tiny
 
 import dqw
 
@@ -25,12 +24,7 @@ def test_training_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     for name in ("small", "base"):
         save_tiny(tmp_path / "openai" / f"whisper-{name}")
-    rows = []
-    for number, text in enumerate(("hello", "hello wow", "wow", "hello hello")):
-        write_tone(tmp_path / "train" / f"{number}.wav", 0.4 + 0.1 * number)
-        rows.append({"audio": f"{number}.wav", "text": text, "language": "en"})
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "train" / "manifest.jsonl").write_text(lines)
+    save_speech(tmp_path / "train", ("hello", "hello wow", "wow", "hello hello"))
     found = blocks("training.md")
     assert len(found) == 3
     names: dict[str, Any] = {}

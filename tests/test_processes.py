@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
-from whisper_helpers import save_tiny, write_tone
+from whisper_helpers import run_dqw, save_speech, save_tiny
 
-from dqw.cli import app
 from dqw.whisper.checkpoint import load_whisper
 
 RECIPE = "[quant]\nallocate = true\n[train]\nsteps = 2\nlr = 1e-3\nlog_steps = 1\nbatch_size = "
@@ -35,12 +33,7 @@ def log(out: Path) -> list[Any]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save_tiny(tmp_path / "base")
-    rows = []
-    for number, text in enumerate(["hello", "hello wow", "wow", "hello hello"] * 2):
-        write_tone(tmp_path / "clips" / f"{number}.wav", 0.4 + 0.05 * number)
-        rows.append({"audio": f"{number}.wav", "text": text, "language": "en"})
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "clips" / "manifest.jsonl").write_text(lines)
+    save_speech(tmp_path / "clips", ("hello", "hello wow", "wow", "hello hello") * 2, step=0.05)
     return tmp_path
 
 
@@ -54,8 +47,8 @@ def test_two_processes_learn_what_one_does_of_twice_the_batch(folder: Path) -> N
     for words in ("healed 3 layers", "plan: ", "quantized ", "step 2/2", "wrote "):
         assert found.stderr.count(words) == 1, (words, found.stderr)
     load_whisper(folder / "two")
-    result = CliRunner().invoke(app, options(folder, folder / "one", 4))
-    assert result.exit_code == 0, result.output
+    code, printed = run_dqw(*options(folder, folder / "one", 4))
+    assert code == 0, printed
     two, one = log(folder / "two"), log(folder / "one")
     assert [row["step"] for row in two] == [1, 2]
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=0.01)
@@ -66,5 +59,5 @@ def test_without_training_one_process_does_it_all(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    result = CliRunner().invoke(app, [*options(folder, folder / "out", 2), "--ptq-only"])
-    assert result.exit_code == 0 and not (folder / "out").exists(), result.output
+    code, printed = run_dqw(*options(folder, folder / "out", 2), "--ptq-only")
+    assert code == 0 and not (folder / "out").exists(), printed

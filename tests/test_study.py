@@ -8,12 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from speech_helpers import one_thread  # noqa: F401  a fixture
 from typer.testing import CliRunner
-from whisper_helpers import save_tiny, write_tone
+from whisper_helpers import run_dqw, save_speech, save_tiny
 
 from dqw.budget import model_size
 from dqw.cli import app
@@ -23,8 +22,6 @@ from dqw.study import STUDIES, lab
 from dqw.study.plot import Axis, Point, dots, figure, lines
 from dqw.study.sizes import SHAPES, authors_bytes, empty_model, size_table
 from dqw.study.table import Scope
-from dqw.whisper.scoring import clip_counts, score
-from dqw.whisper.stats import Rate, difference, rate, verdict
 
 
 @pytest.fixture
@@ -35,13 +32,8 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def speech(tmp_path: Path) -> Path:
     """Four labelled clips in two languages and a manifest."""
-    rows = []
-    for number, text in enumerate(("hello", "hello wow", "wow", "hello hello")):
-        write_tone(tmp_path / "clips" / f"{number}.wav", 0.4 + 0.1 * number)
-        rows.append({"audio": f"{number}.wav", "text": text, "language": ("en", "ja")[number % 2]})
-    manifest = tmp_path / "clips" / "manifest.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return manifest
+    texts = ("hello", "hello wow", "wow", "hello hello")
+    return save_speech(tmp_path / "clips", texts, ("en", "ja"))
 
 
 @pytest.fixture(autouse=True)
@@ -53,86 +45,12 @@ def small_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
 def study(name: str, base: Path, speech: Path, out: Path, *more: object) -> tuple[int, str]:
     """Exit code and everything printed."""
     given = ["--model", base, "--data", speech, "--eval-data", speech, "--out", out, "--quick"]
-    result = CliRunner().invoke(app, ["study", name, *map(str, given), *map(str, more)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output
+    return run_dqw("study", name, *given, *more)
 
 
 def rows(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def cell(kl: list[tuple[float, int]], clips: list[tuple[str, int, int]] = [], seed: int = 0):  # noqa: B006
-    return {"setting": "x", "seed": seed, "kl": kl, "clips": clips}
-
-
-# ---------------------------------------------------------------- statistics
-
-
-def test_a_difference_within_its_interval_is_a_tie() -> None:
-    dice = np.random.default_rng(1)
-    noise = dice.normal(1.0, 0.5, 60)
-    same = rate([cell([(v, 10) for v in noise])], "KL")
-    near = rate([cell([(v + e, 10) for v, e in zip(noise, dice.normal(0, 0.1, 60))])], "KL")
-    far = rate([cell([(v + 0.1, 10) for v in noise])], "KL")
-    assert same and near and far
-    assert difference(near, same).tie
-    # Far is beyond by less than the rates' own intervals: it is the pairing that tells.
-    gap = difference(far, same)
-    assert not gap.tie and gap.value == pytest.approx(0.01)
-    assert far.value < same.interval[1]
-    assert not difference(same, far).tie and difference(same, far).value < 0
-    best, ties, worse = verdict({"same": same, "far": far, "again": same})
-    assert (best, ties, worse) == ("same", ["again"], ["far"])
-
-
-def test_rates_are_of_the_whole_corpus_and_know_words_from_characters() -> None:
-    clips = [("en", 1, 4), ("en", 0, 16), ("ja", 3, 6), ("en", 9, 0)]
-    words = rate([cell([(0.5, 1)], clips)], "WER")
-    assert words and words.value == 0.05 and words.units == 20
-    characters = rate([cell([(0.5, 1)], clips)], "CER", "ja")
-    assert characters and characters.value == 0.5
-    assert rate([cell([(0.5, 1)], clips)], "CER", "zh") is None
-
-
-def test_seeds_widen_the_interval() -> None:
-    kl = [(float(v), 10) for v in np.random.default_rng(0).normal(5, 1, 40)]
-    other = [(v + 4, n) for v, n in kl]
-    one = rate([cell(kl)], "KL")
-    two = rate([cell(kl), cell(other, seed=1)], "KL")
-    assert one and two and two.value == pytest.approx(one.value + 0.2)
-    width = [high - low for low, high in (one.interval, two.interval)]
-    assert width[1] > 2 * width[0]
-
-
-def test_seeds_are_paired_and_their_interval_is_students() -> None:
-    """Seeds move both settings alike; what is left is as sure as three values make it."""
-    kl = np.full((40, 1), 50.0)  # no clip differs, so that seeds alone count
-
-    def three(*values: float) -> Rate:
-        cells = [cell([(float(k) * v, 10) for k in kl[:, 0]], seed=i) for i, v in enumerate(values)]
-        found = rate(cells, "KL")
-        assert found is not None
-        return found
-
-    first, second = three(0.9, 1.0, 1.4), three(1.0, 1.11, 1.5)
-    gap = difference(first, second)
-    assert not gap.tie and gap.value == pytest.approx(-0.5167, abs=1e-3)
-    assert first.interval[1] > second.value  # alone they overlap
-    deviations = np.array([-0.5, -0.55, -0.5])
-    student = 4.303 * deviations.std(ddof=1) / np.sqrt(3)
-    half = (gap.high - gap.low) / 2
-    assert 0.9 * student < half < 1.4 * student
-    assert difference(three(1.0, 1.0, 1.0), three(1.3, 1.02, 1.01)).tie
-
-
-def test_clip_counts_are_what_score_adds_up() -> None:
-    texts, heard, codes = ["a b c", "d e"], ["a x c", "d e f"], ["en", "en"]
-    counts = clip_counts(texts, heard, codes)
-    total = score(texts, heard, codes).wer
-    assert total and total.errors == sum(int(row[:3].sum()) for row in counts) == 2
-    assert [int(row[3]) for row in counts] == [3, 2]
 
 
 # ---------------------------------------------------------------- sizes

@@ -1,9 +1,11 @@
-"""A tiny Whisper with a real tokenizer, audio made of tones, and a writer of CTranslate2 files."""
+"""A tiny Whisper with a real tokenizer, speech made of tones, the command line, and a writer of
+CTranslate2 files."""
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ import torch
 from conftest import make_tiny_whisper
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration, WhisperProcessor
+from typer.testing import CliRunner
 
+from dqw.cli import app
 from dqw.whisper.tokenizer import load_tokenizer, prompt_ids
 
 LANGUAGES = ("en", "de", "ja")
@@ -88,6 +92,28 @@ def save_tiny(folder: Path) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def save_speech(
+    folder: Path, texts: Sequence[str], languages: Sequence[str] = ("en",), step: float = 0.1
+) -> Path:
+    """Labelled tones from 0.4 s on, each ``step`` seconds longer, the languages in turn; returns
+    their manifest."""
+    rows = []
+    for number, text in enumerate(texts):
+        write_tone(folder / f"{number}.wav", 0.4 + step * number)
+        language = languages[number % len(languages)]
+        rows.append({"audio": f"{number}.wav", "text": text, "language": language})
+    manifest = folder / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifest
+
+
+def run_dqw(*arguments: object) -> tuple[int, str]:
+    """`dqw` in this process: exit code and everything printed."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
 
 
 # ------------------------------------------------------------------ CTranslate2

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
 from transformers import Seq2SeqTrainingArguments
 
-from dqw.devices import fast_precision
+from dqw.devices import fast_precision, has_gpu
 from dqw.distill.config import TrainConfig
 
 
@@ -32,10 +31,10 @@ def training_arguments(
         logging_first_step=True,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not has_gpu(),
         seed=train.seed,
         dataloader_num_workers=train.workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=has_gpu(),
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=needs_unused,

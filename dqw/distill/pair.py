@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dqw.devices import has_gpu
 from dqw.distill.config import DistillConfig, TrainConfig
 from dqw.errors import UserError
 from dqw.whisper.context import AudioContext
@@ -73,7 +74,7 @@ def settle(student: Any, teacher: Any, config: DistillConfig, train: TrainConfig
     """Dtypes, what is frozen, and what the student's config says of its audio context."""
     # A fake-quantized student learns in float32; autocast lowers what may be lowered.
     student.float()
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = not has_gpu()
     dtype = (
         teacher.dtype if config.teacher_dtype == "keep" else getattr(torch, config.teacher_dtype)
     )
