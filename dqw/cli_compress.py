@@ -93,6 +93,7 @@ def compress(
     from dqw.compress import Job
     from dqw.compress import compress as run
     from dqw.heap import keep_freed_memory
+    from dqw.processes import leave
     from dqw.whisper.student import parse_layers
 
     # What default does is not enough for a student that is no copy.
@@ -129,6 +130,7 @@ def compress(
     )
     keep_freed_memory()
     run(job, chosen, lambda line: err.print(line))
+    leave()
 
 
 @app.command(epilog="Example: dqw demo --out runs/demo")

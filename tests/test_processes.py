@@ -17,6 +17,25 @@ from dqw.whisper.checkpoint import load_whisper
 RECIPE = "[quant]\nallocate = true\n[train]\nsteps = 2\nlr = 1e-3\nlog_steps = 1\nbatch_size = "
 
 
+AGREE = """
+import os, sys
+from dqw.processes import agreed, leave
+value = agreed(os.environ["RANK"])
+left = "leave" in sys.argv and leave()
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+os.write(1, f"{value} {sum('gloo' in name for name in names)} threads\\n".encode())
+os._exit(0)
+"""
+
+
+def torchrun(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, args)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *run], capture_output=True, text=True, env=env, timeout=200
+    )
+
+
 def options(folder: Path, out: Path, batch: int) -> list[str]:
     recipe = folder / f"{batch}.toml"
     recipe.write_text(f"{RECIPE}{batch}\n")
@@ -38,11 +57,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_two_processes_learn_what_one_does_of_twice_the_batch(folder: Path) -> None:
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dqw"]
-    found = subprocess.run(
-        [sys.executable, *run, *options(folder, folder / "two", 2)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200,
-    )  # fmt: skip
+    found = torchrun("-m", "dqw", *options(folder, folder / "two", 2))
     assert found.returncode == 0, found.stderr
     for words in ("healed 3 layers", "plan: ", "quantized ", "step 2/2", "wrote "):
         assert found.stderr.count(words) == 1, (words, found.stderr)
@@ -61,3 +76,12 @@ def test_without_training_one_process_does_it_all(
     monkeypatch.setenv("RANK", "1")
     code, printed = run_dqw(*options(folder, folder / "out", 2), "--ptq-only")
     assert code == 0 and not (folder / "out").exists(), printed
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed by Linux")
+def test_leaving_ends_the_threads_of_the_group(tmp_path: Path) -> None:
+    script = tmp_path / "agree.py"
+    script.write_text(AGREE)
+    staying, left = (torchrun(script, *how) for how in ((), ("leave",)))
+    assert len(staying.stdout.splitlines()) == 2 and " 0 threads" not in staying.stdout
+    assert left.stdout.splitlines() == ["0 0 threads"] * 2, left.stderr
