@@ -109,7 +109,7 @@ def main(
 
     Example: python -m bench --op quant_linear --bits 4 --quick
     """
-    from bench import options, runner, table
+    from bench import cuda, options, runner, table
     from bench import plot as plotting
     from bench import rows as written
     from bench.base import Base
@@ -168,14 +168,16 @@ def main(
     skipped: dict[str, str] = {}
     with err.status("") as status, other as built:
         for name in checked.ops:
-            rows = runner.run(name, checked, built, skipped, status.update)
-            table.print_rows(console, name, rows)
-            found += rows
+            before = len(found)
+            for rows in runner.run(name, checked, built, skipped, status.update):
+                found += rows
+                if json_file:  # at every shape: a run that is cut off has lost nothing
+                    machine = facts | {"not_graphed": cuda.not_graphed}
+                    written.write_json(json_file, machine, found, skipped)
+                if csv_file:
+                    written.write_csv(csv_file, found)
+            table.print_rows(console, name, found[before:])
     table.print_skipped(console, skipped)
-    if json_file:
-        written.write_json(json_file, facts, found, skipped)
-    if csv_file:
-        written.write_csv(csv_file, found)
     if plot:
         plotting.draw(plot, found, facts["ceilings"])
 

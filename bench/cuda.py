@@ -1,11 +1,13 @@
 """What is different on a GPU: clocks, graphs, caches, ceilings, and the packages to compare with.
 
 A call is timed inside a CUDA graph of at least 20 calls, between two events, so that neither Python
-nor launches from it are measured; a call that no graph can hold is timed one after the other and
-named in ``not_graphed``. With --cold the graph goes round copies of the weights that exceed the L2
-cache by half; without it the weights stay where they were, in L2 if they fit.
+nor launches from it are measured; a call that waits for the GPU, which no graph can hold, is timed
+one after the other and named in ``not_graphed``. With --cold the graph goes round copies of the
+weights that exceed the L2 cache by half; without it the weights stay where they were, in L2 if they
+fit.
 """
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -19,13 +21,17 @@ from bench.timing import Call, Candidate
 Data = tuple[Tensor, Tensor]
 GROUP = 64
 IN_A_GRAPH = 20
-not_graphed: set[str] = set()
+not_graphed: dict[str, str] = {}  # call → why
 
 
-def candidate(call: Call) -> Candidate:
+def candidate(call: Call, name: str = "a call", graphed: bool = True) -> Candidate:
     """repeats → seconds of so many calls, by events around replays of a graph."""
-    count = max(getattr(call, "copies", 1), IN_A_GRAPH)
-    aside = torch.cuda.Stream()
+    if not graphed:  # not tried: torch 2.11 leaks memory where a capture fails
+        not_graphed[name] = "it waits for the GPU"
+        return timed(call, 1)
+    copies = getattr(call, "copies", 1)
+    count = copies * -(-IN_A_GRAPH // copies)  # whole rounds: each copy is as cold as the others
+    before, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     try:
         with torch.cuda.stream(aside):  # what compiles or allocates does so before the capture
             for _ in range(3):
@@ -36,8 +42,9 @@ def candidate(call: Call) -> Candidate:
             for _ in range(count):
                 call()
     except Exception as error:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own
         torch.cuda.synchronize()
-        not_graphed.add((str(error).splitlines() or [type(error).__name__])[0][:120])
+        not_graphed[name] = (str(error).splitlines() or [type(error).__name__])[0][:120]
         return timed(call, 1)
     return timed(graph.replay, count)
 
@@ -72,7 +79,7 @@ def matmul_gops(kind: str, size: int = 8192) -> float:
     a = torch.randn(size, size, device="cuda")
     if kind == "int8":
         q = a.to(torch.int8)
-        run = candidate(lambda: torch._int_mm(q, q))
+        run = candidate(lambda: torch._int_mm(q, q.t()))  # the layout that cuBLAS is fast in
     else:
         b = a.to(getattr(torch, kind))
         run = candidate(lambda: b @ b)
@@ -114,8 +121,8 @@ def tinygemm(p: Problem, data: Data) -> tuple[Builder, int]:
     xb, sb = x.bfloat16(), scales.bfloat16()
 
     def make() -> Call:
-        own = packed.clone()
-        return lambda: torch._weight_int4pack_mm(xb, own, GROUP, sb)
+        own, own_scales = packed.clone(), sb.clone()
+        return lambda: torch._weight_int4pack_mm(xb, own, GROUP, own_scales)
 
     return make, p.N * p.K // 2 + sb.numel() * 2
 
@@ -127,8 +134,9 @@ def bitsandbytes_nf4(p: Problem, data: Data) -> tuple[Builder, int]:
     packed, state = bnb.functional.quantize_4bit(w, blocksize=GROUP, quant_type="nf4")
 
     def make() -> Call:
-        own = packed.clone()
-        return lambda: bnb.matmul_4bit(x, own.t(), quant_state=state)
+        own, own_state = packed.clone(), copy.copy(state)
+        own_state.absmax = state.absmax.clone()
+        return lambda: bnb.matmul_4bit(x, own.t(), quant_state=own_state)
 
     return make, p.N * p.K // 2 + p.N * p.K // GROUP * 4
 

@@ -28,6 +28,7 @@ class Peer:
     """``build(problem, data)`` → (builder of calls, bytes of one call's weights).
 
     ``not_cold``: why copies of its weights would measure something else; empty if they do not.
+    ``waits``: on a GPU, for a value of a tensor, so that no CUDA graph holds it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Peer:
     needs: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu",)
     not_cold: str = ""
+    waits: bool = False
 
     def missing(self) -> str:
         """Why this peer is skipped everywhere here; empty if it is not."""
@@ -133,7 +135,9 @@ def fake_quantizer(
 
 
 def per_channel_affine(p: Problem, x: Tensor, scale: Tensor, top: int) -> Tensor:
-    zeros = torch.zeros(p.N, dtype=torch.int32, device=x.device)
+    # Integer zero points are checked, by their values: a GPU would be waited for.
+    dtype = torch.float32 if x.is_cuda else torch.int32
+    zeros = torch.zeros(p.N, dtype=dtype, device=x.device)
     return torch.fake_quantize_per_channel_affine(x, scale.detach().flatten(), zeros, 0, -top, top)
 
 
@@ -208,7 +212,12 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     ),
     "fake_quant": (
         Peer("torch-per-channel", fake_quantizer(per_channel_affine, True), devices=BOTH),
-        Peer("torch-learnable", fake_quantizer(learnable_per_channel_affine), devices=BOTH),
+        Peer(
+            "torch-learnable",
+            fake_quantizer(learnable_per_channel_affine),
+            devices=BOTH,
+            waits=True,
+        ),
         Peer("torchao", packages.torchao_fake_quant, ("torchao",)),
         Peer("argmin", argmin, devices=BOTH),
     ),

@@ -1,6 +1,6 @@
 """Every row of an operator: candidates and peers built, timed in turns, put under their roof."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from bench import ceilings, embedding, fake_quant, quant_linear, timing, train_step
@@ -21,17 +21,18 @@ Skipped = dict[str, str]  # peer → why
 Report = Callable[[str], None]
 
 
-def run(op: str, o: Options, base: Base | None, skipped: Skipped, report: Report) -> list[Row]:
-    """All rows of ``op``. Peers that cannot run are named in ``skipped``, once each."""
+def run(
+    op: str, o: Options, base: Base | None, skipped: Skipped, report: Report
+) -> Iterator[list[Row]]:
+    """The rows of ``op``, some at a time. Peers that cannot run are named in ``skipped``, once."""
     if op == "train_step":
-        return train_step.run(o, report)
+        yield train_step.run(o, report)
+        return
     module = MODULES[op]
-    rows = []
     for shape in shapes_of(module, o):
         for problems in module.groups(shape, o):
             report(f"{op} {' × '.join(map(str, shape))} {problems[0].variant}")
-            rows += run_group(module, problems, o, base, skipped)
-    return rows
+            yield run_group(module, problems, o, base, skipped)
 
 
 def shapes_of(module: ModuleType, o: Options) -> tuple[Shape, ...]:
@@ -48,17 +49,18 @@ def run_group(
     calls: dict[str, timing.Call] = {}
     candidates: dict[str, timing.Candidate] = {}
     peers = []
+    waiting = [peer.name for peer in PEERS[first.op] if peer.waits]
     for name, call in peer_calls(module, first, o, skipped).items():
-        candidates[name] = timing.local(call, o.device)
+        candidates[name] = timing.local(call, o.device, name, name not in waiting)
         peers.append(name)
     if first.op == "fake_quant":
         size = first.N * first.K * 4
         call = timing.rotated(lambda: fake_quant.copy(first), size, o.cold)
-        candidates[COPY] = timing.local(call, o.device)
+        candidates[COPY] = timing.local(call, o.device, COPY)
     for i, problem in enumerate(problems):
         maker, size = build(problem)
         calls[str(i)] = timing.rotated(maker, size, o.cold)
-        candidates[f"dqw {i}"] = timing.local(calls[str(i)], o.device)
+        candidates[f"dqw {i}"] = timing.local(calls[str(i)], o.device, f"dqw {problem.label}")
         if base:
             candidates[f"base {i}"] = base.candidate(problem, o.cold)
     timings = timing.time_interleaved(candidates, o.quick)

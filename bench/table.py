@@ -82,8 +82,8 @@ def print_header(console: Console, facts: dict) -> None:
 
 
 def print_skipped(console: Console, skipped: dict[str, str]) -> None:
-    for why in sorted(cuda.not_graphed):
-        console.print(Text(f"timed without a CUDA graph: {why}", "yellow"))
+    for name, why in cuda.not_graphed.items():
+        console.print(Text(f"timed without a CUDA graph: {name}, {why}", "yellow"))
     for name, why in skipped.items():
         console.print(Text(f"skipped {name}: {why}", "yellow"))
 

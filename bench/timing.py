@@ -32,11 +32,12 @@ class Timing:
     p80: float
 
 
-def local(call: Call, device: str = "cpu") -> Candidate:
+def local(call: Call, device: str = "cpu", name: str = "a call", graphed: bool = True) -> Candidate:
+    """``graphed``: on a GPU, whether a CUDA graph can hold the call."""
     if device == "cuda":
         from bench.cuda import candidate
 
-        return candidate(call)
+        return candidate(call, name, graphed)
 
     def run(repeats: int) -> float:
         synchronize(device)

@@ -38,7 +38,11 @@ def run_shape(shape: Shape, bits: int, o: Options) -> list[Row]:
     peers = ["torch-float32"] if o.wants("torch-float32") else []
     if peers:
         calls["torch-float32"] = step(student, problems[0])
-    candidates = {name: timing.local(call, o.device) for name, call in calls.items()}
+    # No graph: AdamW counts its steps on the CPU.
+    candidates = {
+        name: timing.local(call, o.device, f"train_step {name}", graphed=False)
+        for name, call in calls.items()
+    }
     timings = timing.time_interleaved(candidates, o.quick, rounds=3 if o.quick else 5)
     rows = []
     for p in problems:

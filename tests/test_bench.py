@@ -178,7 +178,8 @@ def test_a_peer_that_fails_is_named_and_the_rest_go_on(monkeypatch) -> None:
     monkeypatch.setitem(peers.PEERS, "quant_linear", group)
     skipped: dict[str, str] = {}
     asked = options.Options(shapes=((1, 64, 64),), quick=True)
-    found = runner.run("quant_linear", asked, None, skipped, lambda text: None)
+    parts = runner.run("quant_linear", asked, None, skipped, lambda text: None)
+    found = [row for part in parts for row in part]
     assert "no such kernel" in skipped["broken"]
     assert all("torch-float32" in row.peers for row in found)
 
@@ -336,7 +337,7 @@ def test_calls_in_a_graph_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for CUDA whose calls take 2 ms each: seconds are of the repeats asked for."""
     from bench import cuda
 
-    clock, graphs = [0.0], []
+    clock, graphs, streams = [0.0], [], []
 
     def call() -> None:
         clock[0] += 2.0
@@ -367,6 +368,7 @@ def test_calls_in_a_graph_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, stub in {
         "Event": Event, "CUDAGraph": Graph, "graph": capture, "Stream": object,
         "stream": lambda s: contextlib.nullcontext(), "synchronize": lambda: None,
+        "current_stream": lambda: "before", "set_stream": streams.append,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, stub, raising=False)
     run = cuda.candidate(call)
@@ -374,8 +376,10 @@ def test_calls_in_a_graph_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     for repeats in (1, 20, 50):
         assert run(repeats) == pytest.approx(repeats * 2e-3)
     graphs.clear()
-    call.copies = 33  # type: ignore[attr-defined]
-    assert cuda.candidate(call)(1) == pytest.approx(2e-3) and graphs == [33]
+    for copies, calls in ((33, 33), (6, 24)):  # whole rounds of them
+        graphs.clear()
+        call.copies = copies  # type: ignore[attr-defined]
+        assert cuda.candidate(call)(1) == pytest.approx(2e-3) and graphs == [calls]
 
     def stubborn() -> None:
         if graphs:
@@ -389,6 +393,8 @@ def test_calls_in_a_graph_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     graphs.clear()
-    assert cuda.candidate(stubborn)(5) == pytest.approx(10e-3)
-    assert "synchronizes" in cuda.not_graphed
+    assert cuda.candidate(stubborn, "stubborn")(5) == pytest.approx(10e-3)
+    assert streams == ["before"]  # not the one that the capture began on
+    assert cuda.candidate(call, "waiting", graphed=False)(5) == pytest.approx(10e-3)
+    assert cuda.not_graphed == {"stubborn": "synchronizes", "waiting": "it waits for the GPU"}
     cuda.not_graphed.clear()

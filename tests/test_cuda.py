@@ -12,10 +12,15 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dqw
-from dqw import grids, ops
+from dqw import grids, ops, ops_cuda, reference
 from dqw.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def test_the_kernels_serve() -> None:
+    """Else all the others would pass on the PyTorch reference."""
+    assert not ops_cuda.reason and not ops_cuda.gemv_reason, ops_cuda.gemv_reason
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -23,10 +28,53 @@ def test_case(case: str) -> None:
     CASES[case]("cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("group", [0, 16, 32, 64, 128])
+def test_case_gemv(group: int, dtype: torch.dtype) -> None:
+    """CUDA C++: rows of the identity give the exact weights of three matrices, rounded once."""
+    rows, cols = [24, 9, 51], 200
+    for bits in range(2, 9 if dtype == torch.float16 else 7):
+        levels = grids.levels("apot", bits)
+        weights = [random_weight(n, cols, bits, levels)[0] for n in rows]
+        scales = [random_scale(n, cols, str(group) if group else "channel")[0] for n in rows]
+        scales = [s.half() if group else s for s in scales]
+        w = [
+            reference.dequantize(w, s, levels, n, cols, bits, group)
+            for w, s, n in zip(weights, scales, rows, strict=True)
+        ]
+        weights, scales = [t.cuda() for t in weights], [t.cuda() for t in scales]
+        for start in (12, 44, 60, 192):
+            x = torch.eye(cols, dtype=dtype)[start : start + 8].cuda()
+            assert ops_cuda.gemv_serves(x, weights, scales, bits, group)
+            found = ops.quant_linears(
+                x, weights, scales, levels.cuda(), [None] * 3, rows, bits, group, False
+            )
+            for y, exact in zip(found, w, strict=True):
+                assert torch.equal(y.cpu(), exact.T[start : start + 8].to(dtype))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("m", [1, 5, 8])
+def test_case_gemv_error(m: int, gelu: bool) -> None:
+    """At most twice the error of the plain computation in float16, with bias and GELU."""
+    x, weight, scale, levels, bias, rows, bits, group, _ = arguments(
+        4, "64", False, m, torch.float16
+    )
+    w = reference.dequantize(weight.cpu(), scale.cpu(), levels.cpu(), rows, 192, bits, group)
+    (y,) = ops.quant_linears(x, [weight], [scale], levels, [bias], [rows], bits, group, gelu)
+    exact = x.cpu().double() @ w.double().T + bias.cpu().double()
+    plain = torch.nn.functional.linear(x, w.cuda().half(), bias)
+    if gelu:
+        exact, plain = (torch.nn.functional.gelu(t) for t in (exact, plain))
+    off, allowed = ((t.cpu() - exact).abs().max() for t in (y, plain))
+    assert off <= 2 * allowed + torch.finfo(torch.float16).eps * exact.abs().max() / 2
+
+
 def arguments(bits: int, granularity: str, int8: bool, m: int, dtype: torch.dtype) -> tuple:
     levels = grids.levels("apot", bits)
     weight, _ = random_weight(64, 192, bits, levels)
     scale, group = random_scale(64, 192, granularity, 0.1)
+    scale = scale.half() if group else scale  # as frozen modules have them on a GPU
     x, bias = torch.randn(m, 192).to(dtype), torch.randn(64).to(dtype)
     tensors = [t.cuda() for t in (x, weight, scale, levels, bias)]
     return (*tensors, 64, bits, group, int8)
@@ -78,10 +126,10 @@ def test_a_whisper_on_the_gpu_says_what_it_says_on_the_cpu(dtype: torch.dtype) -
         want = model(input_features=features, decoder_input_ids=ids).logits
         moved = model.to("cuda", dtype)
         got = moved(input_features=features.cuda().to(dtype), decoder_input_ids=ids.cuda()).logits
+        assert (got.float().cpu() - want).abs().max() < 0.05 * want.abs().max()
         static = moved.generate(
             features.cuda().to(dtype), max_new_tokens=8, cache_implementation="static"
         )
-    assert (got.float().cpu() - want).abs().max() < 0.05 * want.abs().max()
     assert static.shape[0] == 1
 
 

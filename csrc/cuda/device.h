@@ -60,6 +60,7 @@ __device__ inline V load_again(const V* p) {
 
 // sum += A B of m16n8k16, float32. a0 a2: of row r of A columns 2t, 2t+1 and 2t+8, 2t+9; b0 b1:
 // the same of column r of B; sum: row r, columns 2t and 2t+1. Rows 8 to 15 of A are zero.
+// volatile: all threads of a warp must come here together, so no copy of it may go down a branch.
 template <typename T>
 __device__ inline void multiply(float sum[2], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1);
 
@@ -68,11 +69,11 @@ __device__ inline void multiply(float sum[2], uint32_t a0, uint32_t a2, uint32_t
     __device__ inline void multiply<T>(float sum[2], uint32_t a0, uint32_t a2, uint32_t b0, \
                                        uint32_t b1) {                                       \
         float unused[2] = {0, 0};                                                           \
-        asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                          \
-            ".f32 "                                                                         \
-            "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"               \
-            : "+f"(sum[0]), "+f"(sum[1]), "+f"(unused[0]), "+f"(unused[1])                  \
-            : "r"(a0), "r"(0), "r"(a2), "r"(0), "r"(b0), "r"(b1));                          \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
+                     ".f32 "                                                                \
+                     "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"      \
+                     : "+f"(sum[0]), "+f"(sum[1]), "+f"(unused[0]), "+f"(unused[1])         \
+                     : "r"(a0), "r"(0), "r"(a2), "r"(0), "r"(b0), "r"(b1));                 \
     }
 DQW_MULTIPLY(__half, "f16")
 DQW_MULTIPLY(__nv_bfloat16, "bf16")

@@ -34,6 +34,10 @@ Matrix matrix_of(const Tensor& x, const Tensor& weight, const Tensor& scale, con
                  int64_t rows, int64_t bits, int64_t group, const Tensor& y) {
     const int64_t cols = x.size(1), groups = group ? (cols + group - 1) / group : 1;
     const bool per_tensor = group == 0 && scale.size(0) == 1;
+    const auto here = x.get_device_index();
+    DQW_CHECK(weight.get_device_index() == here && scale.get_device_index() == here &&
+                  bias.get_device_index() == here,
+              "weight, scale and bias must be on the device of x: move the model to it");
     DQW_CHECK(weight.is_contiguous() && weight.numel() == rows * ((cols + 63) / 64) * 8 * bits,
               "packed weight has the wrong size");
     DQW_CHECK(divides(weight.const_data_ptr(), 16), "packed weight must be aligned to 16 bytes");
@@ -68,6 +72,8 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     DQW_CHECK(levels.numel() == int64_t{1} << bits && levels.is_contiguous() &&
                   levels.scalar_type() == ScalarType::Short,
               "levels must be int16 of 2^bits entries");
+    DQW_CHECK(levels.get_device_index() == x.get_device_index(),
+              "levels must be on the device of x: move the model to it");
     DQW_CHECK(x.size(1) % 8 == 0 && divides(x.const_data_ptr(), 16),
               "x's columns must divide by 8, and x be aligned to 16 bytes");
     const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
