@@ -33,6 +33,7 @@ def candidate(call: Call, name: str = "a call", graphed: bool = True) -> Candida
     count = copies * -(-IN_A_GRAPH // copies)  # whole rounds: each copy is as cold as the others
     before, aside = torch.cuda.current_stream(), torch.cuda.Stream()
     try:
+        aside.wait_stream(before)
         with torch.cuda.stream(aside):  # what compiles or allocates does so before the capture
             for _ in range(3):
                 call()

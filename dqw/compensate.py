@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,15 +69,17 @@ class Moment:
         x = _weighed(x, root, lower)
         # Sums of thousands: in float32, though of bfloat16 products under autocast (2048 columns,
         # AMX: 40 instead of 102 ms).
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("medium" if lower else before)
+        cuda = x.device.type == "cuda"
+        products: Any = (torch.backends.cuda if cuda else torch.backends.mkldnn).matmul
+        before = products.fp32_precision
+        products.fp32_precision = ("tf32" if cuda else "bf16") if lower else before
         try:
             with torch.autocast(x.device.type, enabled=False):
                 self.second.addmm_(x.T, x)
                 if y is not None:
                     self._take_float(_weighed(y, root, lower), root, x)
         finally:
-            torch.set_float32_matmul_precision(before)
+            products.fp32_precision = before
         self.first += _total(x, root)
         self.count += len(x) if weight is None else float(weight.sum())
 

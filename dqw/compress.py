@@ -93,11 +93,13 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     recipe = began or recipe
     batches: list[dict[str, Tensor]] = []
     if items and (job.ptq_only or allocates or heals):
-        batches = listen(items, recipe, pair, heals, say)
         for model in (pair.teacher, pair.student):
             model.to(best_device())
+        batches = listen(items, recipe, pair, heals, say)
     if heals and batches:
         heal_student(pair, batches, say)
+    if pair.teacher is not pair.student:
+        pair.teacher.to("cpu")  # training moves it back: until then a GPU's memory is for others
     if allocates:
         from dqw.budget import OVERHEAD, fit_budget, model_size
 

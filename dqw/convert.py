@@ -43,7 +43,16 @@ def quantize(
         layer_rest = rest if isinstance(module, nn.Linear) else None
         model.set_submodule(name, _learning(module, spec, layer_rest))
     _tie_projection(model)
+    keep_from_broadcasts(model)
     return model
+
+
+def keep_from_broadcasts(model: nn.Module) -> None:
+    """Let DistributedDataParallel pass over the tables of ``model``: they are constant, and int16,
+    which no collective can broadcast."""
+    model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+        name for name, buffer in model.named_buffers() if not buffer.is_floating_point()
+    ]
 
 
 def _learning(module: nn.Module, spec: QuantSpec, rest: QuantSpec | None) -> QuantModule:

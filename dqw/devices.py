@@ -27,15 +27,18 @@ def best_device() -> torch.device:
     import torch
 
     if has_gpu():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # Where each process sees one GPU alone, that is its first, whatever the process's number.
+        own = int(os.environ.get("LOCAL_RANK", "0")) % max(torch.cuda.device_count(), 1)
+        return torch.device("cuda", own)
     return torch.device("cpu")
 
 
-def fast_precision() -> str:
-    """``bf16`` where this machine multiplies it in hardware, else ``float32``."""
+def fast_precision(device: str = "") -> str:
+    """``bf16`` where ``device`` multiplies it in hardware, else ``float32``: ``cpu``, ``cuda``, or
+    what models are trained on here."""
     import torch
 
-    if has_gpu():
+    if device != "cpu" and has_gpu():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if has_bf16 else "float32"
@@ -43,14 +46,14 @@ def fast_precision() -> str:
 
 @contextmanager
 def lowered(model: Any) -> Iterator[None]:
-    """bfloat16 matrix products within the block, where the machine multiplies it in hardware.
+    """bfloat16 matrix products within the block, where the model's device has them in hardware.
 
     Weights may change within it: autocast's own copies, which would be those of the first use, are
     switched off.
     """
     import torch
 
-    lowers = fast_precision() == "bf16"
+    lowers = fast_precision(model.device.type) == "bf16"
     with torch.autocast(model.device.type, torch.bfloat16, enabled=lowers, cache_enabled=False):
         yield
 

@@ -90,6 +90,7 @@ class TiedProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         table = self.embedding
+        x = x.to(table.weight.device)  # nn.DataParallel and device_map="auto" may part them
         if table.frozen:
             return packed_linear(table, x, None)
         if table.spec.activations == "int8" and table._active_quantizer() is not None:

@@ -48,6 +48,7 @@ class FakeQuantize(nn.Module):
     def scale(self, rows: Tensor | None = None) -> Tensor:
         """The scale in use, float32, differentiable in ``clip``; ``rows`` picks some rows of it."""
         clip = self.clip if rows is None or self.clip.shape[0] == 1 else self.clip[rows]
+        clip = clip.float()  # after model.half(), too
         if self.deviation is not None:
             clip = clip * self.deviation
         exact = (clip / self.level_max).clamp(min=SMALLEST_SCALE)

@@ -171,7 +171,7 @@ def _quant_linear_grad(ctx, grad):
     ).to(grad.dtype)
     dbias = None
     if ctx.bias_dtype is not None:
-        dbias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        dbias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return grad @ w, None, None, None, dbias, None, None, None, None
 
 

@@ -4,6 +4,7 @@ The functions have the schemas of ``dqw.ops``, which registers ``KERNELS``. Each
 when the first tensor comes for it. Triton serves all; ``gemv_serves`` says where CUDA C++ does.
 """
 
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -85,12 +86,20 @@ def quant_embedding(
     return y.view(*ids.shape, cols)
 
 
+@functools.cache
+def _is_new_enough(device: torch.device) -> bool:
+    """Whether the CUDA C++ library has code for ``device``: it is built for sm_80 and later. The
+    CPU, which stands in for a GPU in tests, has it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def gemv_serves(
     x: Tensor, weights: list[Tensor], scales: list[Tensor], bits: int, group_size: int
 ) -> bool:
     """Whether the CUDA C++ kernel takes these layers: what csrc/cuda/quant_linear.cu demands."""
     return (
         not gemv_reason
+        and _is_new_enough(x.device)
         and x.shape[:-1].numel() <= ROWS["CUDA C++"]
         and (x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and bits <= 6))
         and group_size in (0, 16, 32, 64, 128)
@@ -164,7 +173,8 @@ def quant_linear(
         )
     else:
         w = whole.dequantize(weight, scale, levels, rows, cols, bits, group_size, x.dtype)
-        y = torch.nn.functional.linear(flat, w, None if bias is None else bias.to(x.dtype))
+        with torch.autocast("cuda", enabled=False):  # the dtype of y is that of x
+            y = torch.nn.functional.linear(flat, w, None if bias is None else bias.to(x.dtype))
     return y.view(*x.shape[:-1], rows)
 
 

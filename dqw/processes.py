@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import gc
 import os
+from datetime import timedelta
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+# How long a process waits for another: the main one may write labels for hours.
+PATIENCE = timedelta(days=7)
 
 
 def is_main() -> bool:
@@ -38,7 +41,9 @@ def agreed(value: T) -> T:
 def leave() -> None:
     """Go on when all processes have come here, and end their group: its threads, alive while
     Python ends, abort one process in 25 (torch 2.13, gloo)."""
-    if not _several():
+    import torch.distributed
+
+    if not _several() or not torch.distributed.is_initialized():  # nothing was shared
         return
     wait()
     gc.collect()  # what training left behind still holds the group
@@ -55,4 +60,4 @@ def _joined() -> Any:
 
     from dqw.devices import has_gpu
 
-    return PartialState(cpu=not has_gpu())
+    return PartialState(cpu=not has_gpu(), timeout=PATIENCE)

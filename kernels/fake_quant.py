@@ -56,7 +56,7 @@ def _forward(x_ptr, y_ptr, scale_ptr, bucket_ptr, cols, groups, segment, scale_s
         col = group[:, None] * segment + inner[None, :]
         mask = (inner < segment)[None, :] & (col < cols)
         x = tl.load(x_ptr + row * cols + col, mask=mask, other=0.0).to(tl.float32)
-        k = tl.minimum(_double_level(x, inv), last * 1.0).to(tl.int32)
+        k = tl.maximum(tl.minimum(_double_level(x, inv), last * 1.0), 0.0).to(tl.int32)
         y = tl.load(bucket_ptr + k).to(tl.float32) * scale
         sign = x.to(tl.int32, bitcast=True) & -2147483648
         y = (y.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
@@ -79,12 +79,12 @@ def _backward(grad_ptr, x_ptr, dx_ptr, dscale_ptr, scale_ptr, bucket_ptr, cols, 
         x = tl.load(x_ptr + row * cols + col, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad_ptr + row * cols + col, mask=mask, other=0.0).to(tl.float32)
         t = tl.abs(x) * inv
-        k = tl.minimum(_double_level(x, inv), last * 1.0).to(tl.int32)
+        k = tl.maximum(tl.minimum(_double_level(x, inv), last * 1.0), 0.0).to(tl.int32)
         level = tl.load(bucket_ptr + k).to(tl.float32)
         inside = t <= last * 1.0
         # Inside: level - |x| / scale, with the sign of x (t / 2 is that quotient). Outside: level.
         magnitude = tl.where(inside, level - 0.5 * t, level)
-        signed = tl.where(x < 0, -magnitude, magnitude)
+        signed = tl.where(x.to(tl.int32, bitcast=True) < 0, -magnitude, magnitude)  # of -0, too
         total += g * tl.where(x == x, signed, x)
         dx = tl.where(inside | (x != x), g, 0.0)
         tl.store(dx_ptr + row * cols + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)

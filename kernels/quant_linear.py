@@ -193,7 +193,7 @@ def _quantize_rows(x_ptr, q_ptr, scale_ptr, cols, BLOCK: tl.constexpr):
         bad |= (x == x) & (x < float("inf")) == 0
     top = tl.max(largest)
     finite = tl.max(bad.to(tl.int32)) == 0
-    factor = tl.div_rn(127.0, top)
+    factor = tl.div_rn(1.0, top) * 127.0  # how torch divides a number by a tensor
     factor = tl.where(factor < float("inf"), factor, 127.0)
     for start in range(0, cols, BLOCK):
         k = start + tl.arange(0, BLOCK)
@@ -219,7 +219,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.shape[0]:
-        block = min(2048, triton.next_power_of_2(x.shape[1]))
+        block = min(2048, triton.next_power_of_2(max(x.shape[1], 1)))
         with torch.cuda.device_of(x):
             _quantize_rows[(x.shape[0],)](x, q, scale, x.shape[1], BLOCK=block,
                                           enable_fp_fusion=False)  # fmt: skip
@@ -227,16 +227,17 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def tiling(
-    m: int, rows: int, cols: int, group_size: int, planes: int, processors: int
+    m: int, rows: int, cols: int, group_size: int, planes: int, processors: int, wide: bool = False
 ) -> dict[str, int]:
     """BLOCK_M, BLOCK_N, BLOCKS and SPLIT. From counts, not yet from a measurement.
 
     Splitting goes on until every processor has two programs or a program has two steps left. Two
-    planes have two sums, which at 128 × 128 would spill.
+    planes have two sums, which at 128 × 128 would spill, and so would a tile of two blocks where x
+    is ``wide``, float32: 6 KB a thread.
     """
     block_m = min(128 // planes, max(16, triton.next_power_of_2(m)))
     block_n = 128 if block_m == 128 else 64
-    blocks = 1 if group_size or block_m == 128 else 2
+    blocks = 1 if group_size or block_m == 128 or wide else 2
     tiles = triton.cdiv(rows, block_n) * triton.cdiv(m, block_m)
     steps = triton.cdiv(cols, 64 * blocks)
     split = 1
@@ -292,12 +293,13 @@ def quant_linear(
     kind = constants(bits, x.dtype, group_size, int8_activations, bias is not None)
     if int8_activations:
         x, row_scale = quantize_rows(x)
-    tile = tiling(m, rows, cols, group_size, kind["PLANES"], processors(x.device))
+    wide = x.dtype == torch.float32
+    tile = tiling(m, rows, cols, group_size, kind["PLANES"], processors(x.device), wide)
     split, block_m, block_n = tile["SPLIT"], tile["BLOCK_M"], tile["BLOCK_N"]
     blocks = triton.cdiv(cols, 64)
     steps = triton.cdiv(blocks, tile["BLOCKS"] * split)
     stride = 0 if scale.shape[0] == 1 and not group_size else scale.shape[1]
-    bias_or_any = scale if bias is None else bias
+    bias_or_any = scale if bias is None else bias.contiguous()
     out = y
     if split > 1:
         kept = torch.int64 if int8_activations and not group_size else torch.float32

@@ -73,7 +73,7 @@ def error(device: str) -> None:
                      False)  # fmt: skip
             off, allowed = (y - exact).abs().max(), 2 * (plain - exact).abs().max()
             # A GPU adds float32 products in order, the plain computation in blocks.
-            units = 0.5 if device == "cuda" and dtype != torch.float32 else 1
+            units = 1 if device == "cpu" else 2 if dtype == torch.float32 else 0.5
             floor = torch.finfo(dtype).eps * exact.abs().max() * units
             assert off <= allowed + floor, (m, rows, cols, dtype, off, allowed)
 
@@ -119,9 +119,15 @@ def edges(device: str) -> None:
                 4, 0, False)  # fmt: skip
     assert none.shape == (3, 0)
     bias = torch.randn(9)
-    empty = call("quant_linear", device, torch.randn(3, 0), weight[:0], scale, levels, bias, 9, 4,
-                 0, False)  # fmt: skip
-    assert torch.equal(empty, bias.expand(3, 9))
+    for int8_activations in (False, True):
+        empty = call("quant_linear", device, torch.randn(3, 0), weight[:0], scale, levels, bias, 9,
+                     4, 0, int8_activations)  # fmt: skip
+        assert torch.equal(empty, bias.expand(3, 9))
+    every_other = torch.randn(18)[::2]
+    x = torch.randn(2, 40)
+    args = (weight, scale, levels, every_other, 9, 4, 0, False)
+    want = reference.quant_linear(x, *args)
+    torch.testing.assert_close(call("quant_linear", device, x, *args), want, rtol=1e-5, atol=1e-5)
     for wrong in ({0: weight[:-1]}, {1: torch.ones(9, 2)}, {2: levels[:8]}, {3: torch.ones(8)}):
         args = [wrong.get(i, value) for i, value in enumerate(rest)]
         try:
@@ -151,7 +157,7 @@ def tables(device: str) -> None:
 def fake_quant(device: str) -> None:
     """Forward bit for bit, NaN, infinity and signs too; dx exactly; dscale the same every time."""
     kinds = [("apot", 4, torch.float32), ("apot", 3, torch.float16), ("pot", 5, torch.float32),
-             ("uniform", 8, torch.bfloat16)]  # fmt: skip
+             ("uniform", 8, torch.bfloat16), ("lloyd", 3, torch.float32)]  # fmt: skip
     for grid, bits, dtype in kinds:
         bucket, top = grids.bucket(grid, bits), grids.level_max(grid, bits)
         for rows, cols, granularity in (

@@ -201,7 +201,9 @@ def test_a_text_does_not_depend_on_its_batch(folder, native, monkeypatch):
 @needs_library
 @pytest.mark.parametrize("options", [{}, {"timestamps": True}, {"language": None, "batch_size": 2}])
 def test_both_engines_say_the_same(folder, options, monkeypatch):
-    monkeypatch.setattr("dqw.devices.fast_precision", lambda: "float32")  # of transformers' encoder
+    monkeypatch.setattr(
+        "dqw.devices.fast_precision", lambda *_: "float32"
+    )  # of transformers' encoder
     audios = voices(0.31, 0.52, 0.33, 0.05, 1.4, 2.25, 2.7)
     options = {"language": "en", **options}
     with float_products():

@@ -165,7 +165,7 @@ def test_another_model_with_the_same_encoder_is_not_asked_what_it_hears(
 
 def test_changed_weights_are_felt_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     # autocast keeps its copies of the weights it has met, unless it is told not to
-    monkeypatch.setattr("dqw.devices.fast_precision", lambda: "bf16")
+    monkeypatch.setattr("dqw.devices.fast_precision", lambda *_: "bf16")
     model = make_tiny_whisper(max_source_positions=50)
     layer = model.model.encoder.layers[0].fc1
     with lowered(model):

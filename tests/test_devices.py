@@ -44,7 +44,7 @@ def test_a_gpu_hears_in_float16(packed: Path, monkeypatch: pytest.MonkeyPatch) -
     code, want = run_dqw("transcribe", audio, "--model", packed, "--language", "en")
     assert code == 0, want
     monkeypatch.setattr("dqw.devices.has_gpu", lambda: True)
-    monkeypatch.setattr("dqw.devices.fast_precision", lambda: "float32")  # a GPU's is not asked
+    monkeypatch.setattr("dqw.devices.fast_precision", lambda *_: "float32")  # a GPU's is not asked
     monkeypatch.setattr("dqw.devices.best_device", lambda: torch.device("cpu"))
     engine = open_engine(packed, device="cuda")
     assert isinstance(engine, PlainEngine) and engine.model.dtype == torch.float16

@@ -211,7 +211,7 @@ def test_float_layers_of_a_packed_model_multiply_in_bfloat16(quantizes, monkeypa
     model, processor = tiny(tmp_path)
     if quantizes:
         dqw.freeze(dqw.quantize(model, Recipe(QuantConfig(skip=["model.encoder.*"]))))
-    monkeypatch.setattr("dqw.devices.fast_precision", lambda: "bf16")
+    monkeypatch.setattr("dqw.devices.fast_precision", lambda *_: "bf16")
     engine, rounds = PlainEngine(model.eval(), processor), []
     model.model.encoder.register_forward_pre_hook(
         lambda *_: rounds.append(torch.is_autocast_enabled("cpu"))

@@ -9,6 +9,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from dqw.devices import fast_precision, has_gpu
 from dqw.distill.config import TrainConfig
+from dqw.processes import PATIENCE
 
 
 def training_arguments(
@@ -39,6 +40,7 @@ def training_arguments(
         label_names=["labels"],
         ddp_find_unused_parameters=needs_unused,
         ddp_broadcast_buffers=False,
+        ddp_timeout=int(PATIENCE.total_seconds()),
         disable_tqdm=True,
         report_to="none",
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqw.convert import keep_from_broadcasts
 from dqw.distill.config import DistillConfig
 from dqw.distill.layers import STACKS, LayerTap, stack_layers
 from dqw.distill.losses import IGNORE, ProjectionBank, hidden_loss, pairwise_costs, token_losses
@@ -173,10 +174,7 @@ class DistillModel(nn.Module):
                     wide, narrow, self.teacher_depth[stack], config.projection
                 )
 
-        # Quantizer tables are constant int16, which no collective can broadcast.
-        self._ddp_params_and_buffers_to_ignore = [
-            name for name, buffer in self.named_buffers() if not buffer.is_floating_point()
-        ]
+        keep_from_broadcasts(self)
 
     @property
     def config(self) -> Any:

@@ -53,6 +53,6 @@ class Heard:
 def _digest(tensors: Iterable[Tensor]) -> bytes:
     found = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        found.update(repr((tensor.dtype, tensor.shape)).encode())
+        found.update(repr((tensor.device, tensor.dtype, tensor.shape)).encode())
         found.update(raw_bytes(tensor))
     return found.digest()

@@ -8,6 +8,7 @@ of bfloat16 hides no small one.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import shutil
@@ -220,6 +221,7 @@ class Lab:
             teacher_processor=self.pair.teacher_processor,
             states=self.states,
         )
+        gc.collect()  # the trainer and Adam's moments, 8 bytes a weight, hold each other
         if labels.exists():
             write_atomic(shared, labels.read_text(encoding="utf-8"))
 

@@ -47,6 +47,13 @@ def native_decoder(model: Any) -> FastDecoder | None:
 
 
 class _FastWhisper(WhisperForConditionalGeneration):
+    # transformers refuses these for quantized models; packed codes keep their dtype in any case.
+    def half(self, *args: Any) -> Any:
+        return self.to(dtype=torch.float16)  # type: ignore[call-arg]
+
+    def float(self, *args: Any) -> Any:
+        return self.to(dtype=torch.float32)  # type: ignore[call-arg]
+
     @functools.wraps(WhisperForConditionalGeneration.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         before = _rounds.set(True)
