@@ -26,9 +26,9 @@ class QuantSpec:
     """How one layer's weight is quantized.
 
     bits: 2 to 8. grid: apot, pot, uniform, or lloyd (2 to 5 bits). group_size: 16, 32, 64 or 128
-    columns share a scale (a width it does not divide is padded), or None for one scale a row;
-    per_tensor: one scale in all. activations: "float", or "int8" for dynamic int8 per token in the
-    matrix product. weight_norm: the clip is learned in units of the weight's standard deviation.
+    columns share a scale (a width it does not divide is padded), or None, 0 too, for one scale a
+    row; per_tensor: one scale in all. activations: "float", or "int8" for dynamic int8 per token in
+    the matrix product. weight_norm: clips are learned in units of the weight's standard deviation.
     """
 
     bits: int = 4
@@ -40,6 +40,8 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         check_grid(self.grid, self.bits)
+        if self.group_size == 0:
+            object.__setattr__(self, "group_size", None)
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
             raise UserError(
                 f"group_size is {self.group_size!r}: choose {', '.join(map(str, GROUP_SIZES))}, "

@@ -88,6 +88,20 @@ def test_rounding_itself_is_never_in_bfloat16() -> None:
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize("given", ["ieee", "tf32"])
+def test_the_precision_of_products_is_as_it_was(given: str) -> None:
+    """Also where a Trainer's tf32=True or torch_compile=True has set it."""
+    before, torch.backends.fp32_precision = torch.backends.fp32_precision, given
+    own = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            Moment.empty(8).add(torch.randn(3, 8))
+        assert torch.backends.mkldnn.matmul.fp32_precision == own
+        assert torch.backends.fp32_precision == given
+    finally:
+        torch.backends.fp32_precision = before
+
+
 def test_a_whole_model_comes_closer_to_its_float_self() -> None:
     model = make_tiny_whisper(max_source_positions=50)
     features, ids = torch.randn(8, 80, 100), torch.randint(0, 120, (8, 12))

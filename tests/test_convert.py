@@ -144,6 +144,32 @@ def test_casts_keep_scales_and_moves_take_everything() -> None:
     assert model.to("meta").model.encoder.layers[0].fc1.scale.device.type == "meta"
 
 
+@pytest.mark.parametrize("group_size", [0, 16])
+def test_a_learning_layer_may_be_cast(group_size: int) -> None:
+    layer = dqw.QuantLinear.from_linear(torch.nn.Linear(64, 8), QuantSpec(group_size=group_size))
+    assert layer.quantizer is not None
+    before = layer.quantizer.scale()
+    assert (layer.spec.group_size or 0) == group_size
+    after = layer.half().quantizer.scale()
+    assert after.dtype == torch.float32
+    torch.testing.assert_close(after, before, rtol=0.1, atol=0)  # stored with 4 bits
+
+
+def test_the_projection_follows_its_embedding_to_another_device() -> None:
+    model = dqw.freeze(dqw.quantize(make_tiny_whisper()))
+    model.model.decoder.embed_tokens.to("meta")
+    assert model.proj_out(torch.randn(2, model.config.d_model)).device.type == "meta"
+
+
+def test_tables_are_kept_from_broadcasts() -> None:
+    """DistributedDataParallel sends all other buffers to its processes, and int16 cannot be."""
+    model = dqw.quantize(make_tiny_whisper())
+    ignored = set(model._ddp_params_and_buffers_to_ignore)
+    sent = {name: buffer for name, buffer in model.named_buffers() if name not in ignored}
+    assert any(name.endswith("bucket") for name in ignored)
+    assert all(buffer.is_floating_point() for buffer in sent.values())
+
+
 def test_loading_as_bfloat16_keeps_scales(tmp_path: Path) -> None:
     model = dqw.freeze(dqw.quantize(make_tiny_whisper(), Recipe(quant=QuantConfig(group_size=0))))
     model.save_pretrained(tmp_path)

@@ -128,6 +128,8 @@ def test_a_folder_loads_with_the_fast_decoder(speaking, tmp_path):
     assert loaded.config.architectures == ["WhisperForConditionalGeneration"]
     batch = features(processor, 1)["input_features"]
     assert torch.equal(loaded.generate(batch), model.generate(batch))
+    assert loaded.half().dtype == torch.float16 and loaded.float().dtype == torch.float32
+    assert torch.equal(loaded.generate(batch), model.generate(batch))
 
 
 def test_transcribe_gives_the_same_text(speaking):
