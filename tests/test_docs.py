@@ -1,4 +1,5 @@
-"""The code in the documents runs as it stands, on a tiny model of the same names."""
+"""The code in the documents runs as it stands, on a tiny model of the same names; the options that
+they name exist."""
 
 from __future__ import annotations
 
@@ -7,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from transformers import WhisperForConditionalGeneration
 from whisper_helpers import save_speech, save_tiny
 
+import bench.__main__ as bench
 import dqw
+from dqw.cli import app
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 def blocks(document: str) -> list[str]:
@@ -34,3 +39,28 @@ def test_training_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for folder in ("base-4bit", "base-own", "base-rounded"):
         model = WhisperForConditionalGeneration.from_pretrained(folder)
         assert dqw.quant_modules(model)
+
+
+def commands(text: str) -> list[str]:
+    """Lines of code blocks, and code within lines; a command that goes on in the next is one."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    fenced = re.findall(r"```.*?```", text, re.DOTALL)
+    within = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return [line for block in fenced for line in block.splitlines()] + within
+
+
+def options(command: Any) -> set[str]:
+    return {"--help"} | {name for parameter in command.params for name in parameter.opts}
+
+
+@pytest.mark.parametrize(
+    "file", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda file: file.name
+)
+def test_options_exist(file: Path) -> None:
+    known = {f"dqw {c.name} ": options(c) for c in typer.main.get_command(app).commands.values()}
+    known["python -m bench "] = options(typer.main.get_command(bench.app))
+    for line in commands(file.read_text(encoding="utf-8")):
+        for start, names in known.items():
+            _, found, given = line.partition(start)
+            unknown = set(re.findall(r"(?<!\S)--[a-z][a-z-]*", given)) - names
+            assert not found or not unknown, line
