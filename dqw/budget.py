@@ -37,8 +37,6 @@ PROBE = 3  # bits at which a layer's KL is measured
 # ratios of base are off by 0.6 % on average, 8 % at most.
 ROWS = 128
 WINDOWS = 8  # of speech, for that
-# config.json with its plan and the other small files: 30 KiB for whisper-base; and the header.
-OVERHEAD = 64 * 1024
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -184,6 +182,12 @@ def model_size(model: nn.Module, plan: Mapping[str, QuantSpec]) -> int:
     return packed + float_bytes(model, plan)
 
 
+def overhead(plan: Mapping[str, QuantSpec]) -> int:
+    """Bytes of config.json with its plan, of the other small files and of the header: 89 kB for
+    whisper-base, about 900 a layer."""
+    return 8192 + 900 * len(plan)
+
+
 def fit_budget(
     model: Any,
     recipe: Recipe,
@@ -194,17 +198,20 @@ def fit_budget(
     """``recipe`` with an override a layer, so that the folder takes at most ``budget`` bytes.
 
     model: float, on any device; batches: as of ``dqw.speech``, of which the first 8 windows are
-    used. The plan is said in a few lines. Raises UserError if the budget cannot be met.
+    used. The plan is said in a few lines; layers whose bits an override of the recipe gives keep
+    them. Raises UserError if the budget cannot be met.
     """
     start = time.monotonic()
     plan = recipe.plan(model)
+    free = {name: spec for name, spec in plan.items() if not recipe.sets_bits(name)}
     with lowered(model):
         probe = Probe(model, few(batches, WINDOWS))
-        with progress_bar("sensitivities", len(plan)) as advance:
-            found = sensitivities(model, plan, probe, advance)
-    rest = float_bytes(model, plan) + OVERHEAD
+        with progress_bar("sensitivities", len(free)) as advance:
+            measured = sensitivities(model, free, probe, advance)
+    found = {name: measured.get(name) or [_as_told(model, name, plan[name])] for name in plan}
+    rest = float_bytes(model, plan) + overhead(plan)
     chosen = dict(zip(found, allocate(list(found.values()), budget - rest)))
-    say(f"sensitivities of {len(plan)} layers measured in {time.monotonic() - start:.0f} s")
+    say(f"sensitivities of {len(free)} layers measured in {time.monotonic() - start:.0f} s")
     for line in described(chosen):
         say(line)
     total = rest + sum(choice.size for choice in chosen.values())
@@ -216,6 +223,12 @@ def fit_budget(
     ]
     quant = replace(recipe.quant, override=[*recipe.quant.override, *overrides])
     return replace(recipe, quant=quant)
+
+
+def _as_told(model: Any, name: str, spec: QuantSpec) -> Choice:
+    """The one choice of a layer whose bits the recipe's own override gives."""
+    weight = model.get_submodule(name).weight
+    return Choice(spec, stored_bytes(len(weight), weight.numel() // len(weight), spec), 0.0)
 
 
 def few(batches: Sequence[Mapping[str, Tensor]], windows: int) -> list[dict[str, Tensor]]:

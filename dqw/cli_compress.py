@@ -152,16 +152,18 @@ def demo(
 def load_recipe(name: str, **overrides: dict[str, Any]) -> Any:
     """The recipe ``name`` (a file, or one that ships) with the options that were given.
 
-    The embedding follows ``bits`` unless the recipe or ``embedding_bits`` says otherwise.
+    The embedding follows ``bits`` where the recipe gives both the same, unless ``embedding_bits``
+    says otherwise.
     """
     from dqw.recipe import Recipe
 
     recipe = Recipe.named(name)
     data = recipe.to_dict()
+    together = recipe.quant.embedding_bits == recipe.quant.bits
     for table, values in overrides.items():
         given = {key: value for key, value in values.items() if value is not None}
         data[table] |= given
-        if table == "quant" and "bits" in given and "embedding_bits" not in given:
+        if table == "quant" and together and "bits" in given and "embedding_bits" not in given:
             data["quant"]["embedding_bits"] = given["bits"]
         if table == "train" and "epochs" in given and "steps" not in given:
             data["train"]["steps"] = 0

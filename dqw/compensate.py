@@ -223,7 +223,8 @@ def compensated(weight: Tensor, curvature: Curvature, quantizer: FakeQuantize) -
         if not quantizer.spec.per_tensor:
             q, scale = _fit_scales(pull, q, scale, h, quantizer, size)
         q = _descend(pull, q, scale, h, quantizer, size)
-    quantizer.set_scale(scale.T.contiguous())
+    if not quantizer.spec.per_tensor:
+        quantizer.set_scale(scale.T.contiguous())
     return quantizer(q.T.contiguous())  # the same levels; the scale may be another by its last bit
 
 

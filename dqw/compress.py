@@ -101,9 +101,10 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     if pair.teacher is not pair.student:
         pair.teacher.to("cpu")  # training moves it back: until then a GPU's memory is for others
     if allocates:
-        from dqw.budget import OVERHEAD, fit_budget, model_size
+        from dqw.budget import fit_budget, model_size, overhead
 
-        budget = job.budget or model_size(pair.student, recipe.plan(pair.student)) + OVERHEAD
+        plan = recipe.plan(pair.student)
+        budget = job.budget or model_size(pair.student, plan) + overhead(plan)
         recipe = fit_budget(pair.student, recipe, budget, batches, say)
     recipe = recipe if job.ptq_only else agreed(recipe)
     quantize_student(pair.student, recipe, say)

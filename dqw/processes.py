@@ -38,6 +38,18 @@ def agreed(value: T) -> T:
     return values[0]
 
 
+def share(module: Any) -> None:
+    """Give all processes the main one's weights: what each has worked out may differ in a bit."""
+    if not _several():
+        return
+    import torch.distributed
+
+    _joined()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.is_floating_point():
+            torch.distributed.broadcast(tensor.data, src=0)
+
+
 def leave() -> None:
     """Go on when all processes have come here, and end their group: its threads, alive while
     Python ends, abort one process in 25 (torch 2.13, gloo)."""

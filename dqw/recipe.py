@@ -213,6 +213,11 @@ class Recipe:
                 )
         return plan
 
+    def sets_bits(self, name: str) -> bool:
+        """Whether an override gives this layer's bits."""
+        rules = [rule for rule in self.quant.override if rule.bits is not None]
+        return any(fnmatchcase(name, rule.match) for rule in rules)
+
     def rest_spec(self) -> QuantSpec | None:
         """The spec of layers that guidance leaves unchosen; None: they stay float."""
         if not self.quant.rest_bits:

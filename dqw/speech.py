@@ -115,6 +115,6 @@ def _dataset(
         )  # fmt: skip
     dataset = SpeechDataset(
         made.examples, encoder, pair.processor.feature_extractor, pair.teacher_extractor,
-        augment=augment, seed=recipe.train.seed,
+        augment=augment, seed=recipe.train.seed if augment.seed is None else augment.seed,
     )  # fmt: skip
     return dataset, Collator(pad=encoder.end)

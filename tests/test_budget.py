@@ -18,7 +18,10 @@ from dqw.budget import (
     Choice,
     allocate,
     candidates,
+    fit_budget,
     float_bytes,
+    model_size,
+    overhead,
     parse_bytes,
     rounded,
     sensitivities,
@@ -31,7 +34,7 @@ from dqw.errors import UserError
 from dqw.hf import packed_state
 from dqw.linear import QuantLinear
 from dqw.probe import Probe, changed, first_changed
-from dqw.recipe import QuantSpec, Recipe
+from dqw.recipe import Override, QuantConfig, QuantSpec, Recipe
 from dqw.whisper.checkpoint import load_whisper
 from dqw.whisper.report import model_bytes
 
@@ -172,6 +175,32 @@ def test_changed_weights_are_felt_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -
         probe = Probe(model, windows())
         with changed(layer, torch.zeros_like(layer.weight)):
             assert probe.kl() > 0
+
+
+def test_what_is_set_aside_holds_all_but_the_layers(tmp_path: Path) -> None:
+    """config.json with its plan and overrides, the header and the small files."""
+    base, out = save_tiny(tmp_path / "base"), tmp_path / "out"
+    result = CliRunner().invoke(
+        app, ["compress", "--teacher", str(base), "--ptq-only", "--out", str(out)]
+    )
+    assert result.exit_code == 0, result.output
+    model = load_whisper(base)[0]
+    plan = {name: m.spec for name, m in quant_modules(load_whisper(out)[0]).items()}
+    assert model_bytes(out) <= model_size(model, plan) + overhead(plan)
+    rule = {"skip": False, "bits": 4, "grid": "lloyd", "group_size": 16}
+    overrides = json.dumps([{"match": name, **rule} for name in plan], indent=2)
+    assert model_bytes(out) + len(overrides) <= model_size(model, plan) + overhead(plan)
+
+
+def test_bits_that_an_override_gives_are_kept() -> None:
+    model = make_tiny_whisper(max_source_positions=50)
+    told = Override(match="model.decoder.layers.*.fc1", bits=7)
+    recipe = Recipe(quant=QuantConfig(override=[told, Override(match="*fc2", group_size=16)]))
+    plan = recipe.plan(model)
+    budget = model_size(model, plan) + overhead(plan)
+    found = fit_budget(model, recipe, budget, windows(), lambda line: None).plan(model)
+    assert {spec.bits for name, spec in found.items() if "decoder" in name and "fc1" in name} == {7}
+    assert len({spec.bits for spec in found.values()}) > 2
 
 
 def test_compress_keeps_within_the_budget(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ from dqw.compensate import (
     round_layers,
 )
 from dqw.convert import quant_modules
-from dqw.distill.config import DistillConfig
+from dqw.distill.config import GuidanceConfig
 from dqw.embedding import QuantEmbedding
 from dqw.fake_quant import FakeQuantize
 from dqw.linear import QuantLinear
@@ -49,6 +48,16 @@ def test_compensation_lowers_the_output_error(grid: str, bits: int, group: int |
     error = [(x @ (q - w).T).square().sum() for q in (better, plain)]
     assert error[0] < 0.6 * error[1]
     assert torch.equal(quantizer(better), better)  # on the grid: rounding leaves it as it is
+
+
+def test_a_clip_per_tensor_stays() -> None:
+    x, w = inputs(512, 200), torch.randn(96, 200)
+    spec = QuantSpec(bits=4, grid="apot", group_size=None, per_tensor=True)
+    quantizer = FakeQuantize(spec, w)
+    before, plain = quantizer.clip.clone(), quantizer(w).detach()
+    better = compensated(w, Curvature.of(x.T @ x), quantizer)
+    error = [(x @ (q - w).T).square().sum() for q in (better, plain)]
+    assert torch.equal(quantizer.clip, before) and error[0] < 0.6 * error[1]
 
 
 def test_without_correlation_it_is_plain_rounding() -> None:
@@ -242,18 +251,13 @@ def test_training_starts_off_a_fine_grid_and_rounds_to_what_was_found(
 
 
 @pytest.mark.parametrize("decoder_layers", [1, 2])
-def test_a_student_with_far_to_go_starts_off_the_grid(
-    monkeypatch: pytest.MonkeyPatch, decoder_layers: int
-) -> None:
-    from dqw.distill import run
+def test_a_student_with_far_to_go_starts_off_the_grid(decoder_layers: int) -> None:
+    from dqw.distill.run import starts_off_grid
 
-    told = list[bool]()
-    monkeypatch.setattr(run, "calibrate", lambda *_, off_grid: told.append(off_grid))
-    monkeypatch.setattr(run, "balanced", lambda *_: [])
     teacher = make_tiny_whisper(decoder_layers=2)
     student = make_tiny_whisper(decoder_layers=decoder_layers)
-    run._calibrate(student, teacher, SimpleNamespace(examples=[]), None, DistillConfig(), None)
-    assert told == [decoder_layers == 1]
+    assert starts_off_grid(student, teacher, GuidanceConfig()) == (decoder_layers == 1)
+    assert starts_off_grid(student, teacher, GuidanceConfig(mode="mutual"))
 
 
 def test_languages_share_in_calibration_more_evenly_than_in_the_speech() -> None:

@@ -100,6 +100,42 @@ def test_what_is_left_out_and_why(encoder):
         prepare([Noise("a", language=None)], encoder, None, None, config, TrainConfig(), Path("x"))
 
 
+def test_an_english_model_learns_english_alone(encoder):
+    items = [*clips(2), Noise("german", language="de"), Noise("unnamed", language=None)]
+    english = LabelEncoder(encoder.tokenizer, False, 64)
+    made = prepare(items, english, None, None, DistillConfig(), TrainConfig(), Path("unused"))
+    assert [example.item.id for example in made.examples] == ["clip0", "clip1", "unnamed"]
+    assert made.skipped == {"not English, as the student is": ["german"]}
+
+
+def test_lengths_are_known_where_items_do_not_say(encoder):
+    items = [Noise(f"n{i}", seconds=None, real_seconds=0.2 + i / 10, seed=i) for i in range(4)]
+    made = prepare(items, encoder, None, None, DistillConfig(), TrainConfig(), Path("unused"))
+    dataset = SpeechDataset(made.examples, encoder, tiny_processor().feature_extractor)
+    assert dataset.seconds == pytest.approx([0.2, 0.3, 0.4, 0.5])
+    other = prepare(
+        [*items[:3], Noise("n3", seconds=None, real_seconds=0.4, seed=3)],
+        encoder, None, None, DistillConfig(), TrainConfig(), Path("unused"),
+    )  # fmt: skip
+    assert made.fingerprint() != other.fingerprint()
+
+
+def test_a_text_of_the_data_counts_more_than_an_old_label(encoder, tmp_path):
+    path = tmp_path / "labels.jsonl"
+    rows = [{"id": i, "text": "old", "language": "en", "fault": ""} for i in ("a", "b")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    items = [Noise("a", "new"), Noise("b", None)]
+    made = prepare(items, encoder, None, None, DistillConfig(), TrainConfig(), path)
+    assert [example.text for example in made.examples] == ["new", "old"]
+
+
+def test_labels_may_hold_line_separators(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    row = {"id": "a", "text": "one\u2028two\x85three", "language": "en", "fault": ""}
+    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_labels(path)["a"]["text"] == row["text"]
+
+
 def test_long_unlabelled_audio_is_cut_at_quiet_places():
     class Speech(Noise):
         def load(self):

@@ -80,3 +80,15 @@ def test_layers_wider_than_the_lloyd_grid_are_uniform() -> None:
     assert QuantConfig(bits=7, grid="lloyd").linear_spec().grid == "uniform"
     with pytest.raises(UserError, match="not known"):
         QuantConfig(bits=7, grid="loyd")
+
+
+def test_the_embedding_follows_bits_where_the_recipe_has_it_so(tmp_path) -> None:
+    from dqw.cli_compress import load_recipe
+
+    own = tmp_path / "own.toml"
+    own.write_text("[quant]\nbits = 3\nembedding_bits = 8\n")
+    for name, given, wanted in (
+        ("default", {}, 5), (str(own), {}, 8), (str(own), {"embedding_bits": 6}, 6)
+    ):  # fmt: skip
+        quant = load_recipe(name, quant={"bits": 5, **given}).quant
+        assert (quant.bits, quant.embedding_bits) == (5, wanted)

@@ -30,6 +30,12 @@ def test_a_folder_in_use_and_a_run_with_other_settings(tmp_path):
         run(tmp_path, train=replace(SHORT, lr=1e-2), resume=True)
     with pytest.raises(UserError, match=r"data.clips = 6, now it is 4"):
         run(tmp_path, items=clips(4), resume=True)
+    louder = tiny_model(d_model=64)
+    louder.model.decoder.layer_norm.weight.data *= 2
+    with pytest.raises(UserError, match=r"models.teacher = '\w+', now it is '"):
+        run(tmp_path, teacher=louder, resume=True)
+    with pytest.raises(UserError, match=r"models.student's bits = "):
+        run(tmp_path, dqw.quantize(tiny_model()), resume=True)
     student = tiny_model()
     done = run(tmp_path, student, resume=True)
     assert done.resumed_from == 3 and done.losses == {}

@@ -68,19 +68,22 @@ def test_states_of_another_encoder_or_other_data_are_not_taken(tmp_path):
     torch.manual_seed(5)
     other = tiny_model()
     other.model.encoder.layer_norm.weight.data += 0.5
-    for number, (config, items, seed, student, folders) in enumerate(
+    taught = tiny_model(d_model=64)
+    taught.model.decoder.layer_norm.weight.data *= 2
+    for number, (config, items, seed, student, teacher, folders) in enumerate(
         (
-            (fixed, clips(6), 0, None, 1),
-            (fixed, clips(6), 1, None, 1),
-            (CONFIG, clips(6), 1, None, 2),
-            (fixed, clips(5), 0, None, 3),
-            (replace(fixed, hidden=0), clips(5), 0, None, 4),
-            (fixed, clips(6), 0, other, 5),
+            (fixed, clips(6), 0, None, None, 1),
+            (fixed, clips(6), 1, None, None, 1),
+            (CONFIG, clips(6), 1, None, None, 2),
+            (fixed, clips(5), 0, None, None, 3),
+            (replace(fixed, hidden=0), clips(5), 0, None, None, 4),
+            (fixed, clips(6), 0, other, None, 5),
+            (fixed, clips(6), 0, other, taught, 6),
         )
     ):
         train = replace(plan, seed=seed)
         out = tmp_path / str(number)
-        run(out, student, config=config, train=train, items=items, states=shared)
+        run(out, student, teacher, config, train, items, states=shared)
         assert len(list(shared.iterdir())) == folders
         assert not (out / "states").exists()
 
@@ -90,6 +93,13 @@ def test_windows_that_are_not_read_are_not_worked_out(tmp_path):
     plan = replace(KEPT, steps=1, batch_size=2, cache_states="always")
     run(tmp_path, config=CONFIG, train=plan, items=clips(7))
     assert len(kept_files(tmp_path / "states")) == 4
+
+
+def test_windows_that_are_read_once_are_not_kept(tmp_path):
+    """Six clips in batches of two: three steps are an epoch."""
+    for steps, keeps in ((3, False), (4, True)):
+        run(tmp_path / str(steps), config=CONFIG, train=replace(KEPT, steps=steps), items=clips(6))
+        assert (tmp_path / str(steps) / "states").exists() == keeps
 
 
 def test_guidance_measures_kept_states_as_it_measures_speech(tmp_path):

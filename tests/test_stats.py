@@ -30,6 +30,17 @@ def test_a_difference_within_its_interval_is_a_tie() -> None:
     assert (best, ties, worse) == ("same", ["again"], ["far"])
 
 
+def test_many_that_are_alike_tie_with_the_least() -> None:
+    """Of eight, each compared by itself, one would be called worse in every second try."""
+    wrong, tries = 0, 40
+    for seed in range(tries):
+        dice = np.random.default_rng(seed)
+        rows = {str(k): [(v, 1) for v in dice.normal(1, 0.5, 60)] for k in range(8)}
+        rates = {name: rate([cell(row)], "KL") for name, row in rows.items()}
+        wrong += bool(verdict({name: r for name, r in rates.items() if r})[2])
+    assert wrong <= 0.25 * tries
+
+
 def test_rates_are_of_the_whole_corpus_and_know_words_from_characters() -> None:
     clips = [("en", 1, 4), ("en", 0, 16), ("ja", 3, 6), ("en", 9, 0)]
     words = rate([cell([(0.5, 1)], clips)], "WER")

@@ -1,5 +1,6 @@
 """The trainer: losses and gradients of a step, what whole runs train and what they leave alone."""
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from torch import nn
 import dqw
 from dqw.distill import DistillConfig, GuidanceConfig, TrainConfig, distill
 from dqw.distill.config import SpecAugmentConfig
-from dqw.distill.data import Collator, SpeechDataset
+from dqw.distill.data import Collator, EpochSampler, SpeechDataset
 from dqw.distill.losses import IGNORE, cross_entropy, hidden_loss, logits_kl
 from dqw.distill.model import Batch, DistillModel, teacher_pass
 from dqw.distill.pair import is_multilingual
 from dqw.distill.prepare import prepare
+from dqw.distill.progress import Display
 from dqw.distill.stepping import parameter_groups, spec_augment
 from dqw.errors import UserError
 from dqw.recipe import Recipe
@@ -172,7 +174,42 @@ def test_spec_augment_masks_a_copy_and_leaves_the_config_alone():
     assert model.config.to_dict() == before
 
 
+def test_spec_augment_masks_what_is_spoken(encoder):
+    """Not the silence that a clip is padded with: spans of 10 of its 50 frames, never beyond."""
+    inputs = batch_of(encoder)
+    batch = Batch.of(inputs)
+    spoken = batch.spoken()
+    assert spoken is not None and spoken.sum(1).tolist() == [50, 50, 50]
+    model = tiny_model().train()
+    wanted = SpecAugmentConfig(time_prob=0.01, time_length=10, time_min_masks=2)
+    features = torch.ones(3, 80, 100)
+    with spec_augment(model.config, wanted):
+        masked = model.model._mask_input_features(features.clone(), spoken)
+    assert (masked[:, 0] == 0).sum(1).min() > 10 and (masked[..., 50:] == 1).all()
+
+
 # Whole runs
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    teacher = tiny_model(d_model=64)
+    teacher.model.decoder.layer_norm.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match=r"kl is no number at step 1: lower train.lr"):
+        run(tmp_path, teacher=teacher)
+
+
+def test_the_order_follows_the_epoch_where_a_run_resumes(tmp_path):
+    """Several processes wrap the sampler so often that nothing else tells it."""
+    from types import SimpleNamespace
+
+    from dqw.distill.callbacks import ReportCallback
+
+    order = EpochSampler(10, 3)
+    report = ReportCallback(Display(), tmp_path / "log.jsonl")
+    report.trainer = SimpleNamespace(order=order)
+    for epoch, wanted in ((None, 0), (1.0, 1), (1.6, 1), (3.0000000001, 3), (2.9999999999, 3)):
+        report.on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
+        assert order.epoch == wanted
 
 
 def test_the_student_learns_and_the_teacher_stays(tmp_path):
@@ -275,9 +312,20 @@ def test_models_that_do_not_fit(tmp_path):
     student = tiny_model()
     with pytest.raises(UserError, match="are one model"):
         run(tmp_path, student, student)
-    with pytest.raises(UserError, match="distillation loss"):
+    with pytest.raises(UserError, match="needs distilled hidden states"):
         run(tmp_path, config=DistillConfig(hidden=0), guidance=GuidanceConfig(mode="mutual"))
     assert is_multilingual(student)
+
+
+def test_guidance_has_rounding_errors_to_choose_by_after_calibration(tmp_path):
+    """A copy's weights would lie on the grid."""
+    teacher = tiny_model(d_model=64)
+    student = dqw.quantize(copy.deepcopy(teacher))
+    config = DistillConfig(calibration_clips=3)
+    guidance = GuidanceConfig(mode="mutual", interval=1, probe_clips=2)
+    run(tmp_path, student, teacher, config, replace(SHORT, steps=1), guidance=guidance)
+    line = json.loads((tmp_path / "guidance.jsonl").read_text())
+    assert min(line["quant_loss"].values()) > 0
 
 
 def test_calibration_comes_before_the_first_step(tmp_path):

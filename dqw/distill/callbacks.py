@@ -31,6 +31,11 @@ class ReportCallback(TrainerCallback):
             self.display.start(state.max_steps, state.global_step)
         self.pace.tick()
 
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Of several processes none tells the order its epoch where it resumes within one."""
+        assert self.trainer is not None
+        self.trainer.order.set_epoch(int((state.epoch or 0) + 1e-6))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds = self.pace.tick()
 

@@ -44,11 +44,13 @@ class SpeechItem(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """A clip with the text to learn. `language` is a Whisper code, or None in an English model."""
+    """A clip with the text to learn. `language` is a Whisper code, or None in an English model;
+    `seconds` its length, before augmentation."""
 
     item: SpeechItem
     text: str
     language: str | None
+    seconds: float = 0.0
 
 
 class LabelEncoder:
@@ -142,8 +144,8 @@ class SpeechDataset(Dataset[dict[str, Any]]):
 
     @property
     def seconds(self) -> list[float]:
-        """Of each clip, before augmentation; 0 where that is not known."""
-        return [example.item.seconds or 0.0 for example in self.examples]
+        """Of each clip, before augmentation."""
+        return [example.seconds for example in self.examples]
 
     def __getitem__(self, key: int) -> dict[str, Any]:
         epoch, index = divmod(key, len(self.examples))

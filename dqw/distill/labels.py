@@ -79,7 +79,8 @@ def read_labels(path: Path) -> dict[str, dict[str, Any]]:
         with open(path, "r+b") as file:
             file.truncate(len(whole))
     labels = {}
-    for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+    # Not splitlines(): a text may hold a line separator of Unicode's.
+    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
             labels[row.pop("id")] = row

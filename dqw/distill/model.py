@@ -21,6 +21,7 @@ from dqw.distill.matching import Matching, match, needs_costs
 from dqw.whisper.context import narrowed
 
 States = dict[str, dict[int, Tensor]]
+FRAMES_A_SECOND = 100
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Batch:
         heard: (batch, source positions, width), the frozen encoder's output, if it was kept.
         taught: the teacher's rows, if they were kept: last decoder states of the labelled
             positions under −1, of layer J at all decoder rows under J.
-        seconds: of the longest clip, without padding.
+        seconds: (batch,) of the clips, without padding; None where features were not made.
         positions: what the student's encoder is given of the source positions; None: all.
     """
 
@@ -48,7 +49,7 @@ class Batch:
     decoder_rows: Tensor
     heard: Tensor | None = None
     taught: dict[int, Tensor] | None = None
-    seconds: float = 0.0
+    seconds: Tensor | None = None
     positions: int | None = None
 
     @classmethod
@@ -70,8 +71,20 @@ class Batch:
             decoder_rows=inputs["decoder_mask"].reshape(-1).nonzero().squeeze(1),
             heard=heard,
             taught=taught,
-            seconds=float(inputs["seconds"].max()) if "seconds" in inputs else 0.0,
+            seconds=inputs.get("seconds"),
         )
+
+    @property
+    def longest(self) -> float:
+        """Seconds of the longest clip."""
+        return 0.0 if self.seconds is None else float(self.seconds.max())
+
+    def spoken(self) -> Tensor | None:
+        """(batch, frames) int64: 1 where a clip is, 0 where padding is."""
+        if self.seconds is None:
+            return None
+        frames = torch.arange(self.features.shape[-1], device=self.seconds.device)
+        return (frames < self.seconds[:, None] * FRAMES_A_SECOND).long()
 
     def head(self, clips: int) -> Batch:
         """The first `clips` clips."""

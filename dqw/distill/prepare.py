@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,12 @@ class Prepared:
         self.skipped.setdefault(reason, []).append(item.id)
 
     def fingerprint(self) -> str:
-        """A hash of ids, texts and languages in their order: what a resumed run must share."""
+        """A hash of ids, texts, languages and lengths in their order: what a resumed run must
+        share."""
         digest = hashlib.blake2b(digest_size=16)
         for example in self.examples:
-            digest.update(repr((example.item.id, example.text, example.language)).encode())
+            known = (example.item.id, example.text, example.language, round(example.seconds, 3))
+            digest.update(repr(known).encode())
         return digest.hexdigest()
 
 
@@ -82,8 +84,8 @@ def prepare(
     learn from, or if a labelled clip has no language and the model needs one.
     """
     made = Prepared()
-    labelled: list[SpeechItem] = []
-    unlabelled: list[SpeechItem] = []
+    labelled: list[tuple[SpeechItem, float]] = []
+    unlabelled: list[tuple[SpeechItem, float]] = []
     for item in items:
         wants_teacher = distill.teacher_labels == "all" or item.text is None
         if wants_teacher and distill.teacher_labels == "never":
@@ -96,24 +98,26 @@ def prepare(
             if seconds > window + SLACK_SECONDS:
                 made.skip(f"longer than {window:g} s", item)
             else:
-                labelled.append(item)
+                labelled.append((item, seconds))
         elif seconds > window + SLACK_SECONDS:
-            unlabelled += windows(item, window)
+            unlabelled += [(part, part.seconds) for part in windows(item, window)]
         else:
-            unlabelled.append(item)
+            unlabelled.append((item, seconds))
     texts: dict[str, dict[str, Any]] = {}
     if unlabelled:
         texts = write_labels(
             teacher,
             processor,
-            unlabelled,
+            [item for item, _ in unlabelled],
             labels_path,
             language=train.language,
             batch_size=train.label_batch_size,
             progress=progress,
         )
-    for item in [*labelled, *unlabelled]:
-        _add(made, item, texts.get(item.id), encoder, train.language)
+    for item, seconds in labelled:
+        _add(made, item, seconds, None, encoder, train.language)
+    for item, seconds in unlabelled:
+        _add(made, item, seconds, texts.get(item.id), encoder, train.language)
     if not made.examples:
         reasons = "; ".join(f"{reason}: {len(ids)}" for reason, ids in made.skipped.items())
         raise UserError(
@@ -126,6 +130,7 @@ def prepare(
 def _add(
     made: Prepared,
     item: SpeechItem,
+    seconds: float,
     label: dict[str, Any] | None,
     encoder: LabelEncoder,
     default_language: str | None,
@@ -139,6 +144,9 @@ def _add(
         made.skip("empty text", item)
         return
     if not encoder.multilingual:
+        if language not in (None, "en"):
+            made.skip("not English, as the student is", item)
+            return
         language = None
     elif language is None:
         raise UserError(
@@ -148,10 +156,10 @@ def _add(
     if not encoder.fits(text, language):
         made.skip(f"text of more than {encoder.max_length} tokens", item)
         return
-    made.examples.append(Example(item, text, language))
+    made.examples.append(Example(item, text, language, seconds))
 
 
-def windows(item: SpeechItem, seconds: float = 30.0) -> Sequence[Window]:
+def windows(item: SpeechItem, seconds: float = 30.0) -> list[Window]:
     """Cut a long clip into windows of at most `seconds`, at quiet places."""
     wave = item.load()
     longest = int(seconds * SAMPLE_RATE)

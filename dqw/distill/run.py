@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from dqw.calibrate import calibrate, layer_count
+from dqw.convert import quant_modules
 from dqw.devices import lowered
+from dqw.digest import digest, weights_digest
 from dqw.distill import checkpoint as store
 from dqw.distill.arguments import total_steps, training_arguments
 from dqw.distill.callbacks import ReportCallback, cut_log, tensorboard_callback
@@ -37,7 +39,7 @@ from dqw.distill.states import StatesDataset, keep_states, keeps_states
 from dqw.distill.stepping import seed_step
 from dqw.distill.trainer import DistillTrainer
 from dqw.errors import UserError
-from dqw.processes import is_main
+from dqw.processes import is_main, share
 from dqw.speech import balanced
 
 CACHED_CLIPS = 2000  # about 1 GB of float16 features at 80 mels
@@ -106,10 +108,10 @@ def distill(
     train, folder = train or TrainConfig(), Path(output_dir)
     check_settings(config, train)
     check_models(student, teacher, teacher_processor)
-    if guidance.mode in ("distill_guided", "mutual") and not config.uses_hidden:
+    if guidance.mode in ("quant_guided", "distill_guided", "mutual") and not config.uses_hidden:
         raise UserError(
-            f"guidance.mode = {guidance.mode!r} chooses layers by their distillation loss, but "
-            "hidden states are not compared: give distill.hidden a positive weight and a matching."
+            f"guidance.mode = {guidance.mode!r} needs distilled hidden states, and none are "
+            "compared: give distill.hidden a positive weight and a matching."
         )
     kept = keeps_states(config, guidance, train)
     found = _checkpoint(folder, resume)
@@ -143,10 +145,15 @@ def distill(
     if found is None and config.calibration_clips:
         # Rounding hears whole windows: of clips that are not joined, silence for the most part.
         spoken = dataset if config.audio_context == "full" else dataset.joined()
+        off_grid = starts_off_grid(student, teacher, guidance)
         _calibrate(
-            student.to(args.device), teacher, spoken, Collator(pad=encoder.end), config, shown
+            student.to(args.device), spoken, Collator(pad=encoder.end), config, shown, off_grid
         )
+        share(student)
     args.max_steps = total_steps(train, len(dataset), args.world_size)
+    read = args.max_steps * train.accumulate * train.batch_size * args.world_size
+    if train.cache_states == "auto" and states is None and read <= len(dataset):
+        kept = False  # no window is read twice
     seed_step(train.seed, -1, 0, 0)  # projections start at random
     pupil = DistillModel(student, teacher, config)
     windows: SpeechDataset | StatesDataset = dataset
@@ -176,7 +183,10 @@ def distill(
         callbacks=[report],
     )
     report.trainer = trainer
-    trainer.extra_settings = {"data": {"clips": len(dataset), "content": made.fingerprint()}}
+    trainer.extra_settings = {
+        "data": {"clips": len(dataset), "content": made.fingerprint()},
+        "models": {"teacher": weights_digest(teacher), "student's bits": _plan_digest(student)},
+    }
     step = _resume_step(found, folder, trainer.settings, trainer.is_world_process_zero())
     if train.tensorboard and trainer.is_world_process_zero():
         writer = tensorboard_callback(folder / "tensorboard", step)
@@ -204,13 +214,19 @@ def _keys(
     return list(order)[: batches * train.batch_size * args.world_size]
 
 
+def starts_off_grid(student: Any, teacher: Any, guidance: GuidanceConfig) -> bool:
+    """Whether weights begin between the float ones and what rounding found: where they have far to
+    go, and where guidance chooses by the rounding errors, which weights on the grid do not have."""
+    return guidance.mode != "all" or not is_copy(student, teacher)
+
+
 def _calibrate(
     student: Any,
-    teacher: Any,
     dataset: SpeechDataset,
     collate: Collator,
     config: DistillConfig,
     shown: Display,
+    off_grid: bool,
 ) -> None:
     """Round with error compensation on some windows; a resumed run has that behind it."""
     size = 4
@@ -229,8 +245,13 @@ def _calibrate(
             student,
             batches,
             lambda name: shown.count("error compensation, layers rounded", next(done), layers),
-            off_grid=not is_copy(student, teacher),
+            off_grid=off_grid,
         )
+
+
+def _plan_digest(student: Any) -> str:
+    plan = {name: module.spec.to_dict() for name, module in quant_modules(student).items()}
+    return digest((), sorted(plan.items()))
 
 
 def _display(progress: str | Callable[[StepReport], object] | Display) -> Display:
@@ -267,8 +288,10 @@ def _resume_step(
         return None
     before = store.read_run(found)["settings"]
     for table in settings:
+        if table not in before:
+            continue  # of an earlier version, which did not note it
         for key, value in settings[table].items():
-            old = before.get(table, {}).get(key)
+            old = before[table].get(key)
             if old != value:
                 raise UserError(
                     f"the run in {folder} began with {table}.{key} = {old!r}, now it is {value!r}: "

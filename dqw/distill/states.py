@@ -14,7 +14,6 @@ one: what is kept does not depend on their order.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dqw.digest import weights_digest
 from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig
 from dqw.distill.data import Collator, SpeechDataset
 from dqw.distill.layers import LayerTap
@@ -101,7 +101,7 @@ def keep_states(
         autocast: precision of the matrix products, or None.
         progress: called with (done, windows).
     """
-    folder = folder / _fingerprint(pupil, content)
+    folder = folder / _fingerprint(pupil, teacher, content, autocast)
     pupil.eval()
     teacher.eval()
     collate = Collator(pad=dataset.encoder.end)
@@ -145,15 +145,8 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         ) from error
 
 
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's numbers as they lie in memory, to take a digest of."""
-    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def _fingerprint(pupil: DistillModel, content: str) -> str:
-    digest = hashlib.blake2b(f"{content} {pupil.stacks} {pupil.kind}".encode(), digest_size=16)
-    if not pupil.encoder_learns:
-        for name, tensor in sorted(pupil.student.model.encoder.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
+def _fingerprint(
+    pupil: DistillModel, teacher: Any, content: str, autocast: torch.dtype | None
+) -> str:
+    heard = "" if pupil.encoder_learns else weights_digest(pupil.student.model.encoder)
+    return weights_digest(teacher, heard, content, autocast, pupil.stacks, pupil.kind)

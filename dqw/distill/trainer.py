@@ -9,6 +9,7 @@ with the same weights, bit for bit, as one that was not.
 from __future__ import annotations
 
 import json
+import math
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -34,6 +35,7 @@ from dqw.distill.model import (
     teacher_recalled,
 )
 from dqw.distill.stepping import parameter_groups, scheduler_state, seed_step, spec_augment
+from dqw.errors import UserError
 from dqw.whisper.context import AudioContext
 
 TOKEN_LOSSES = ("ce", "kl")
@@ -86,7 +88,8 @@ class DistillTrainer(Seq2SeqTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        return EpochSampler.over(dataset, self.plan, self.context is not None)
+        self.order = EpochSampler.over(dataset, self.plan, self.context is not None)
+        return self.order
 
     # Optimizer
 
@@ -117,7 +120,7 @@ class DistillTrainer(Seq2SeqTrainer):
         features = self.student_features(batch)
         if self.context is not None:
             window = self.pupil.student.config.max_source_positions
-            batch.positions = self.context.drawn(batch.seconds, window, random.random())
+            batch.positions = self.context.drawn(batch.longest, window, random.random())
         distilled = self.distilled_layers()
         wanted, logits = self.teacher_layers_wanted(distilled), self.distill.kl > 0
         if batch.taught is None:
@@ -157,8 +160,10 @@ class DistillTrainer(Seq2SeqTrainer):
         """The batch's features under SpecAugment, a copy where anything is masked."""
         if not self.distill.spec_augment.active:
             return batch.features
+        spoken = batch.spoken()
         with spec_augment(self.pupil.student.config, self.distill.spec_augment):
-            masked: Tensor = self.pupil.student.model._mask_input_features(batch.features.clone())
+            mask: Any = self.pupil.student.model._mask_input_features
+            masked: Tensor = mask(batch.features.clone(), spoken)
         return masked
 
     def distilled_layers(self) -> dict[str, list[int]]:
@@ -244,6 +249,13 @@ class DistillTrainer(Seq2SeqTrainer):
             steps = self.sums.pop("steps")
             logs |= {name: float(value) / steps for name, value in self.sums.items()}
             self.sums = {}
+            lost = [name for name in TOKEN_LOSSES if not math.isfinite(logs.get(name, 0.0))]
+            if lost and self.accelerator.scaler is None:  # float16 leaves such steps out by itself
+                raise UserError(
+                    f"{' and '.join(lost)} is no number at step {self.state.global_step}: lower "
+                    "train.lr, or look at the clips and the teacher, and resume from the last "
+                    "checkpoint."
+                )
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -6,8 +6,7 @@ takes 1.3 s of one core for a window, a decoder of 4 bits 0.1 s for its words.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,14 +14,14 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from dqw.convert import quant_modules
-from dqw.distill.states import raw_bytes
+from dqw.digest import digest, weights_digest
 
 
 class Heard:
     """States of one encoder, those of the one that was asked last; 3 MB a window of base."""
 
     def __init__(self) -> None:
-        self._encoder, self._states = b"", dict[bytes, Tensor]()
+        self._encoder, self._states = "", dict[str, Tensor]()
 
     @contextmanager
     def recalled(self, encoder: Any) -> Iterator[None]:
@@ -32,13 +31,13 @@ class Heard:
         if quant_modules(encoder):
             yield
             return
-        key = _digest(encoder.state_dict().values())
+        key = weights_digest(encoder)
         if key != self._encoder:
             self._encoder, self._states = key, {}
         forward = encoder.forward
 
         def recall(features: Tensor) -> BaseModelOutput:
-            asked = _digest([features])
+            asked = digest([("", features)], features.device)
             if asked not in self._states:
                 self._states[asked] = forward(features).last_hidden_state
             return BaseModelOutput(last_hidden_state=self._states[asked])
@@ -48,11 +47,3 @@ class Heard:
             yield
         finally:
             del encoder.forward
-
-
-def _digest(tensors: Iterable[Tensor]) -> bytes:
-    found = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        found.update(repr((tensor.device, tensor.dtype, tensor.shape)).encode())
-        found.update(raw_bytes(tensor))
-    return found.digest()

@@ -153,7 +153,9 @@ def _page(
         "words or characters of all clips, greedy. Brackets: 95 % bootstrap intervals over clips"
         f"{' and seeds' if seeds > 1 else ''}. Differences are paired by clip"
         f"{' and seed' if seeds > 1 else ''}; one whose interval "
-        "holds zero is called a tie. One in twenty true ties will not be called so. "
+        "holds zero is called a tie. In the answer that is the interval of all differences from "
+        "the least together (Bonferroni), pair by pair each one's own: there one in twenty true "
+        "ties will not be called so. "
         f"All cells: {study.name}.csv.</p>",
     ]
     return (

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dqw.bars import Bar, progress_bar
+from dqw.digest import weights_digest
 from dqw.errors import UserError
 from dqw.probe import first_changed
 from dqw.recipe import Recipe
@@ -226,6 +227,7 @@ def describe(study: Study, request: Request, lab: Lab) -> dict[str, Any]:
         "model": Path(request.model or "whisper-base").name,
         "student": Path(request.student or request.model or "whisper-base").name,
         "layers": layers,
+        "weights": weights_digest(lab.teacher, weights_digest(lab.student)),
         "speech": listed(lab.train),
         "measured on": listed(lab.test),
         "steps": lab.steps,
@@ -250,7 +252,7 @@ def claim(out: Path, about: dict[str, Any]) -> None:
         except json.JSONDecodeError:
             raise UserError(f"{path} is not JSON: give another --out, or remove it.") from None
         for key, value in about.items():
-            if before.get(key) != value:
+            if key in before and before[key] != value:  # an earlier version noted less
                 raise UserError(
                     f"{out} holds cells of another {key} "
                     + (f"({before.get(key)!r}, now {value!r})" if key != "recipe" else "")

@@ -1,10 +1,11 @@
 """Rates with intervals, and which differences are more than chance.
 
 A setting's rate is a sum over clips and seeds: KL nats a token, errors a word or character. It is
-drawn 1000 times anew with clips, and seeds where there are several, taken with replacement
+drawn 10000 times anew with clips, and seeds where there are several, taken with replacement
 (percentile bootstrap). All settings are drawn with the same clips, and the same seeds, which stand
 for the same order of the same speech, so that differences are paired; a difference whose 95 %
-interval holds zero is a tie. Of three seeds replacement shows too little: what they add is widened
+interval holds zero is a tie; where several are compared with the least, that is the interval of
+all of them together. Of three seeds replacement shows too little: what they add is widened
 to the interval that Student's t gives them.
 """
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from dqw.whisper.scoring import metric_of
 
-DRAWS = 1000
+DRAWS = 10_000
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 %
 Cell = Mapping[str, Any]
 Cells = Mapping[str, Sequence[Cell]]  # setting's name → its cells, by seed
@@ -26,7 +28,7 @@ Cells = Mapping[str, Sequence[Cell]]  # setting's name → its cells, by seed
 
 @dataclass(frozen=True)
 class Rate:
-    """total / units with its draws, (1000,)."""
+    """total / units with its draws, (10000,)."""
 
     total: float
     units: int
@@ -75,10 +77,7 @@ def rate(cells: Sequence[Cell], metric: str, language: str | None = None) -> Rat
         return None
     table = np.stack(tables)  # (seeds, clips, 2)
     seeds, clips, _ = table.shape
-    dice = np.random.default_rng(0)
-    picks = dice.integers(0, clips, size=(DRAWS, clips))
-    weight = np.stack([np.bincount(row, minlength=clips) for row in picks]).astype(np.float64)
-    drawn = weight @ table  # (seeds, draws, 2)
+    drawn = _times_drawn(clips) @ table  # (seeds, draws, 2)
     every = drawn.sum(0)
     draws = every[:, 0] / every[:, 1]
     if seeds > 1:
@@ -89,6 +88,13 @@ def rate(cells: Sequence[Cell], metric: str, language: str | None = None) -> Rat
     return Rate(float(total), int(units), draws)
 
 
+@lru_cache(maxsize=2)
+def _times_drawn(clips: int) -> np.ndarray:
+    """(draws, clips): how often each clip is drawn."""
+    picks = np.random.default_rng(0).integers(0, clips, size=(DRAWS, clips))
+    return np.stack([np.bincount(row, minlength=clips) for row in picks]).astype(np.float64)
+
+
 def widening(seeds: int) -> float:
     """How much wider Student's interval of the mean of ``seeds`` values is than that of drawing
     them with replacement, whose deviation is √((n-1)/n) of theirs and is taken for normal."""
@@ -97,14 +103,17 @@ def widening(seeds: int) -> float:
     return student / 1.96 * float(np.sqrt(seeds / free))
 
 
-def difference(first: Rate, second: Rate) -> Difference:
-    low, high = np.percentile(first.draws - second.draws, [2.5, 97.5])
+def difference(first: Rate, second: Rate, among: int = 1) -> Difference:
+    """``among``: how many differences shall be within their intervals at once (Bonferroni)."""
+    tail = 2.5 / among
+    low, high = np.percentile(first.draws - second.draws, [tail, 100 - tail])
     return Difference(first.value - second.value, float(low), float(high))
 
 
 def verdict(rates: Mapping[str, Rate]) -> tuple[str, list[str], list[str]]:
-    """The setting of least rate, those that tie with it, and those that are worse."""
+    """The setting of least rate, those that tie with it, and those that are worse: by intervals of
+    95 % for all of these differences together."""
     best = min(rates, key=lambda name: rates[name].value)
     others = [name for name in rates if name != best]
-    ties = [name for name in others if difference(rates[name], rates[best]).tie]
+    ties = [name for name in others if difference(rates[name], rates[best], len(others)).tie]
     return best, ties, [name for name in others if name not in ties]
