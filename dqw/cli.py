@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import errno
 import gc
+import io
 import os
 import sys
 import time
@@ -90,6 +91,8 @@ def main() -> None:
     """Entry point of the console script."""
     atexit.register(_leave_quickly)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names may hold what it can't encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -1,5 +1,6 @@
 """Audio in: every format, rate and channel count; every damaged file one sentence."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,10 @@ def test_channels_are_averaged():
 def test_arrays_of_any_type_and_rate():
     assert np.allclose(load_audio(np.full(100, -(2**14), dtype=np.int16), 16_000), -0.5)
     assert len(load_audio(tone(1.0, 8_000), 8_000)) == SAMPLE_RATE
+    eight_bits = np.array([0, 128, 255], dtype=np.uint8)
+    assert load_audio(eight_bits, 16_000).tolist() == [-1.0, 0.0, 127 / 128]
+    with pytest.raises(UserError, match=r"the shape \(2, 800\).*transpose"):
+        load_audio(np.zeros((2, 800)), 16_000)
     with pytest.raises(UserError, match="rate=… in Hz"):
         load_audio(tone())
     with pytest.raises(UserError, match="0 Hz"):
@@ -121,13 +126,63 @@ def test_an_ogg_that_lost_its_end(tmp_path):
         load_audio(path)
 
 
-def test_a_streamed_wav_states_no_length_and_is_whole(tmp_path):
+def test_an_ogg_whose_last_page_is_cut(tmp_path):
+    path = write_tone(tmp_path / "a.ogg", 2.0)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="cut off: its last page is not whole"):
+        load_audio(path)
+
+
+def test_a_chain_of_oggs_is_read_to_its_end(tmp_path):
+    first = write_tone(tmp_path / "a.ogg", 1.0).read_bytes()
+    other = write_tone(tmp_path / "b.ogg", 2.0, 44_100, 2).read_bytes()
+    (tmp_path / "chain.ogg").write_bytes(first + other + first)
+    audio = load_audio(tmp_path / "chain.ogg")
+    assert len(audio) == 4 * SAMPLE_RATE and audio_seconds(tmp_path / "chain.ogg") == 4
+    assert np.std(audio[-8_000:]) == pytest.approx(0.3 / 2**0.5, rel=0.05)
+    (tmp_path / "chain.ogg").write_bytes(first + other[: len(other) // 2])
+    with pytest.raises(UserError, match="last page"):
+        load_audio(tmp_path / "chain.ogg")
+
+
+@pytest.mark.parametrize(
+    ("form", "endian"),
+    [("AIFF", None), ("AIFF", "LITTLE"), ("AU", None), ("RF64", None), ("WAV", "BIG")],
+)
+def test_what_is_cut_is_seen_before_decoding(tmp_path, form, endian):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, tone(1.0), 16_000, format=form, endian=endian)
+    assert len(load_audio(path)) == SAMPLE_RATE
+    path.write_bytes(path.read_bytes()[:20_000])
+    for read in (load_audio, audio_seconds):
+        with pytest.raises(UserError, match=r"cut off: its header says 320\d\d bytes of samples"):
+            read(path)
+
+
+@pytest.mark.parametrize("stated", [0xFFFFFFFF, 0x7FFFF000, 0x7FFFFFFF, 0x80000000])
+def test_a_streamed_wav_states_no_length_and_is_whole(tmp_path, stated):
     path = write_tone(tmp_path / "a.wav", 0.5)
     data = bytearray(path.read_bytes())
     at = data.index(b"data") + 4
-    data[at : at + 4] = b"\xff\xff\xff\xff"
+    data[at : at + 4] = stated.to_bytes(4, "little")
     path.write_bytes(data)
     assert len(load_audio(path)) == 8_000
+
+
+def test_a_wav_whose_length_was_never_written(tmp_path):
+    path = write_tone(tmp_path / "a.wav", 0.5)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"data") + 4
+    data[at : at + 4] = bytes(4)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="says 0 bytes of samples, but 16000 are there"):
+        audio_seconds(path)
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.flac")
+    path.write_bytes(write_tone(tmp_path / "a.flac", 0.5).read_bytes())
+    assert audio_seconds(path) == 0.5 and len(load_audio(path)) == 8_000
 
 
 def test_bytes_from_anywhere(tmp_path):

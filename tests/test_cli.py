@@ -14,6 +14,7 @@ from whisper_helpers import save_ct2, save_tiny, tiny, write_tone
 import dqw
 from dqw.cli import app
 from dqw.whisper.checkpoint import save_processor
+from dqw.whisper.files import write_atomic
 
 COMMANDS = ("transcribe", "eval", "info")
 
@@ -152,6 +153,22 @@ def test_a_full_disk_is_one_sentence(model, audio, tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("Error: no space left on device for out/a.txt")
     assert list(out.iterdir()) == []
+
+
+def test_a_file_name_that_is_not_utf_8(model, audio, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9.wav")
+    odd.write_bytes(audio[0].read_bytes())
+    command = [sys.executable, "-m", "dqw", "transcribe", *audio, odd, "--model", model]
+    utf_8 = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    out = subprocess.run(command, capture_output=True, env=utf_8)
+    assert out.returncode == 0 and rb"caf\udce9.wav:" in out.stdout, out.stderr.decode()
+    out = subprocess.run([*command, "--format", "json"], capture_output=True, env=utf_8)
+    assert json.loads(out.stdout.splitlines()[-1])["audio"] == str(odd)
+    missing = [*command[:4], tmp_path / os.fsdecode(b"\xe9.wav"), *command[-2:]]
+    out = subprocess.run(missing, capture_output=True, env=utf_8)
+    assert out.returncode == 1 and rb"\udce9.wav does not exist" in out.stderr
+    write_atomic(tmp_path / "rows.jsonl", json.dumps({"id": odd.name}, ensure_ascii=False))
+    assert json.loads((tmp_path / "rows.jsonl").read_bytes())["id"] == odd.name
 
 
 def test_a_closed_pipe_is_no_error(model, audio):

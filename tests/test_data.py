@@ -102,6 +102,27 @@ def test_audio_folder_with_texts_beside(folder):
         load_items(folder / "none")
 
 
+def test_text_files_as_windows_writes_them(folder):
+    (folder / "audio" / "a.txt").write_text("Hello there.", encoding="utf-8-sig")
+    assert load_items(folder / "audio")[0].text == "Hello there."
+    (folder / "audio" / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"a\.txt is not UTF-8 text"):
+        load_items(folder / "audio")
+
+
+def test_manifests_with_a_mark_in_front_and_line_separators_in_a_text(folder):
+    text = "One.\u2028Two.\u2029Three.\x85"
+    row = json.dumps({"audio": "audio/a.wav", "text": text}, ensure_ascii=False)
+    path = folder / "manifest.jsonl"
+    path.write_text(f"{row}\n", encoding="utf-8-sig", newline="\r\n")
+    assert [item.text for item in load_items(path)] == [text]
+
+
+def test_hidden_files_are_no_clips(folder):
+    (folder / "audio" / "._a.wav").write_bytes(b"Mac OS X resource fork")
+    assert [item.id for item in load_items(folder / "audio")] == ["a.wav", "b.flac"]
+
+
 @pytest.fixture
 def dataset(folder):
     from datasets import Audio, Dataset
@@ -120,6 +141,16 @@ def test_dataset_rows_are_decoded_when_asked_for(folder, dataset):
     assert (first.text, first.language, first.seconds) == ("Hello.", "en", None)
     assert (second.text, second.language) == ("Welt", None)
     assert len(first.load()) == 8_000 and np.abs(second.load()).max() > 0.2
+
+
+def test_dataset_rows_without_text_and_with_one_id(folder, dataset):
+    for texts, kept in ((["Hello.", " "], ["Hello.", None]), ([7, 8], [None, None])):
+        rows = dataset.remove_columns("sentence").add_column("text", texts)
+        rows = rows.add_column("id", ["same", "same"])
+        rows.save_to_disk(folder / f"saved{texts[0]}")
+        items = load_items(folder / f"saved{texts[0]}")
+        assert [item.text for item in items] == kept
+        assert [item.id for item in items] == ["same#0", "same#1"]
 
 
 def test_a_damaged_dataset_row_is_named_when_decoded(monkeypatch, folder, dataset):
@@ -170,5 +201,7 @@ def test_a_dataset_that_cannot_be_had(monkeypatch, dataset):
 def test_language_codes():
     codes = [language_code(x, "it") for x in ("en", "English", "pt-BR", "ja_jp", "<|de|>", None)]
     assert codes == ["en", "en", "pt", "ja", "de", None]
+    aliases = [language_code(x, "it") for x in ("nb-NO", "cmn_hans_cn", "fil_ph", "jv", "iw")]
+    assert aliases == ["no", "zh", "tl", "jw", "he"]
     with pytest.raises(UserError, match="it is 'xx'"):
         language_code("xx", "it")

@@ -83,3 +83,5 @@ def test_normalizers():
     assert Normalizers()("Colour", "en") == "colour"
     assert normalize("Ça, c'est très—bien!", "fr") == "ça c est très bien"
     assert normalize("データー ＡＢＣで１２３円", "ja") == "データーabcで123円"
+    # Whisper's rule, with what it costs: marks that don't join with their letter are gone
+    assert normalize("ที่นี่", "th") == "ทน" and normalize("हिन्दी", "hi") == "ह न द"

@@ -93,6 +93,23 @@ def test_segments_from_tokens(whisper):
     assert decoder._segments(word, 0.9) == [Segment(0.0, 0.9, "world")]
 
 
+def test_speech_heard_behind_the_end_gets_a_cue_of_some_length(whisper):
+    from dqw.whisper.engines import PlainEngine
+    from dqw.whisper.transcribe import _Clip, _Decoder
+    from dqw.whisper.windows import Stretch
+
+    decoder = _Decoder(PlainEngine(*whisper), "transcribe", 1, True)
+    first = whisper[1].tokenizer.convert_tokens_to_ids(TIMES[0])
+    word = whisper[1].tokenizer(" world", add_special_tokens=False).input_ids
+    last = Segment(0.28, 0.3, "world")
+    for start, end in ((15, 15), (15, 20), (40, 45)):
+        assert decoder._segments([first + start, *word, first + end], 0.3) == [last]
+        clip = _Clip(0, np.zeros(4800, dtype=np.float32), "en")
+        stretch = Stretch(start * 0.02, end * 0.02, [first + start, *word, first + end])
+        assert decoder._joined(clip, "en", [stretch]).segments == [last]
+    assert decoder._segments([first + 5, *word, first + 5], 0.3) == [Segment(0.1, 0.12, "world")]
+
+
 def test_a_loop_is_cut(whisper):
     """A model whose every step says the same token stops early and says it once."""
     model, processor = tiny_that_loops(whisper)

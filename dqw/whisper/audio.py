@@ -1,14 +1,14 @@
 """Audio files to what Whisper reads: mono float32 at 16 kHz, or one sentence that says why not.
 
 Reads wav, flac, mp3 and ogg (whatever libsndfile opens) at any rate and channel count. A damaged
-file is an error, never a shorter transcript: libsndfile itself stays silent about a wav or an ogg
-that was cut off, so those two are checked here.
+file is an error, never a shorter transcript. libsndfile itself stays silent about files that were
+cut off or that hold more than it reads: `mp3`, `ogg` and `chunks` see to those.
 """
 
 from __future__ import annotations
 
 import io
-import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -17,13 +17,13 @@ import soundfile
 import soxr
 
 from dqw.errors import UserError
+from dqw.whisper import chunks, mp3, ogg
 
 SAMPLE_RATE = 16_000
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au")
 # Below this peak (4 steps of 16 bits, -78 dBFS) a clip holds dither at most, and no speech.
 SILENCE_PEAK = 4 / 32768
 _MAGIC = (b"RIFF", b"RIFX", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b".snd")
-_STREAMED = (0, 0xFFFFFFFF)  # data sizes that a writer to a pipe leaves in a wav header
 
 
 class EncodedAudio(Protocol):
@@ -38,7 +38,8 @@ def load_audio(
     """Mono float32 samples at 16 kHz, shape (samples,).
 
     `source`: a path, an object with `read_bytes()`, or an array of shape (samples,) or
-    (samples, channels) with its `rate` in Hz. Integer arrays are scaled to [-1, 1).
+    (samples, channels) with its `rate` in Hz. Integer arrays are scaled to [-1, 1), unsigned ones
+    around their middle.
     Raises UserError naming the file: missing, empty, no samples, unknown type, corrupt, cut off,
     NaN or infinite samples. Silence is not an error.
     """
@@ -57,18 +58,19 @@ def load_audio(
 
 
 def audio_seconds(path: str | Path) -> float:
-    """Length in seconds from the header alone. Raises UserError as `load_audio` does, but does not
-    decode: a file cut off in the middle may pass."""
+    """Length in seconds from the headers. Raises UserError as `load_audio` does, but does not
+    decode: samples that are damaged, or a flac that was cut off, pass."""
     _check_file(Path(path))
     with open(path, "rb") as file:
-        _check_type(file.read(12), str(path))
-    try:
-        info = soundfile.info(str(path))
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise _corrupt(str(path), error) from None
-    if info.frames == 0:
+        streams = _streams(file, str(path))
+        try:
+            infos = [soundfile.info(stream.file) for stream in streams]
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise _corrupt(str(path), error) from None
+    seconds = sum(info.frames / info.samplerate for info in infos)
+    if seconds == 0:
         raise UserError(_no_samples(str(path)))
-    return info.frames / info.samplerate
+    return seconds
 
 
 def is_silent(audio: np.ndarray) -> bool:
@@ -110,61 +112,71 @@ def _no_samples(name: str) -> str:
     return f"{name} holds no samples; record it again or leave it out"
 
 
+def _with_samples(audio: np.ndarray, name: str) -> np.ndarray:
+    if audio.size == 0:
+        raise UserError(_no_samples(name))
+    return audio
+
+
 def _decode(file: BinaryIO, name: str) -> np.ndarray:
+    audio = [_decode_stream(stream, name) for stream in _streams(file, name)]
+    return _with_samples(audio[0] if len(audio) == 1 else np.concatenate(audio), name)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """What libsndfile reads to its end. `slack`: so many samples fewer than its header says are
+    no damage; None: what the header says proves nothing."""
+
+    file: BinaryIO
+    slack: int | None = 0
+
+
+def _streams(file: BinaryIO, name: str) -> list[_Stream]:
+    """The streams of a file that stand one after another; nearly always one. UserError where they
+    are seen to be cut off without decoding."""
+    head = file.read(12)
+    _check_type(head, name)
+    file.seek(0)
+    if head.startswith(b"OggS"):
+        data = file.read()
+        _refuse_cut(name, ogg.missing(data))
+        return [_Stream(io.BytesIO(link)) for link in ogg.links(data)]
+    if head.startswith(b"ID3") or head[0] == 0xFF:
+        data = file.read()
+        parts = mp3.parts(data)
+        for part in parts:
+            if part.is_cut:
+                fault = f"its header says {part.stated} frames, but {part.frames} are there"
+                _refuse_cut(name, fault)
+        # Two frames of 1152 samples may go to encoder delay and padding.
+        whole = [_Stream(io.BytesIO(part.encoded()), 2 * 1152) for part in parts]
+        return whole or [_Stream(io.BytesIO(data), None)]  # layer II, or no mp3 behind the ID3
+    _refuse_cut(name, chunks.missing(file))
+    file.seek(0)
+    return [_Stream(file, None if head.startswith((b"RIF", b"RF64")) else 0)]
+
+
+def _refuse_cut(name: str, fault: str) -> None:
+    if fault:
+        raise UserError(f"{name} is cut off: {fault}; copy or encode it again")
+
+
+def _decode_stream(stream: _Stream, name: str) -> np.ndarray:
     """Decode, mix and resample half a minute at a time: a long stereo file never lies in memory
     whole (three hours at 44.1 kHz would be 3.8 GB)."""
-    _check_type(file.read(12), name)
-    file.seek(0)
     try:
-        with soundfile.SoundFile(file) as sound:
+        with soundfile.SoundFile(stream.file) as sound:
             expected = sound.frames
             mono = _Mono(sound.samplerate, name)
             while len(block := sound.read(30 * sound.samplerate, "float32", always_2d=True)):
                 mono.add(block)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise _corrupt(name, error) from None
-    missing = _missing_part(file, expected, mono.frames)
-    if missing:
-        raise UserError(f"{name} is cut off: {missing}; copy or encode it again")
+    if stream.slack is not None and mono.frames + stream.slack < expected:
+        fault = f"its header says {expected} samples, but {mono.frames} could be read"
+        _refuse_cut(name, fault)
     return mono.finish()
-
-
-def _missing_part(file: BinaryIO, expected: int, decoded: int) -> str:
-    """What a truncated file lacks, in words, or ""."""
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    head = file.read(65536)
-    if head[:4] == b"RIFF":
-        return _missing_wav(file, size)
-    if head[:4] == b"OggS":
-        file.seek(max(0, size - 131072))  # a page has at most 65,307 bytes
-        tail = file.read()
-        last = tail.rfind(b"OggS")
-        if last >= 0 and last + 5 < len(tail) and not tail[last + 5] & 4:  # no end-of-stream flag
-            return "its last page is missing"
-    # Without a Xing/Info frame the length of an mp3 is an estimate, and proves nothing. Two frames
-    # of 1152 samples may go to encoder delay and padding.
-    mp3 = head[:3] == b"ID3" or head[0] == 0xFF
-    if mp3 and (not (b"Xing" in head or b"Info" in head) or decoded + 2 * 1152 >= expected):
-        return ""
-    if decoded < expected:
-        return f"its header says {expected} samples, but {decoded} could be read"
-    return ""
-
-
-def _missing_wav(file: BinaryIO, size: int) -> str:
-    """Compare the data chunk's stated size with what the file holds (libsndfile adjusts it)."""
-    at = 12
-    while at + 8 <= size:
-        file.seek(at)
-        name, length = struct.unpack("<4sI", file.read(8))
-        if name == b"data":
-            there = size - at - 8
-            if length in _STREAMED or there >= length:
-                return ""
-            return f"its header says {length} bytes of samples, but {there} are there"
-        at += 8 + length + length % 2
-    return "it has no samples after its header"
 
 
 def _from_array(samples: np.ndarray, rate: int) -> np.ndarray:
@@ -174,11 +186,17 @@ def _from_array(samples: np.ndarray, rate: int) -> np.ndarray:
         raise UserError(
             f"the array has {samples.ndim} dimensions; give (samples,) or (samples, channels)"
         )
+    if samples.ndim == 2 and 0 < samples.shape[0] < samples.shape[1]:
+        raise UserError(
+            f"the array has the shape {samples.shape}; give (samples, channels), so transpose it"
+        )
     if np.issubdtype(samples.dtype, np.integer):
-        samples = samples / (float(np.iinfo(samples.dtype).max) + 1)
+        half = 2.0 ** (8 * samples.dtype.itemsize - 1)
+        centre = half if np.issubdtype(samples.dtype, np.unsignedinteger) else 0
+        samples = (samples - centre) / half
     mono = _Mono(rate, "the array")
     mono.add(samples.reshape(len(samples), -1).astype(np.float32, copy=False))
-    return mono.finish()
+    return _with_samples(mono.finish(), "the array")
 
 
 class _Mono:
@@ -207,7 +225,4 @@ class _Mono:
         if self.resampler and self.frames:
             rest = self.resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
             self.parts.append(rest)
-        audio = np.concatenate(self.parts) if self.parts else np.zeros(0, dtype=np.float32)
-        if audio.size == 0:
-            raise UserError(_no_samples(self.name))
-        return audio
+        return np.concatenate(self.parts) if self.parts else np.zeros(0, dtype=np.float32)

@@ -22,6 +22,8 @@ from dqw.whisper.audio import SUFFIXES, EncodedAudio, audio_seconds, load_audio
 
 _TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text")
 _LANGUAGE_COLUMNS = ("language", "locale")
+# Codes of FLEURS and Common Voice for what Whisper calls otherwise.
+_ALIASES = {"nb": "no", "cmn": "zh", "fil": "tl", "jv": "jw", "iw": "he"}
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def language_code(language: str | None, where: str) -> str | None:
 
     word = language.strip().lower().strip("<|>")
     for guess in (word, word.replace("_", "-").split("-")[0]):
+        guess = _ALIASES.get(guess, guess)
         if guess in LANGUAGES:
             return guess
         if guess in TO_LANGUAGE_CODE:
@@ -135,7 +138,8 @@ def _read_manifest(path: Path) -> list[Item]:
     items: list[Item] = []
     first_row: dict[str, int] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): inside a JSON string U+2028 and the like end no line.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; save the manifest as UTF-8") from None
     for number, line in enumerate(lines, start=1):
@@ -193,18 +197,27 @@ def _checked_text(text: str | None, where: str, cure: str) -> str | None:
 
 
 def _read_folder(folder: Path) -> list[Item]:
-    files = sorted(f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file())
+    files = sorted(
+        f for f in folder.rglob("*")
+        if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file()
+    )  # fmt: skip
     if not files:
         raise UserError(f"{folder} holds no audio; put wav, flac, mp3 or ogg files there")
     items = []
     for file in files:
-        beside, text = file.with_suffix(".txt"), None
-        if beside.is_file():
-            text = _checked_text(beside.read_text(encoding="utf-8").strip(), str(beside),
-                                 "write the transcript or delete the file")  # fmt: skip
+        beside = file.with_suffix(".txt")
+        text = _read_transcript(beside) if beside.is_file() else None
         name = file.relative_to(folder).as_posix()
         items.append(Item(name, file, text, None, audio_seconds(file)))
     return items
+
+
+def _read_transcript(file: Path) -> str | None:
+    try:
+        text = file.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not UTF-8 text; save the transcript as UTF-8") from None
+    return _checked_text(text, str(file), "write the transcript or delete the file")
 
 
 def _read_hub(name: str) -> list[Item]:
@@ -262,12 +275,14 @@ def _from_dataset(dataset: Any, name: str) -> list[Item]:
             Item(
                 id=key if isinstance(key, str) and key else str(row),
                 audio=DatasetAudio(dataset, row, column, where),
-                text=_checked_text(text, where, "leave the row out"),
+                text=text if isinstance(text, str) and text.strip() else None,
                 language=_known_language(spoken),
             )
         )
     if not items:
         raise UserError(f"{name} has no rows; pick another split")
+    if len({item.id for item in items}) < len(items):  # labels are kept by id
+        items = [replace(item, id=f"{item.id}#{n}") for n, item in enumerate(items)]
     return items
 
 

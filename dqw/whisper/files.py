@@ -15,12 +15,13 @@ def write_atomic(
 ) -> None:
     """Write `chunks` (or a string as UTF-8) to a temporary name beside `path`, fsync, rename.
 
-    Folders are made. With `sha256`, bytes with another checksum raise UserError and leave nothing.
+    Bytes of a file name that are not UTF-8 are written as \\udcXX, which JSON reads back. Folders
+    are made. With `sha256`, bytes with another checksum raise UserError and leave nothing.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(chunks, str):
-        chunks = [chunks.encode("utf-8")]
+        chunks = [chunks.encode("utf-8", "backslashreplace")]
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # others may write it, too
     digest = hashlib.sha256()
     try:

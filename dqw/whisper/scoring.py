@@ -3,9 +3,13 @@
 English: words after Whisper's English normalizer. Japanese, Chinese, Korean, Thai, Lao and
 Burmese: characters after the basic normalizer, spaces removed (the rule of kotoba-whisper's
 scores). Other languages: words after the basic normalizer; diacritics stay, for removing them
-would turn が into か. Rates are of the whole corpus, (S + D + I) / N, never means of clips. Clips
-with nothing left in the reference are dropped and counted. Intervals are the 2.5th to 97.5th
-percentile of 1000 bootstrap samples over clips (percentile bootstrap, Efron 1979), seeded.
+would turn が into か. Marks that have no joined form are lost even so, for these normalizers count
+them as punctuation: Thai, Lao and Burmese lose tones and many vowels (ที่นี่ → ทน), and Indic words
+fall apart (हिन्दी → ह न द). The rates compare with published ones, and are blind to errors there.
+
+Rates are of the whole corpus, (S + D + I) / N, never means of clips. Clips with nothing left in
+the reference are dropped and counted. Intervals are the 2.5th to 97.5th percentile of 1000
+bootstrap samples over clips (percentile bootstrap, Efron 1979), seeded.
 """
 
 from __future__ import annotations

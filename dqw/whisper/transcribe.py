@@ -175,6 +175,14 @@ def _seconds_hint(source: Source) -> float:
     return audio_seconds(source) if isinstance(source, str | Path) else 0.0
 
 
+def _segment(start: float, end: float, seconds: float, text: str) -> Segment:
+    """A segment within a clip of so many seconds, at least a tick long: a model may hear speech
+    behind the end, and players take no cue of no length."""
+    start = min(start, max(seconds - _TICK, 0.0))
+    end = min(max(end, start + _TICK), seconds)
+    return Segment(round(start, 2), round(end, 2), text)
+
+
 class _Decoder:
     """One model with one set of decoding options."""
 
@@ -270,9 +278,8 @@ class _Decoder:
             tokens = cut_loop(stretch.tokens, self.first_timestamp)
             spoken += tokens
             text = self._text(tokens)
-            start, end = stretch.start, min(stretch.end, clip.seconds)
-            if text and start < end:
-                segments.append(Segment(round(start, 2), round(end, 2), text))
+            if text:
+                segments.append(_segment(stretch.start, stretch.end, clip.seconds, text))
         return Transcript(self._text(spoken), self._reported(code), clip.seconds, segments)
 
     def _detected(self, languages: list[str | None], states: torch.Tensor) -> list[str | None]:
@@ -355,8 +362,7 @@ class _Decoder:
         def close(end: float) -> None:
             text = self._text(piece)
             if text:
-                end = min(max(end, start), seconds)
-                segments.append(Segment(round(min(start, end), 2), round(end, 2), text))
+                segments.append(_segment(start, end, seconds, text))
             piece.clear()
 
         for token in tokens:
