@@ -188,7 +188,10 @@ def _plain(module: QuantModule) -> nn.Module:
 
 @torch.no_grad()
 def dequantize(model: nn.Module) -> nn.Module:
-    """Replace every quantized module by a plain float one with the same weights, in place."""
+    """Replace every quantized module by a plain float one with the same weights, in place.
+
+    ``save_pretrained`` then writes an ordinary Whisper folder.
+    """
     embedding = _input_embedding(model)
     for name, module in quant_modules(model).items():
         model.set_submodule(name, _plain(module))
@@ -201,6 +204,9 @@ def dequantize(model: nn.Module) -> nn.Module:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(  # type: ignore[operator]
             all_submodels=False
         )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:  # else save_pretrained would write the plan of layers that are gone
+        quantizer.remove_quantization_config(model)
     return model
 
 

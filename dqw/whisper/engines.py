@@ -173,7 +173,7 @@ def open_engine(
     return PlainEngine(model, processor)
 
 
-_NEEDED = ("generation_config.json", "tokenizer.json")
+_NEEDED = ("model.safetensors", "generation_config.json", "tokenizer.json")
 _SETTINGS = ("no_timestamps_token_id", "decoder_start_token_id", "eos_token_id", "is_multilingual")
 
 
