@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from whisper_helpers import run_dqw, save_speech, save_tiny, write_tone
 
 from dqw.convert import quant_modules
@@ -184,19 +185,25 @@ def test_other_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
     refused("choose two checkpoints of one vocabulary", "--teacher", base, *options)
 
 
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, FULL), SafetensorError(f"I/O error: {FULL} (os error 28)")]
+)
 def test_no_space_left_leaves_nothing(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import WhisperForConditionalGeneration
 
     def full(self: object, folder: Path, **kwargs: object) -> None:
         Path(folder).mkdir()
         (Path(folder) / "model.safetensors").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     monkeypatch.setattr(WhisperForConditionalGeneration, "save_pretrained", full)
     room = tmp_path / "room"
-    refused("make room", "--teacher", base, "--ptq-only", "--out", room / "out")
+    refused(FULL, "--teacher", base, "--ptq-only", "--out", room / "out")
     assert not list(room.iterdir())
 
 
