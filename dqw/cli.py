@@ -24,6 +24,12 @@ from typer.core import TyperGroup
 from dqw.bars import err
 from dqw.errors import UserError
 
+# What is wrong with the place that a file should go to.
+_PLACES = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
+    errno.EISDIR, errno.ENAMETOOLONG, errno.EIO, errno.EFBIG,
+)  # fmt: skip
+
 
 class _Group(TyperGroup):
     """Turns what a user can cause into one sentence and an exit code."""
@@ -39,13 +45,12 @@ class _Group(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            if error.errno not in _PLACES:
                 raise
-            where = f" for {error.filename}" if error.filename else ""
-            sentence, code = (
-                f"{(error.strerror or '').lower()}{where}: free or choose another place",
-                1,
-            )
+            name = error.filename2 or error.filename  # of a rename, what it was to become
+            where = f" for {name}" if name else ""
+            sentence = f"{(error.strerror or '').lower()}{where}: free or choose another place"
+            code = 1
         err.print(f"Error: {sentence}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(code)
 
@@ -125,7 +130,8 @@ def transcribe(
         ),
     ] = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Write NAME.FORMAT files here instead of printing.")
+        Path | None,
+        typer.Option(file_okay=False, help="Write NAME.FORMAT files here instead of printing."),
     ] = None,
     timestamps: Annotated[
         bool, typer.Option("--timestamps", help="Times of each segment.")
@@ -253,11 +259,14 @@ def info(
 
 @contextmanager
 def audio_progress(total: float) -> Iterator[Any]:
-    """Yields advance(seconds of audio); shows a bar with the speed on stderr while it lasts."""
+    """Yields advance(seconds of audio); shows a bar with the speed on stderr while it lasts.
+
+    total: seconds of all audio; 0: not known.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.completed:.0f} of {task.total:.0f} s of audio"),
+        TextColumn("{task.completed:.0f}" + " of {task.total:.0f}" * bool(total) + " s of audio"),
         BarColumn(),
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
@@ -270,7 +279,7 @@ def audio_progress(total: float) -> Iterator[Any]:
             nonlocal done
             done += seconds
             speed = f"{done / (time.perf_counter() - start):.1f} × real time"
-            bar.update(task, completed=done, total=max(total, done), speed=speed)
+            bar.update(task, completed=done, total=max(total, done) if total else None, speed=speed)
 
         yield advance
 

@@ -135,9 +135,9 @@ def compress(
 
 @app.command(epilog="Example: dqw demo --out runs/demo")
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of everything the demo makes.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder of everything the demo makes.")
+    ] = Path("runs/demo"),
 ) -> None:
     """Compress whisper-base on this machine and show what it costs, in some minutes."""
     from rich.console import Console

@@ -6,13 +6,15 @@ import subprocess
 import sys
 import time
 from errno import ENOSPC
+from io import StringIO
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 from whisper_helpers import save_ct2, save_tiny, tiny, write_tone
 
 import dqw
-from dqw.cli import app
+from dqw.cli import app, audio_progress
 from dqw.whisper.checkpoint import save_processor
 
 COMMANDS = ("transcribe", "eval", "info")
@@ -152,6 +154,41 @@ def test_a_full_disk_is_one_sentence(model, audio, tmp_path, monkeypatch):
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("Error: no space left on device for out/a.txt")
     assert list(out.iterdir()) == []
+
+
+def test_places_that_cannot_be_written_are_said_at_once(model, audio, tmp_path):
+    file, folder = tmp_path / "a.wav", tmp_path / "folder"
+    folder.mkdir()
+    for words in (
+        ("transcribe", audio[0], "--model", model, "--output-dir", file),
+        ("eval", "--model", model, "--data", tmp_path, "--json", folder),
+        ("eval", "--model", model, "--data", tmp_path, "--save-transcripts", folder),
+        ("demo", "--out", file),
+    ):
+        result = dqw_(*words)
+        assert result.exit_code == 2 and "Invalid value for '--" in result.stderr, words
+
+
+def test_names_that_cannot_be_written_are_one_sentence(model, tmp_path):
+    audio = write_tone(tmp_path / f"{'a' * 250}.wav", 0.5)
+    out = tmp_path / "a.txt" / "out"
+    result = dqw_("transcribe", audio, "--model", model, "--output-dir", tmp_path / "out")
+    assert result.exit_code == 1 and "Error: file name too long for" in result.stderr
+    (tmp_path / "a.txt").write_text("")
+    result = dqw_("transcribe", audio, "--model", model, "--output-dir", out)
+    assert result.exit_code == 1 and "Error: not a directory for" in result.stderr
+
+
+@pytest.mark.parametrize("total, words", [(0.0, "5 s of audio"), (9.0, "5 of 9 s of audio")])
+def test_progress_on_a_terminal(total, words, monkeypatch):
+    """Data sets of the hub do not tell how long their clips are."""
+    shown = StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr("dqw.cli.err", terminal)
+    with audio_progress(total) as advance:
+        advance(2.0)
+        advance(3.0)
+    assert words in shown.getvalue()
 
 
 def test_a_closed_pipe_is_no_error(model, audio):
