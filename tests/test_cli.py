@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from whisper_helpers import save_ct2, save_tiny, tiny, write_tone
 import dqw
 from dqw.cli import app, audio_progress
 from dqw.whisper.checkpoint import save_processor
+from dqw.whisper.report import inspect_folder, model_bytes
 
 COMMANDS = ("transcribe", "eval", "info")
 
@@ -106,6 +108,19 @@ def test_info_of_a_float_folder(model):
     assert result.exit_code == 0
     for word in ("Hugging Face, 2 + 2 layers", "embedding", "float32", "quant_linear", "MiB"):
         assert word in result.stdout, word
+
+
+def test_other_copies_of_the_weights_are_not_counted(model, tmp_path):
+    """A snapshot of the hub has them, a trainer's folder its optimizer."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    before = inspect_folder(folder)
+    for name in ("pytorch_model.bin", "flax_model.msgpack", "tf_model.h5", "optimizer.pt",
+                 "model.fp32-00001-of-00002.safetensors"):  # fmt: skip
+        (folder / name).write_bytes(bytes(1000))
+    assert inspect_folder(folder) == before
+    (folder / "model.safetensors").unlink()  # other engines read the others
+    assert model_bytes(folder) > 5000
 
 
 def test_info_of_a_packed_folder(tmp_path):
