@@ -95,6 +95,11 @@ def swap_empty(model: nn.Module, plan: dict[str, QuantSpec]) -> None:
         try:
             module = model.get_submodule(name)
         except AttributeError as error:
+            if name.startswith("model.") and not hasattr(model, "model"):
+                raise UserError(
+                    f"packed folders hold a whole Whisper, not a {type(model).__name__}: load it "
+                    "with WhisperForConditionalGeneration and take its .model."
+                ) from error
             raise UserError(
                 f"the folder's plan names the layer {name!r}, which a model of its config.json "
                 "does not have: the folder is damaged, write it again."

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import make_tiny_whisper
 from safetensors.torch import load_file
-from transformers import WhisperForConditionalGeneration
+from transformers import AutoModel, WhisperForConditionalGeneration
 from whisper_helpers import tiny
 
 import dqw
@@ -321,6 +321,12 @@ def test_a_dequantized_model_saves_as_an_ordinary_one(tmp_path: Path) -> None:
         )
         assert not hasattr(found.config, "quantization_config") and not notes["missing_keys"]
         assert torch.equal(logits(found), logits(plain))
+
+
+def test_the_bare_model_is_not_taken_for_damage(tmp_path: Path) -> None:
+    dqw.freeze(dqw.quantize(make_tiny_whisper())).save_pretrained(tmp_path)
+    with pytest.raises(dqw.UserError, match=r"WhisperForConditionalGeneration and take its .model"):
+        AutoModel.from_pretrained(tmp_path)
 
 
 def test_positions_that_are_a_formula_are_not_stored(tmp_path):
