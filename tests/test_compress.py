@@ -120,6 +120,17 @@ def test_cut_keeps_first_and_last_and_generates() -> None:
     assert student.generate(torch.randn(1, 80, 3000), max_new_tokens=3).shape[0] == 1
 
 
+def test_a_cut_student_keeps_the_alignment_heads_of_its_layers() -> None:
+    from conftest import make_tiny_whisper
+
+    teacher = make_tiny_whisper(decoder_layers=4)
+    teacher.generation_config.alignment_heads = [[1, 0], [3, 1]]
+    config = cut_student(teacher, 2, 2).generation_config
+    assert config.alignment_heads == [[1, 1]]
+    teacher.generation_config.alignment_heads = [[1, 0], [2, 1]]
+    assert not hasattr(cut_student(teacher, 2, 2).generation_config, "alignment_heads")
+
+
 def test_the_default_shares_out_its_bytes_and_trains_only_when_asked(
     base: Path, data: Path, tmp_path: Path
 ) -> None:
