@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from dqw.bars import err
@@ -159,7 +160,7 @@ def transcribe(
     from dqw.whisper.transcribe import Transcript, iter_transcripts
     from dqw.whisper.writers import TIMED, render
 
-    with err.status(f"loading {model}"):
+    with err.status(f"loading {escape(model)}"):
         engine = open_engine(model, beam_size, activations, device)
     timed = timestamps or any(name in TIMED for name in forms)
     waiting: dict[int, Transcript] = {}
@@ -180,7 +181,7 @@ def transcribe(
                 _print_transcript(text, audio[printed], forms[0], len(audio) > 1)
                 printed += 1
     if output_dir is not None:
-        err.print(f"wrote {len(audio) * len(forms)} files to {output_dir}")
+        err.print(f"wrote {len(audio) * len(forms)} files to {output_dir}", markup=False)
 
 
 def _forms(given: list[str]) -> list[str]:

@@ -129,7 +129,7 @@ def compress(
         budget=parse_bytes(budget) if budget else None,
     )
     keep_freed_memory()
-    run(job, chosen, lambda line: err.print(line))
+    run(job, chosen, lambda line: err.print(line, markup=False))
     leave()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from dqw.bars import err, progress_bar
 from dqw.cli import Activations, BatchSize, BeamSize, Context, Device, app, audio_progress
@@ -81,7 +82,7 @@ def evaluate(
     from dqw.whisper.files import write_atomic
     from dqw.whisper.tables import print_scores
 
-    with err.status(f"loading {model}"):
+    with err.status(f"loading {escape(model)}"):
         evaluator = open_evaluator(
             model,
             engine,
@@ -133,10 +134,13 @@ def _machine(package: str) -> dict[str, Any]:
     import platform
     from importlib.metadata import version
 
-    packages = dict.fromkeys(("dqw", "torch", "transformers", package))
+    from dqw import __version__
+
+    others = dict.fromkeys(("torch", "transformers", package))
+    others.pop("dqw", None)  # a checkout that was not installed has no metadata
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {"dqw": __version__, **{name: version(name) for name in others}},
     }

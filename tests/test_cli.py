@@ -1,5 +1,6 @@
 """The command line: what it prints and writes, and how it ends."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -16,8 +17,12 @@ from whisper_helpers import save_ct2, save_tiny, tiny, write_tone
 
 import dqw
 from dqw.cli import app, audio_progress
+from dqw.cli_eval import _machine
 from dqw.whisper.checkpoint import save_processor
+from dqw.whisper.evaluate import Evaluation
 from dqw.whisper.report import inspect_folder, model_bytes
+from dqw.whisper.scoring import Rate, Scores
+from dqw.whisper.tables import print_scores
 
 COMMANDS = ("transcribe", "eval", "info")
 
@@ -74,6 +79,27 @@ def test_transcribe_writes_every_format(model, audio, tmp_path):
     assert (out / "a.vtt").read_text().startswith("WEBVTT")
 
 
+def test_names_with_brackets_are_no_markup(model, audio, tmp_path):
+    """rich reads [v2] as a style, and [/v2] as the end of one that never began."""
+    folder, out = tmp_path / "[v2]" / "[" / "v2]", tmp_path / "[out]"
+    shutil.copytree(model, folder)
+    result = dqw_("info", folder)
+    assert result.exit_code == 0 and result.stdout.startswith(f"{folder}: Hugging Face")
+    result = dqw_("transcribe", audio[0], "--model", folder, "--output-dir", out)
+    assert result.exit_code == 0 and "[out]" in result.stderr
+    student = tmp_path / "[v2]" / "student"
+    result = dqw_("compress", "--teacher", folder, "--ptq-only", "--out", student)
+    assert result.exit_code == 0 and "[v2]/student" in result.stderr.replace("\n", "")
+
+
+def test_tables_keep_their_columns_where_no_terminal_is(capsys):
+    rate = Rate("WER", 10_000, 12_345, 12_345, 123_456, 12_345, 0, 0.1, 0.2)
+    scores = Scores({"en": rate}, rate, None)
+    print_scores(Evaluation(scores, [], 1.0, 1.0), True)
+    printed = capsys.readouterr().out
+    assert "all words" in printed and "…" not in printed and "10.00 to 20.00" in printed
+
+
 def test_eval_prints_counts_and_writes_figures(model, audio, tmp_path):
     rows = [
         {"id": "one", "audio": "a.wav", "text": "good morning", "language": "en"},
@@ -101,6 +127,21 @@ def test_eval_prints_counts_and_writes_figures(model, audio, tmp_path):
     ]
     only = dqw_("eval", "--model", model, "--data", manifest, "--language", "ja", "--limit", 1)
     assert only.exit_code == 0 and "WER" not in only.stdout
+
+
+def test_figures_are_written_from_a_checkout_that_was_not_installed(monkeypatch):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "dqw":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    for package in ("dqw", "jiwer"):
+        versions = _machine(package)["versions"]
+        assert list(versions) == list(dict.fromkeys(("dqw", "torch", "transformers", package)))
+        assert versions["dqw"] == dqw.__version__
 
 
 def test_info_of_a_float_folder(model):
