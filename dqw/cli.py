@@ -153,6 +153,8 @@ def transcribe(
         raise UserError(f"{forms[0]} of several files can't be printed at once; give --output-dir")
     if output_dir is not None:
         _check_names(audio)
+        if "txt" in forms:
+            _check_references(audio, output_dir)
     total = sum(audio_seconds(path) for path in audio)
 
     from dqw.whisper.engines import open_engine
@@ -203,6 +205,17 @@ def _check_names(audio: list[Path]) -> None:
                 "into two folders"
             )
         first[path.stem] = path
+
+
+def _check_references(audio: list[Path], output_dir: Path) -> None:
+    folder = output_dir.resolve()
+    for path in audio:
+        text = folder / f"{path.stem}.txt"
+        if text.exists() and path.parent.resolve() == folder:
+            raise UserError(
+                f"{text} is there already, and beside audio it is what dqw eval takes for the "
+                "reference; give another --output-dir, or delete it"
+            )
 
 
 def _print_transcript(text: str, path: Path, form: str, several: bool) -> None:

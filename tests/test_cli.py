@@ -100,6 +100,21 @@ def test_tables_keep_their_columns_where_no_terminal_is(capsys):
     assert "all words" in printed and "…" not in printed and "10.00 to 20.00" in printed
 
 
+def test_reference_texts_are_not_overwritten(model, audio, tmp_path):
+    def transcribe(out, form="txt"):
+        command = ("transcribe", *audio, "--model", model, "--output-dir", out, "--format", form)
+        return dqw_(*command)
+
+    reference = tmp_path / "b.txt"
+    reference.write_text("what was said")
+    result = transcribe(f"{tmp_path}/out/..")
+    assert result.exit_code == 1 and "b.txt is there already" in result.stderr
+    assert reference.read_text() == "what was said" and not (tmp_path / "a.txt").exists()
+    assert transcribe(tmp_path, "srt").exit_code == 0
+    assert transcribe(tmp_path / "out").exit_code == 0
+    assert transcribe(tmp_path / "out").exit_code == 0  # its own may be written again
+
+
 def test_eval_prints_counts_and_writes_figures(model, audio, tmp_path):
     rows = [
         {"id": "one", "audio": "a.wav", "text": "good morning", "language": "en"},
