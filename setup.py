@@ -83,6 +83,8 @@ class BuildExtension(build_ext):
     def run(self) -> None:
         if os.environ.get("DQW_BUILD") == "0":
             self.announce_fallback("DQW_BUILD=0")
+            for name in ("dqw._C", "dqw._C_cuda"):  # older builds are not this source
+                Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
             return
         super().run()
         self.build_cuda()
@@ -136,6 +138,8 @@ class BuildExtension(build_ext):
 
         # Kept in the checkout, not in pip's temporary folder: the next build compiles what changed.
         objects_folder = ROOT / "build" / "objects"
+        made_by, asked = objects_folder / "made_by", shlex.join([*compiler, *extra])
+        anew = self.force or not made_by.is_file() or made_by.read_text() != asked
 
         def compile_one(source: str) -> str | None:
             special = flags(source)
@@ -143,14 +147,17 @@ class BuildExtension(build_ext):
                 return None
             target = objects_folder / Path(source).with_suffix(".o").name
             changed = max(os.path.getmtime(source), newest_header)
-            if self.force or not target.exists() or target.stat().st_mtime < changed:
+            if anew or not target.exists() or target.stat().st_mtime < changed:
                 command = [*compiler, *COMMON, *includes, *special, *extra]
                 run([*command, "-c", source, "-o", str(target)], source)
             return str(target)
 
         objects_folder.mkdir(parents=True, exist_ok=True)
+        if anew:  # all of them, or the next build starts over
+            made_by.unlink(missing_ok=True)
         with ThreadPoolExecutor(max_workers=int(os.environ.get("MAX_JOBS", "2"))) as pool:
             objects = [name for name in pool.map(compile_one, ext.sources) if name]
+        made_by.write_text(asked)
         output = self.get_ext_fullpath(ext.name)
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         libraries = [f"-L{path}" for path in library_paths()]

@@ -20,10 +20,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from typer.core import TyperGroup
 
 from dqw.bars import err
 from dqw.errors import UserError
+
+# What is wrong with the place that a file should go to.
+_PLACES = (
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
+    errno.EISDIR, errno.ENAMETOOLONG, errno.EIO, errno.EFBIG,
+)  # fmt: skip
 
 
 class _Group(TyperGroup):
@@ -40,13 +47,12 @@ class _Group(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            if error.errno not in _PLACES:
                 raise
-            where = f" for {error.filename}" if error.filename else ""
-            sentence, code = (
-                f"{(error.strerror or '').lower()}{where}: free or choose another place",
-                1,
-            )
+            name = error.filename2 or error.filename  # of a rename, what it was to become
+            where = f" for {name}" if name else ""
+            sentence = f"{(error.strerror or '').lower()}{where}: free or choose another place"
+            code = 1
         err.print(f"Error: {sentence}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(code)
 
@@ -128,7 +134,8 @@ def transcribe(
         ),
     ] = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Write NAME.FORMAT files here instead of printing.")
+        Path | None,
+        typer.Option(file_okay=False, help="Write NAME.FORMAT files here instead of printing."),
     ] = None,
     timestamps: Annotated[
         bool, typer.Option("--timestamps", help="Times of each segment.")
@@ -149,6 +156,8 @@ def transcribe(
         raise UserError(f"{forms[0]} of several files can't be printed at once; give --output-dir")
     if output_dir is not None:
         _check_names(audio)
+        if "txt" in forms:
+            _check_references(audio, output_dir)
     total = sum(audio_seconds(path) for path in audio)
 
     from dqw.whisper.engines import open_engine
@@ -156,7 +165,7 @@ def transcribe(
     from dqw.whisper.transcribe import Transcript, iter_transcripts
     from dqw.whisper.writers import TIMED, render
 
-    with err.status(f"loading {model}"):
+    with err.status(f"loading {escape(model)}"):
         engine = open_engine(model, beam_size, activations, device)
     timed = timestamps or any(name in TIMED for name in forms)
     waiting: dict[int, Transcript] = {}
@@ -177,7 +186,7 @@ def transcribe(
                 _print_transcript(text, audio[printed], forms[0], len(audio) > 1)
                 printed += 1
     if output_dir is not None:
-        err.print(f"wrote {len(audio) * len(forms)} files to {output_dir}")
+        err.print(f"wrote {len(audio) * len(forms)} files to {output_dir}", markup=False)
 
 
 def _forms(given: list[str]) -> list[str]:
@@ -199,6 +208,17 @@ def _check_names(audio: list[Path]) -> None:
                 "into two folders"
             )
         first[path.stem] = path
+
+
+def _check_references(audio: list[Path], output_dir: Path) -> None:
+    folder = output_dir.resolve()
+    for path in audio:
+        text = folder / f"{path.stem}.txt"
+        if text.exists() and path.parent.resolve() == folder:
+            raise UserError(
+                f"{text} is there already, and beside audio it is what dqw eval takes for the "
+                "reference; give another --output-dir, or delete it"
+            )
 
 
 def _print_transcript(text: str, path: Path, form: str, several: bool) -> None:
@@ -256,11 +276,14 @@ def info(
 
 @contextmanager
 def audio_progress(total: float) -> Iterator[Any]:
-    """Yields advance(seconds of audio); shows a bar with the speed on stderr while it lasts."""
+    """Yields advance(seconds of audio); shows a bar with the speed on stderr while it lasts.
+
+    total: seconds of all audio; 0: not known.
+    """
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.completed:.0f} of {task.total:.0f} s of audio"),
+        TextColumn("{task.completed:.0f}" + " of {task.total:.0f}" * bool(total) + " s of audio"),
         BarColumn(),
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
@@ -273,7 +296,7 @@ def audio_progress(total: float) -> Iterator[Any]:
             nonlocal done
             done += seconds
             speed = f"{done / (time.perf_counter() - start):.1f} × real time"
-            bar.update(task, completed=done, total=max(total, done), speed=speed)
+            bar.update(task, completed=done, total=max(total, done) if total else None, speed=speed)
 
         yield advance
 

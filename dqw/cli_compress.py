@@ -129,15 +129,15 @@ def compress(
         budget=parse_bytes(budget) if budget else None,
     )
     keep_freed_memory()
-    run(job, chosen, lambda line: err.print(line))
+    run(job, chosen, lambda line: err.print(line, markup=False))
     leave()
 
 
 @app.command(epilog="Example: dqw demo --out runs/demo")
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of everything the demo makes.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(file_okay=False, help="Folder of everything the demo makes.")
+    ] = Path("runs/demo"),
 ) -> None:
     """Compress whisper-base on this machine and show what it costs, in some minutes."""
     from rich.console import Console

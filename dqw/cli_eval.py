@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from dqw.bars import err, progress_bar
 from dqw.cli import Activations, BatchSize, BeamSize, Context, Device, app, audio_progress
+from dqw.errors import UserError
 
 
 @app.command(
@@ -59,10 +61,14 @@ def evaluate(
         typer.Option(help="normalizer.json (English spellings) where the model has none."),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures to this JSON file.")
+        Path | None,
+        typer.Option("--json", dir_okay=False, help="Write the figures to this JSON file."),
     ] = None,
     save_transcripts: Annotated[
-        Path | None, typer.Option(help="Write reference and transcript of each clip, JSON lines.")
+        Path | None,
+        typer.Option(
+            dir_okay=False, help="Write reference and transcript of each clip, JSON lines."
+        ),
     ] = None,
 ) -> None:
     """Measure word and character error rates on transcribed audio."""
@@ -76,7 +82,7 @@ def evaluate(
     from dqw.whisper.files import write_atomic
     from dqw.whisper.tables import print_scores
 
-    with err.status(f"loading {model}"):
+    with err.status(f"loading {escape(model)}"):
         evaluator = open_evaluator(
             model,
             engine,
@@ -100,7 +106,10 @@ def evaluate(
         result = evaluator.run(items, progress=step)
     if teacher is not None:
         with progress_bar("KL from the teacher", len(items), "clips") as clip:
-            result = evaluator.diverge(items, result, lambda done: clip())
+            try:
+                result = evaluator.diverge(items, result, lambda done: clip())
+            except UserError as error:  # the rates are there and stay
+                err.print(f"KL not measured: {error}", style="yellow", markup=False, soft_wrap=True)
     print_scores(result, spelling, size)
     if save_transcripts:
         rows = (
@@ -125,10 +134,13 @@ def _machine(package: str) -> dict[str, Any]:
     import platform
     from importlib.metadata import version
 
-    packages = dict.fromkeys(("dqw", "torch", "transformers", package))
+    from dqw import __version__
+
+    others = dict.fromkeys(("torch", "transformers", package))
+    others.pop("dqw", None)  # a checkout that was not installed has no metadata
     return {
         "date": time.strftime("%Y-%m-%d"),
         "machine": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {"dqw": __version__, **{name: version(name) for name in others}},
     }

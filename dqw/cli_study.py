@@ -76,4 +76,4 @@ def study(
         limit=limit,
         quick=quick,
     )
-    run_study(request, lambda line: err.print(line))
+    run_study(request, lambda line: err.print(line, markup=False))

@@ -95,6 +95,11 @@ def swap_empty(model: nn.Module, plan: dict[str, QuantSpec]) -> None:
         try:
             module = model.get_submodule(name)
         except AttributeError as error:
+            if name.startswith("model.") and not hasattr(model, "model"):
+                raise UserError(
+                    f"packed folders hold a whole Whisper, not a {type(model).__name__}: load it "
+                    "with WhisperForConditionalGeneration and take its .model."
+                ) from error
             raise UserError(
                 f"the folder's plan names the layer {name!r}, which a model of its config.json "
                 "does not have: the folder is damaged, write it again."
@@ -188,7 +193,10 @@ def _plain(module: QuantModule) -> nn.Module:
 
 @torch.no_grad()
 def dequantize(model: nn.Module) -> nn.Module:
-    """Replace every quantized module by a plain float one with the same weights, in place."""
+    """Replace every quantized module by a plain float one with the same weights, in place.
+
+    ``save_pretrained`` then writes an ordinary Whisper folder.
+    """
     embedding = _input_embedding(model)
     for name, module in quant_modules(model).items():
         model.set_submodule(name, _plain(module))
@@ -201,6 +209,9 @@ def dequantize(model: nn.Module) -> nn.Module:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(  # type: ignore[operator]
             all_submodels=False
         )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:  # else save_pretrained would write the plan of layers that are gone
+        quantizer.remove_quantization_config(model)
     return model
 
 

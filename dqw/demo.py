@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from dqw.compress import Job, compress
 from dqw.recipe import Recipe
 from dqw.whisper.data import Item, load_items
@@ -37,7 +39,7 @@ class Demo:
         return self.out / "whisper-base"
 
     def say(self, line: str) -> None:
-        self.console.print(f"[dim]{self.elapsed():5.0f} s[/]  {line}", highlight=False)
+        self.console.print(f"[dim]{self.elapsed():5.0f} s[/]  {escape(line)}", highlight=False)
 
     def __post_init__(self) -> None:
         self.start = time.monotonic()
@@ -50,7 +52,7 @@ def run_demo(out: Path, console: Any) -> dict[str, Any]:
     """Run the demo in ``out`` and return what it writes to ``out``/summary.json."""
     demo = Demo(out, console)
     demo.say(
-        "[bold]dqw demo[/]: about 155 MB to download once (whisper-base and 27 clips of speech), "
+        "dqw demo: about 155 MB to download once (whisper-base and 27 clips of speech), "
         "then some minutes of work on two cores"
     )
     from dqw.whisper.samples import fetch_base_model, fetch_speech_samples
@@ -165,6 +167,7 @@ def show(demo: Demo, summary: dict[str, dict[str, Any]], test: list[Item]) -> No
         )
     demo.console.print(table)
     for index in range(0, len(test), max(1, len(test) // 3))[:3]:
-        demo.console.print(f"[dim]{test[index].language} said[/]   {test[index].text}")
-        demo.console.print(f"[dim]   heard[/]   {summary['student']['texts'][index]}")
+        demo.console.print(f"[dim]{test[index].language} said[/]   {escape(str(test[index].text))}")
+        heard = escape(summary["student"]["texts"][index])
+        demo.console.print(f"[dim]   heard[/]   {heard}")
     demo.say(f"student in {demo.out / 'student'}; figures in {demo.out / 'summary.json'}")

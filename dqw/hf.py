@@ -82,6 +82,10 @@ class DqwQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict]:
+        # config.json is written after this: what it says of the layers is to be what they are now,
+        # and a checksum of other bytes would have the folder refused (save.py seals its own).
+        self.quantization_config.plan = _plan(model)
+        vars(self.quantization_config).pop("weights_sha256", None)
         return packed_state(model), {}
 
     def is_serializable(self) -> bool:
@@ -95,10 +99,17 @@ class DqwQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         from dqw.convert import dequantize
 
-        return dequantize(model).to(dtype)
+        # transformers hands over config.dtype, which save_pretrained turns into a string.
+        return dequantize(model).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+def _plan(model: nn.Module) -> dict[str, dict[str, Any]]:
+    from dqw.convert import quant_modules
+
+    return {name: module.spec.to_dict() for name, module in quant_modules(model).items()}
 
 
 def packed_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -136,10 +147,7 @@ def attach(model: Any, **extra: Any) -> None:
 
     ``extra``: more keys for quantization_config, plain JSON values.
     """
-    from dqw.convert import quant_modules
-
-    plan = {name: m.spec.to_dict() for name, m in quant_modules(model).items()}
-    config = DqwConfig(plan=plan, **extra)
+    config = DqwConfig(plan=_plan(model), **extra)
     model.hf_quantizer = DqwQuantizer(config)
     model.config.quantization_config = config
     model.is_quantized = True

@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from dqw.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,10 +46,10 @@ def save_student(
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
             os.rename(partial, out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter: from writing the weights
         raise UserError(
-            f"{out} could not be written ({error.strerror or error}): make room there, or give "
-            "another --out; nothing was left behind."
+            f"{out} could not be written ({getattr(error, 'strerror', None) or error}): make room "
+            "there, or give another --out; nothing was left behind."
         ) from error
     return out
 

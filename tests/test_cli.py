@@ -1,20 +1,29 @@
 """The command line: what it prints and writes, and how it ends."""
 
+import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from errno import ENOSPC
+from io import StringIO
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 from whisper_helpers import save_ct2, save_tiny, tiny, write_tone
 
 import dqw
-from dqw.cli import app
+from dqw.cli import app, audio_progress
+from dqw.cli_eval import _machine
 from dqw.whisper.checkpoint import save_processor
 from dqw.whisper.files import write_atomic
+from dqw.whisper.evaluate import Evaluation
+from dqw.whisper.report import inspect_folder, model_bytes
+from dqw.whisper.scoring import Rate, Scores
+from dqw.whisper.tables import print_scores
 
 COMMANDS = ("transcribe", "eval", "info")
 
@@ -71,6 +80,42 @@ def test_transcribe_writes_every_format(model, audio, tmp_path):
     assert (out / "a.vtt").read_text().startswith("WEBVTT")
 
 
+def test_names_with_brackets_are_no_markup(model, audio, tmp_path):
+    """rich reads [v2] as a style, and [/v2] as the end of one that never began."""
+    folder, out = tmp_path / "[v2]" / "[" / "v2]", tmp_path / "[out]"
+    shutil.copytree(model, folder)
+    result = dqw_("info", folder)
+    assert result.exit_code == 0 and result.stdout.startswith(f"{folder}: Hugging Face")
+    result = dqw_("transcribe", audio[0], "--model", folder, "--output-dir", out)
+    assert result.exit_code == 0 and "[out]" in result.stderr
+    student = tmp_path / "[v2]" / "student"
+    result = dqw_("compress", "--teacher", folder, "--ptq-only", "--out", student)
+    assert result.exit_code == 0 and "[v2]/student" in result.stderr.replace("\n", "")
+
+
+def test_tables_keep_their_columns_where_no_terminal_is(capsys):
+    rate = Rate("WER", 10_000, 12_345, 12_345, 123_456, 12_345, 0, 0.1, 0.2)
+    scores = Scores({"en": rate}, rate, None)
+    print_scores(Evaluation(scores, [], 1.0, 1.0), True)
+    printed = capsys.readouterr().out
+    assert "all words" in printed and "…" not in printed and "10.00 to 20.00" in printed
+
+
+def test_reference_texts_are_not_overwritten(model, audio, tmp_path):
+    def transcribe(out, form="txt"):
+        command = ("transcribe", *audio, "--model", model, "--output-dir", out, "--format", form)
+        return dqw_(*command)
+
+    reference = tmp_path / "b.txt"
+    reference.write_text("what was said")
+    result = transcribe(f"{tmp_path}/out/..")
+    assert result.exit_code == 1 and "b.txt is there already" in result.stderr
+    assert reference.read_text() == "what was said" and not (tmp_path / "a.txt").exists()
+    assert transcribe(tmp_path, "srt").exit_code == 0
+    assert transcribe(tmp_path / "out").exit_code == 0
+    assert transcribe(tmp_path / "out").exit_code == 0  # its own may be written again
+
+
 def test_eval_prints_counts_and_writes_figures(model, audio, tmp_path):
     rows = [
         {"id": "one", "audio": "a.wav", "text": "good morning", "language": "en"},
@@ -100,11 +145,39 @@ def test_eval_prints_counts_and_writes_figures(model, audio, tmp_path):
     assert only.exit_code == 0 and "WER" not in only.stdout
 
 
+def test_figures_are_written_from_a_checkout_that_was_not_installed(monkeypatch):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "dqw":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    for package in ("dqw", "jiwer"):
+        versions = _machine(package)["versions"]
+        assert list(versions) == list(dict.fromkeys(("dqw", "torch", "transformers", package)))
+        assert versions["dqw"] == dqw.__version__
+
+
 def test_info_of_a_float_folder(model):
     result = dqw_("info", model)
     assert result.exit_code == 0
     for word in ("Hugging Face, 2 + 2 layers", "embedding", "float32", "quant_linear", "MiB"):
         assert word in result.stdout, word
+
+
+def test_other_copies_of_the_weights_are_not_counted(model, tmp_path):
+    """A snapshot of the hub has them, a trainer's folder its optimizer."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    before = inspect_folder(folder)
+    for name in ("pytorch_model.bin", "flax_model.msgpack", "tf_model.h5", "optimizer.pt",
+                 "model.fp32-00001-of-00002.safetensors"):  # fmt: skip
+        (folder / name).write_bytes(bytes(1000))
+    assert inspect_folder(folder) == before
+    (folder / "model.safetensors").unlink()  # other engines read the others
+    assert model_bytes(folder) > 5000
 
 
 def test_info_of_a_packed_folder(tmp_path):
@@ -169,6 +242,41 @@ def test_a_file_name_that_is_not_utf_8(model, audio, tmp_path):
     assert out.returncode == 1 and rb"\udce9.wav does not exist" in out.stderr
     write_atomic(tmp_path / "rows.jsonl", json.dumps({"id": odd.name}, ensure_ascii=False))
     assert json.loads((tmp_path / "rows.jsonl").read_bytes())["id"] == odd.name
+
+
+def test_places_that_cannot_be_written_are_said_at_once(model, audio, tmp_path):
+    file, folder = tmp_path / "a.wav", tmp_path / "folder"
+    folder.mkdir()
+    for words in (
+        ("transcribe", audio[0], "--model", model, "--output-dir", file),
+        ("eval", "--model", model, "--data", tmp_path, "--json", folder),
+        ("eval", "--model", model, "--data", tmp_path, "--save-transcripts", folder),
+        ("demo", "--out", file),
+    ):
+        result = dqw_(*words)
+        assert result.exit_code == 2 and "Invalid value for '--" in result.stderr, words
+
+
+def test_names_that_cannot_be_written_are_one_sentence(model, tmp_path):
+    audio = write_tone(tmp_path / f"{'a' * 250}.wav", 0.5)
+    out = tmp_path / "a.txt" / "out"
+    result = dqw_("transcribe", audio, "--model", model, "--output-dir", tmp_path / "out")
+    assert result.exit_code == 1 and "Error: file name too long for" in result.stderr
+    (tmp_path / "a.txt").write_text("")
+    result = dqw_("transcribe", audio, "--model", model, "--output-dir", out)
+    assert result.exit_code == 1 and "Error: not a directory for" in result.stderr
+
+
+@pytest.mark.parametrize("total, words", [(0.0, "5 s of audio"), (9.0, "5 of 9 s of audio")])
+def test_progress_on_a_terminal(total, words, monkeypatch):
+    """Data sets of the hub do not tell how long their clips are."""
+    shown = StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr("dqw.cli.err", terminal)
+    with audio_progress(total) as advance:
+        advance(2.0)
+        advance(3.0)
+    assert words in shown.getvalue()
 
 
 def test_a_closed_pipe_is_no_error(model, audio):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from whisper_helpers import run_dqw, save_speech, save_tiny, write_tone
 
 from dqw.convert import quant_modules
@@ -119,6 +120,17 @@ def test_cut_keeps_first_and_last_and_generates() -> None:
     assert student.generate(torch.randn(1, 80, 3000), max_new_tokens=3).shape[0] == 1
 
 
+def test_a_cut_student_keeps_the_alignment_heads_of_its_layers() -> None:
+    from conftest import make_tiny_whisper
+
+    teacher = make_tiny_whisper(decoder_layers=4)
+    teacher.generation_config.alignment_heads = [[1, 0], [3, 1]]
+    config = cut_student(teacher, 2, 2).generation_config
+    assert config.alignment_heads == [[1, 1]]
+    teacher.generation_config.alignment_heads = [[1, 0], [2, 1]]
+    assert not hasattr(cut_student(teacher, 2, 2).generation_config, "alignment_heads")
+
+
 def test_the_default_shares_out_its_bytes_and_trains_only_when_asked(
     base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -184,19 +196,25 @@ def test_other_vocabulary_is_refused(base: Path, tmp_path: Path) -> None:
     refused("choose two checkpoints of one vocabulary", "--teacher", base, *options)
 
 
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, FULL), SafetensorError(f"I/O error: {FULL} (os error 28)")]
+)
 def test_no_space_left_leaves_nothing(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import WhisperForConditionalGeneration
 
     def full(self: object, folder: Path, **kwargs: object) -> None:
         Path(folder).mkdir()
         (Path(folder) / "model.safetensors").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
     monkeypatch.setattr(WhisperForConditionalGeneration, "save_pretrained", full)
     room = tmp_path / "room"
-    refused("make room", "--teacher", base, "--ptq-only", "--out", room / "out")
+    refused(FULL, "--teacher", base, "--ptq-only", "--out", room / "out")
     assert not list(room.iterdir())
 
 

@@ -10,13 +10,17 @@ import pytest
 import torch
 from conftest import make_tiny_whisper
 from safetensors.torch import load_file
-from transformers import WhisperForConditionalGeneration
+from transformers import AutoModel, WhisperForConditionalGeneration
+from whisper_helpers import tiny
 
 import dqw
 from dqw import reference
 from dqw.convert import quant_modules, round_float_rest
 from dqw.packing import pack_scales, unpack_scales
 from dqw.recipe import Override, QuantConfig, QuantSpec, Recipe
+from dqw.save import save_student
+from dqw.whisper.checkpoint import load_whisper, save_processor, verify_folder
+from dqw.whisper.engines import open_engine
 
 FEATURES = torch.randn(2, 80, 3000, generator=torch.Generator().manual_seed(1))
 IDS = torch.tensor([[1, 5, 7, 9], [1, 8, 3, 4]])
@@ -279,6 +283,50 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(dqw.UserError, match="format 99"):
         WhisperForConditionalGeneration.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "int8", "shards"])
+def test_a_packed_folder_saved_again_says_what_it_holds(change: str, tmp_path: Path) -> None:
+    """The checksum of other bytes and the plan of other settings do not travel along."""
+    whisper, processor = tiny(tmp_path / "float")
+    first, again = tmp_path / "first", tmp_path / "again"
+    save_student(dqw.quantize(whisper), processor, first, {"from": "tiny"})
+    dtype = torch.bfloat16 if change == "bfloat16" else torch.float32
+    model = WhisperForConditionalGeneration.from_pretrained(first, dtype=dtype)
+    if change == "bfloat16":
+        with torch.no_grad():
+            model.model.decoder.layer_norm.bias += 1
+    if change == "int8":
+        dqw.set_activations(model, "int8")
+    model.save_pretrained(again, max_shard_size="60KB" if change == "shards" else "5GB")
+    save_processor(processor, again)
+    assert (again / "model.safetensors").is_file() == (change != "shards")
+    kept = verify_folder(again)["quantization_config"]
+    assert kept["made_by"] == {"from": "tiny"} and "weights_sha256" not in kept
+    loaded, _ = load_whisper(again)
+    specs = {name: m.spec for name, m in quant_modules(loaded).items()}
+    assert specs == {name: m.spec for name, m in quant_modules(model).items()}
+    assert any(spec.activations == "int8" for spec in specs.values()) == (change == "int8")
+    assert open_engine(again).text([7])
+
+
+def test_a_dequantized_model_saves_as_an_ordinary_one(tmp_path: Path) -> None:
+    for number, back in enumerate((dqw.dequantize, lambda model: model.dequantize())):
+        model = dqw.freeze(dqw.quantize(make_tiny_whisper()))
+        model.save_pretrained(tmp_path / "packed")  # also makes a string of config.dtype
+        plain = back(model)
+        plain.save_pretrained(tmp_path / str(number))
+        found, notes = WhisperForConditionalGeneration.from_pretrained(
+            tmp_path / str(number), output_loading_info=True
+        )
+        assert not hasattr(found.config, "quantization_config") and not notes["missing_keys"]
+        assert torch.equal(logits(found), logits(plain))
+
+
+def test_the_bare_model_is_not_taken_for_damage(tmp_path: Path) -> None:
+    dqw.freeze(dqw.quantize(make_tiny_whisper())).save_pretrained(tmp_path)
+    with pytest.raises(dqw.UserError, match=r"WhisperForConditionalGeneration and take its .model"):
+        AutoModel.from_pretrained(tmp_path)
 
 
 def test_positions_that_are_a_formula_are_not_stored(tmp_path):

@@ -10,7 +10,7 @@ from rich.console import Console
 from whisper_helpers import save_tiny, write_tone
 
 from dqw import demo as module
-from dqw.demo import run_demo, split, write_manifest
+from dqw.demo import Demo, run_demo, show, split, write_manifest
 from dqw.whisper.data import Item, load_items
 
 
@@ -28,6 +28,18 @@ def test_the_pangrams_are_held_out(tmp_path: Path) -> None:
     train, test = split(load_items(speech(tmp_path)))
     assert [item.id for item in test] == ["en-pangrama", "ja-pangrama"]
     assert len(train) == 4 and not {i.id for i in train} & {i.id for i in test}
+
+
+def test_brackets_are_no_markup(tmp_path: Path) -> None:
+    console = Console(record=True, width=200)
+    demo = Demo(tmp_path, console)
+    demo.say("wrote runs/[v2]/out[/v2]")
+    row = {"size_mib": 1.0, "wer": 0.0, "cer": 0.0, "errors": 0, "words": 1,
+           "character_errors": 0, "characters": 1, "texts": ["[/music] hello"]}  # fmt: skip
+    show(demo, {"student": row}, [Item("a", tmp_path / "a.wav", "[bold] hello", "en")])
+    printed = console.export_text()
+    for words in ("wrote runs/[v2]/out[/v2]", "[/music] hello", "[bold] hello"):
+        assert words in printed
 
 
 def test_demo_writes_its_summary_and_a_second_run_reuses_it(

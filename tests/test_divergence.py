@@ -81,5 +81,10 @@ def test_eval_prints_and_stores_it(tmp_path):
     stored = json.loads(figures.read_text())
     assert stored["kl"]["clips"] == 1 and stored["kl"]["nats_per_token"] >= 0
     assert stored["teacher"].endswith("teacher")
+    manifest.write_text(json.dumps({"audio": "b.wav", "text": "too long", "language": "en"}))
+    write_tone(tmp_path / "b.wav", 31.0)
+    out = evaluate("--json", figures)  # what can be measured is
+    assert out.exit_code == 0 and "KL not measured: no clip is left" in out.stderr
+    assert "WER" in out.stdout and "kl" not in json.loads(figures.read_text())
     other = evaluate("--engine", "whisper.cpp")
     assert other.exit_code == 1 and "leave one out" in other.stderr

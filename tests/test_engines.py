@@ -186,6 +186,17 @@ def test_a_damaged_vocabulary_is_named(folder, tmp_path, kept):
         open_engine(other)
 
 
+@needs_library
+@pytest.mark.parametrize("name", ["generation_config.json", "processor_config.json"])
+@pytest.mark.parametrize("text", ["", '{"a": 1', "[1]"])
+def test_damaged_settings_are_named(folder, tmp_path, name, text):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name} (is not JSON|holds no JSON object)"):
+        open_engine(other)
+
+
 def test_positions_are_those_of_transformers():
     for shape in ((1500, 512), (50, 64)):
         assert torch.equal(sinusoids(*shape), their_sinusoids(*shape))

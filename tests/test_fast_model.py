@@ -1,5 +1,8 @@
 """``generate`` on the native networks: the tokens, scores and beams of the plain model."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -130,6 +133,17 @@ def test_a_folder_loads_with_the_fast_decoder(speaking, tmp_path):
     assert torch.equal(loaded.generate(batch), model.generate(batch))
     assert loaded.half().dtype == torch.float16 and loaded.float().dtype == torch.float32
     assert torch.equal(loaded.generate(batch), model.generate(batch))
+
+
+def test_a_model_can_be_pickled_and_copied(speaking):
+    model, processor = speaking
+    batch = features(processor, 2)["input_features"]
+    wanted = model.generate(batch, language="en")
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert type(again) is type(model) and type(again.model.encoder) is type(model.model.encoder)
+        assert again.model.encoder.conv1 is not model.model.encoder.conv1
+        assert native_decoder(again) is not None
+        assert torch.equal(again.generate(batch, language="en"), wanted)
 
 
 def test_transcribe_gives_the_same_text(speaking):

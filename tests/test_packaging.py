@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -85,7 +86,10 @@ def test_without_a_compiler_the_install_goes_on(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "dqw").mkdir()
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    old = tmp_path / "dqw" / "_C.so"
     for environment, code in (({}, 0), ({"DQW_BUILD": "0"}, 0), ({"DQW_BUILD": "1"}, 1)):
+        if not code:
+            old.touch()
         done = subprocess.run(
             command,
             cwd=tmp_path,
@@ -95,7 +99,51 @@ def test_without_a_compiler_the_install_goes_on(tmp_path: Path) -> None:
         )
         assert done.returncode == code, done.stderr[-2000:]
         assert code or "the C++ extension was not built" in done.stderr
-        assert not (tmp_path / "dqw" / "_C.so").exists()
+        assert not old.exists()
+
+
+def test_other_flags_or_another_compiler_compile_anew(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    for name in ("dqw", "csrc/cpu"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("one.cpp", "two.cpp", "both.h"):
+        (tmp_path / "csrc" / "cpu" / name).touch()
+    log, compiler = tmp_path / "log", tmp_path / "compiler"
+    compiler.write_text(
+        f'#!/bin/sh\necho "$@" >> {log}\nwhile [ $# -gt 1 ]; do shift; done\ntouch "$1"\n'
+    )
+    compiler.chmod(0o755)
+
+    def compiled(**changes: str) -> int:
+        log.write_text("")
+        environment = {"CXX": str(compiler), "DQW_BUILD": "1", "DQW_CUDA": "0", **changes}
+        subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"],
+            cwd=tmp_path,
+            env={**os.environ, **environment},
+            check=True,
+            capture_output=True,
+        )
+        return sum(" -c " in line for line in log.read_text().splitlines())
+
+    assert [compiled(), compiled(CXXFLAGS="-g"), compiled(CXXFLAGS="-g")] == [2, 2, 0]
+
+
+def test_what_a_source_package_holds(tmp_path: Path) -> None:
+    """Every kernel's source, and the mark that dqw has types."""
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("csrc", "kernels", "dqw"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so"))
+    command = [sys.executable, "setup.py", "-q", "sdist"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    (archive,) = (tmp_path / "dist").iterdir()
+    with tarfile.open(archive) as file:
+        found = {name.split("/", 1)[-1] for name in file.getnames()}
+    sources = [path for path in ROOT.glob("csrc/*/*") if path.is_file()]
+    assert any(path.suffix == ".cu" for path in sources)
+    assert {str(path.relative_to(ROOT)) for path in sources} <= found
+    assert {"dqw/py.typed", "dqw/recipes/default.toml", "kernels/quant_linear.py"} <= found
 
 
 def tier_objects() -> list[Path]:

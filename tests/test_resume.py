@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from speech_helpers import clips, one_thread, tiny_model  # noqa: F401
 from test_trainer import SHORT, run
@@ -56,9 +57,13 @@ def test_half_written_checkpoints_are_never_taken(tmp_path):
     assert not list(tmp_path.glob(".unfinished*"))
 
 
-def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch):
+FULL = "I/O error: No space left on device (os error 28)"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError(FULL)])
+def test_a_full_disk_is_one_sentence(error, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(store, "save_model", full)
     with pytest.raises(UserError, match="no space left for a checkpoint"):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
@@ -89,9 +90,9 @@ def save(
             shutil.rmtree(target)
         work.rename(target)
         sync(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(work, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if _is_full(error):
             raise UserError(
                 f"no space left for a checkpoint in {folder}: free some space or choose another "
                 "folder, then resume; the checkpoints before it are whole."
@@ -103,6 +104,13 @@ def save(
         old.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
     return target
+
+
+def _is_full(error: Exception) -> bool:
+    """safetensors says it in words alone, "… (os error 28)"."""
+    codes = errno.ENOSPC, errno.EDQUOT
+    said = any(f"(os error {code})" in str(error) for code in codes)
+    return said or getattr(error, "errno", None) in codes
 
 
 def clean(folder: Path) -> None:

@@ -57,7 +57,7 @@ def verify_folder(folder: str | Path) -> dict[str, Any]:
     Raises UserError with the file and the cure.
     """
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("model_type") != "whisper":
         kind = config.get("model_type")
         raise UserError(f"{folder} holds a model of type {kind!r}; give a Whisper folder")
@@ -133,7 +133,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def weight_files(folder: Path) -> list[str]:
     if (folder / "model.safetensors.index.json").is_file():
-        index = _read_json(folder / "model.safetensors.index.json")
+        index = read_json(folder / "model.safetensors.index.json")
         return sorted(set(index.get("weight_map", {}).values()))
     if not (folder / "model.safetensors").is_file() and (folder / "pytorch_model.bin").is_file():
         raise UserError(
@@ -143,13 +143,17 @@ def weight_files(folder: Path) -> list[str]:
     return ["model.safetensors"]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a model folder's JSON file. Raises UserError if there is none."""
     if not path.is_file():
         raise UserError(f"{path.parent} lacks {path.name}: it is no model folder; check the path")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); {_COPY}") from None
+    if not isinstance(stored, dict):
+        raise UserError(f"{path} holds no JSON object; {_COPY}")
+    return stored
 
 
 def _load_transformers(

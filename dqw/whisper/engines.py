@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dqw.convert import choose_activations, quant_modules
 from dqw.devices import lowered, move_to
-from dqw.whisper.checkpoint import load_whisper, quiet_transformers, verify_folder
+from dqw.whisper.checkpoint import load_whisper, quiet_transformers, read_json, verify_folder
 from dqw.whisper.context import AudioContext, narrowed
 from dqw.whisper.fast import (
     FastDecoder,
@@ -159,7 +159,8 @@ def open_engine(
     """The quickest engine for a checkpoint of any kind that ``load_whisper`` knows.
 
     activations: "float" or "int8" for a packed model, "auto": as it was made. Raises UserError as
-    ``load_whisper``, ``choose_activations`` and ``move_to`` do, and for a damaged tokenizer.json.
+    ``load_whisper``, ``choose_activations`` and ``move_to`` do, and for a damaged tokenizer.json,
+    generation_config.json or processor_config.json.
     """
     folder = Path(name_or_path)
     if beam_size == 1 and folder.is_dir() and device == "cpu":
@@ -173,7 +174,7 @@ def open_engine(
     return PlainEngine(model, processor)
 
 
-_NEEDED = ("generation_config.json", "tokenizer.json")
+_NEEDED = ("model.safetensors", "generation_config.json", "tokenizer.json")
 _SETTINGS = ("no_timestamps_token_id", "decoder_start_token_id", "eos_token_id", "is_multilingual")
 
 
@@ -200,7 +201,7 @@ def _open_native(folder: Path) -> NativeEngine | None:
 
 def _settings(folder: Path) -> Any:
     """generation_config.json; None where it is older than what dqw writes."""
-    stored = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    stored = read_json(folder / "generation_config.json")
     needed = (
         [*_SETTINGS, "lang_to_id", "task_to_id"] if stored.get("is_multilingual") else _SETTINGS
     )
@@ -218,7 +219,7 @@ def _extractor(folder: Path) -> dict[str, Any] | None:
     """The feature extractor's settings; None where LogMel does not do all that they ask."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
-            stored = json.loads((folder / name).read_text(encoding="utf-8"))
+            stored = read_json(folder / name)
             stored = stored.get("feature_extractor", stored)
             known = {"feature_size", "chunk_length", "n_fft", "hop_length", "sampling_rate"}
             return stored if known <= stored.keys() and not stored.get("dither") else None

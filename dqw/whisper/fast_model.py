@@ -11,6 +11,7 @@ Within ``generate`` many rows are multiplied in bfloat16 where the processor doe
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from contextvars import ContextVar
 from typing import Any
@@ -180,12 +181,25 @@ class _FastEncoder(WhisperEncoder):
         return BaseModelOutput(last_hidden_state=states)
 
 
+_MINE: dict[type, type] = {
+    WhisperForConditionalGeneration: _FastWhisper,
+    WhisperEncoder: _FastEncoder,
+}
+
+
+def _empty(theirs: type) -> Any:
+    return object.__new__(_MINE[theirs])
+
+
+def _reduced(theirs: type, module: Any) -> tuple[Any, ...]:
+    return _empty, (theirs,), module.__dict__
+
+
 # transformers finds classes by these names: as the architecture that save_pretrained writes, and to
-# know what a forward pass can record.
-for _mine, _theirs in (
-    (_FastWhisper, WhisperForConditionalGeneration),
-    (_FastEncoder, WhisperEncoder),
-):
+# know what a forward pass can record. pickle, by which processes are handed a model, would find
+# theirs by them.
+for _theirs, _mine in _MINE.items():
+    copyreg.pickle(_mine, functools.partial(_reduced, _theirs))
     for _name in ("__name__", "__qualname__", "__module__"):
         setattr(_mine, _name, getattr(_theirs, _name))
 

@@ -16,13 +16,18 @@ def write_atomic(
     """Write `chunks` (or a string as UTF-8) to a temporary name beside `path`, fsync, rename.
 
     Bytes of a file name that are not UTF-8 are written as \\udcXX, which JSON reads back. Folders
-    are made. With `sha256`, bytes with another checksum raise UserError and leave nothing.
+    are made. With `sha256`, bytes with another checksum raise UserError and leave nothing. Devices
+    and pipes get the bytes as they come.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(chunks, str):
         chunks = [chunks.encode("utf-8", "backslashreplace")]
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # others may write it, too
+    if not _replaceable(path):
+        with open(path, "ab") as file:
+            file.writelines(chunks)
+        return
     digest = hashlib.sha256()
     try:
         with open(partial, "wb") as file:
@@ -36,3 +41,9 @@ def write_atomic(
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _replaceable(path: Path) -> bool:
+    """False for /dev/null, a pipe, a folder (which opening it says), and for /dev/stdout, which may
+    lead to a file: a rename would put a file into /dev."""
+    return path.parent != Path("/dev") and (path.is_file() or not path.exists())

@@ -74,10 +74,26 @@ _UNCOUNTED = {
 }
 
 
+# How the hub keeps the same weights once more, and a trainer its state.
+_OTHER_WEIGHTS = {".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".pt", ".pth"}
+
+
 def model_bytes(folder: str | Path) -> int:
-    """Bytes of all files in ``folder`` but the tokenizer's and the model card."""
-    files = [f for f in Path(folder).iterdir() if f.is_file()]
-    return sum(f.stat().st_size for f in files if f.name not in _UNCOUNTED)
+    """Bytes of the model's files in ``folder`` but the tokenizer's and the model card.
+
+    Where the weights are safetensors, other copies of them and a trainer's state do not count.
+    """
+    sizes = _file_sizes(Path(folder))
+    return sum(size for name, size in sizes.items() if name not in _UNCOUNTED)
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    sizes = {f.name: f.stat().st_size for f in folder.iterdir() if f.is_file()}
+    if sizes.keys() & {"model.safetensors", "model.safetensors.index.json"}:
+        other = [name for name in sizes if Path(name).suffix in _OTHER_WEIGHTS]
+        for name in {*other} - {*weight_files(folder)}:
+            del sizes[name]
+    return sizes
 
 
 def inspect_folder(folder: str | Path) -> Report:
@@ -88,7 +104,6 @@ def inspect_folder(folder: str | Path) -> Report:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the model folder {folder} does not exist; check the path")
-    files = {f: f.stat().st_size for f in folder.iterdir() if f.is_file()}
     config: dict[str, Any] = {}
     plan: dict[str, dict[str, Any]] = {}
     if is_ct2_folder(folder):
@@ -106,7 +121,8 @@ def inspect_folder(folder: str | Path) -> Report:
             tensors |= _safetensors(folder / name)
     parts = _parts(tensors, plan)
     layers = {name: _spec_words(spec) for name, spec in plan.items()}
-    return Report(form, parts, model_bytes(folder), sum(files.values()), config, layers)
+    all_bytes = sum(_file_sizes(folder).values())
+    return Report(form, parts, model_bytes(folder), all_bytes, config, layers)
 
 
 # name -> (element type, number of elements, bytes)

@@ -66,9 +66,12 @@ def cut_student(
 
 
 def _remap_alignment_heads(student: WhisperForConditionalGeneration, kept: list[int]) -> None:
-    """Word timestamps name decoder layers: keep the heads whose layer is still there."""
+    """Word timestamps name decoder layers: keep the heads whose layer is still there. Without any,
+    transformers is to say that there are no word timestamps, not to fail on an empty list."""
     config: Any = student.generation_config
     heads = getattr(config, "alignment_heads", None)
     if heads:
         place = {layer: index for index, layer in enumerate(kept)}
         config.alignment_heads = [[place[layer], head] for layer, head in heads if layer in place]
+        if not config.alignment_heads:
+            del config.alignment_heads

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dqw.whisper.evaluate import Evaluation
@@ -40,25 +42,22 @@ def print_scores(result: Evaluation, spelling: bool, size: int | None = None) ->
         row("all words", scores.wer)
     if scores.cer:
         row("all characters", scores.cer)
-    console = Console()
+    console = _console()
     console.print(table)
     speed = result.audio_seconds / max(result.wall_seconds, 1e-9)
     console.print(
         f"{result.audio_seconds:.1f} s of audio in {result.wall_seconds:.1f} s "
-        f"({speed:.1f} × real time)",
-        highlight=False,
+        f"({speed:.1f} × real time)"
     )
     if result.divergence is not None:
         far = result.divergence
         console.print(
             f"KL from the teacher: {far.kl:.5f} nats a token ({far.low:.5f} to {far.high:.5f}; "
             f"{far.tokens} tokens of {far.clips} clips)",
-            highlight=False,
             soft_wrap=True,
         )
     if size is not None:
-        console.print(f"The model takes {size / 2**20:.2f} MiB without its tokenizer.",
-                      highlight=False)  # fmt: skip
+        console.print(f"The model takes {size / 2**20:.2f} MiB without its tokenizer.")
     empty = sum(rate.empty for rate in scores.languages.values())
     if empty:
         console.print(f"{empty} clips dropped: nothing is left of their reference text")
@@ -73,8 +72,9 @@ def print_scores(result: Evaluation, spelling: bool, size: int | None = None) ->
 def print_sizes(report: Report, folder: Path) -> None:
     """Bytes by kind of layer."""
     mib = 2**20
-    console = Console(highlight=False)
-    console.print(f"[bold]{folder}[/]: {report.format}{architecture(report)}", soft_wrap=True)
+    console = _console()
+    name = escape(str(folder))
+    console.print(f"[bold]{name}[/]: {report.format}{architecture(report)}", soft_wrap=True)
     table = _table("Sizes in MiB, M million parameters")
     table.add_column("weights", no_wrap=True)
     table.add_column("stored as", no_wrap=True)
@@ -104,7 +104,7 @@ def print_layers(report: Report) -> None:
     table.add_column("stored as", no_wrap=True)
     for name, words in report.layers.items():
         table.add_row(name, words)
-    Console(highlight=False).print(table)
+    _console().print(table)
 
 
 def print_kernels(kernels: dict[str, dict[str, str]]) -> None:
@@ -120,7 +120,12 @@ def print_kernels(kernels: dict[str, dict[str, str]]) -> None:
         table.add_column(column)
     for reasons, names in operators.items():
         table.add_row("\n".join(names), *reasons)
-    Console(highlight=False).print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """On stdout; where that is no terminal rich's 80 columns are too few for counts of 5 digits."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def _table(title: str) -> Table:
