@@ -19,8 +19,8 @@ import dqw
 from dqw.cli import app, audio_progress
 from dqw.cli_eval import _machine
 from dqw.whisper.checkpoint import save_processor
-from dqw.whisper.files import write_atomic
 from dqw.whisper.evaluate import Evaluation
+from dqw.whisper.files import write_atomic
 from dqw.whisper.report import inspect_folder, model_bytes
 from dqw.whisper.scoring import Rate, Scores
 from dqw.whisper.tables import print_scores

@@ -116,7 +116,7 @@ def _page(
         f"{about['layers'][0]} + {about['layers'][1]} layers.",
         f"Measured on {about['measured on']['clips']} clips.",
     ]
-    if study.calibrates:
+    if study.calibrates and about["speech"]["clips"]:
         learned = f"Calibrated {'and trained ' if trained else ''}on"
         facts.append(f"{learned} {about['speech']['clips']} clips.")
     facts.append(f"Recipe where nothing else is said: {recipe['bits']} bits {recipe['grid']}, "
