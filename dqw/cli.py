@@ -249,7 +249,7 @@ def info(
 
     from dqw.ops import backend_info
     from dqw.whisper.context import AudioContext
-    from dqw.whisper.fast import coverage
+    from dqw.whisper.coverage import coverage
 
     kernels = backend_info()
     path = coverage(report.config)

@@ -189,6 +189,8 @@ class QuantLinear(QuantModule):
 
 def packed_linear(module: QuantModule, x: Tensor, bias: Tensor | None) -> Tensor:
     """x (…, cols) times the frozen ``module``'s packed weight, transposed → (…, rows)."""
+    if x.shape[-1] != module.cols:  # the packed rows are padded and would take some others
+        raise RuntimeError(f"x has {x.shape[-1]} columns, and the layer takes {module.cols}")
     return ops.quant_linear(
         x,
         module.weight,

@@ -154,7 +154,7 @@ def quant_linear(
     row scale × Σ_g float(sum_g) × scale_g.
     """
     cols = x.shape[-1]
-    flat = x.reshape(-1, cols)
+    flat = x.reshape(x.shape[:-1].numel(), cols)  # not -1: there may be no columns
     if not int8_activations:
         w = dequantize(weight, scale, levels, rows, cols, bits, group_size)
         y = flat.float() @ w.T

@@ -76,3 +76,21 @@ def test_opcheck() -> None:
     args = (weight, scale, levels, 6, 70, 4, group)
     torch.library.opcheck(dqw.dequantize.default, args)
     torch.library.opcheck(dqw.quant_embedding.default, (torch.tensor([[1, 5]]), *args))
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_small_scales_count_where_tiny_floats_do_not(isa: str) -> None:
+    """Halves below 2^-14 are subnormal, and the floats they stand for are not."""
+    levels = grids.levels("apot", 4)
+    weight, _ = random_weight(1, 1023 * 16, 4, levels)
+    scale = torch.arange(1, 1024, dtype=torch.int16).view(torch.float16)[None]
+    args = (weight, scale, levels, 1, 1023 * 16, 4, 16)
+    with instruction_set(isa):
+        wanted = reference.dequantize(*args)
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this processor always counts them")
+        try:
+            found = dqw.dequantize(*args)
+        finally:
+            torch.set_flush_denormal(False)
+    assert torch.equal(found, wanted)

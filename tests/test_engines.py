@@ -22,7 +22,7 @@ from whisper_helpers import save_tiny, tiny, voices, write_tone
 import dqw
 from dqw.cli import app
 from dqw.errors import UserError
-from dqw.recipe import QuantConfig, Recipe
+from dqw.recipe import Override, QuantConfig, Recipe
 from dqw.whisper.checkpoint import load_whisper, save_processor
 from dqw.whisper.decoding import LoopGuard, SuppressTokens, TimestampRules
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
@@ -57,6 +57,19 @@ def test_the_native_engine_says_the_same(folder, options):
 
 
 @needs_library
+def test_detecting_the_language_and_decoding_share_their_keys(folder, monkeypatch):
+    made, cross = [], torch.ops.dqw_cpu.decoder_cross
+
+    def counted(*arguments):
+        made.append(arguments)
+        return cross(*arguments)
+
+    monkeypatch.setattr(torch.ops.dqw_cpu, "decoder_cross", counted)
+    assert len(dict(iter_transcripts(open_engine(folder), voices(0.4, 0.5)))) == 2
+    assert len(made) == 1
+
+
+@needs_library
 def test_activations_are_chosen_at_the_command_line(folder, tmp_path):
     """For packed models, in every engine that reads them; others are refused in a sentence."""
     write_tone(tmp_path / "a.wav", 0.4)
@@ -80,6 +93,18 @@ def test_activations_are_chosen_at_the_command_line(folder, tmp_path):
         assert found.exit_code == 1 and "leave --activations out" in found.output
     found = said(*commands[1], "--model", "x", "--engine", "openvino", "--activations", "int8")
     assert found.exit_code == 1 and "which openvino does not read" in found.output
+
+
+@needs_library
+def test_levels_beyond_8_bits_need_int8_activations(tmp_path):
+    model, processor = tiny(tmp_path)
+    rule = Override(match="*conv*", bits=4)
+    packed(model, bits=7, activations="int8", override=[rule]).save_pretrained(tmp_path)
+    save_processor(processor, tmp_path)
+    assert isinstance(open_engine(tmp_path), NativeEngine)
+    engine = open_engine(tmp_path, activations="float")
+    assert isinstance(engine, PlainEngine)
+    assert len(dict(iter_transcripts(engine, voices(0.4)))) == 1
 
 
 @pytest.mark.parametrize("seconds", [1.003, 2.5, 6.2])

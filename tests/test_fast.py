@@ -15,14 +15,8 @@ from whisper_helpers import tiny
 import dqw
 from dqw.convert import set_activations
 from dqw.recipe import Override, QuantConfig, Recipe
-from dqw.whisper.fast import (
-    CROSS_TYPES,
-    Session,
-    coverage,
-    fast_decoder,
-    fast_encoder,
-    uncovered,
-)
+from dqw.whisper.coverage import coverage, uncovered
+from dqw.whisper.fast import CROSS_TYPES, FastDecoder, Session, fast_decoder, fast_encoder
 from dqw.whisper.transcribe import transcribe
 
 pytestmark = needs_library
@@ -123,6 +117,22 @@ def test_audio_of_any_length(small, positions, cross):
     torch.testing.assert_close(found, wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("cross", CROSS_TYPES)
+def test_a_nan_in_the_states_is_one_in_the_logits(small, tier, cross):
+    ids, states = ids_and_states()
+    states[0, 20, 3] = float("nan")
+    with instruction_set(tier):
+        found = stepwise(Session(fast_decoder(small), states, 16, cross_type=cross), ids)
+    assert found[0].isnan().all() and found[1].isfinite().all()
+
+
+def test_ids_may_be_of_any_integer_type(small):
+    ids, states = ids_and_states()
+    found = stepwise(Session(fast_decoder(small), states, 16), ids.int())
+    assert torch.equal(found, stepwise(Session(fast_decoder(small), states, 16), ids))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_threads_change_nothing(small, threads):
     ids, states = ids_and_states(clips=3)
@@ -211,6 +221,9 @@ def test_the_encoder_that_is_asked_for_more_runs_plainly(small):
 def test_info_says_who_serves_a_folder(small):
     config = small.config.to_dict()
     assert coverage(config) == {"encoder": "native", "decoder": "native"}
+    wide = {"grid": "pot", "bits": 6, "activations": "int8"}
+    config["quantization_config"]["plan"]["model.encoder.conv2"] |= wide
+    assert coverage(config)["encoder"] == "plain: its conv2 has levels beyond 8 bits"
     del config["quantization_config"]["plan"]["model.encoder.conv1"]
     assert coverage(config)["encoder"] == "plain: its conv1 is not packed"
     del config["quantization_config"]
@@ -240,6 +253,30 @@ def test_a_network_follows_its_model(small):
     skipped = packed(make_tiny_whisper(), skip=["*decoder.layers.1.fc1"])
     assert "layers.1.fc1 is not packed" in uncovered(skipped)
     assert "heads" in uncovered(packed(make_tiny_whisper(decoder_attention_heads=8)))
+
+
+def test_a_network_follows_its_scales_and_levels(small):
+    """Another tensor in their place, as load_state_dict(assign=True) puts it there."""
+    model = copy.deepcopy(small)
+    ids, states = ids_and_states()
+    for name in ("scale", "levels"):
+        layer = model.model.decoder.layers[1].fc2
+        setattr(layer, name, getattr(layer, name) * 2)
+        session = Session(fast_decoder(model), states, 16, cross_type="float32")
+        found, wanted = stepwise(session, ids), reference(model, ids, states)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["scale", "levels", "bias"])
+def test_a_model_that_lies_elsewhere_in_part_runs_plainly(small, name):
+    model = copy.deepcopy(small)
+    for part in (model.model.decoder, model.model.encoder):
+        layer = part.layers[1].fc1
+        moved = getattr(layer, name).detach().to("meta")
+        setattr(layer, name, torch.nn.Parameter(moved) if name == "bias" else moved)
+    assert fast_decoder(model) is None and fast_encoder(model.model.encoder) is None
+    with pytest.raises(RuntimeError, match="on the CPU"):
+        FastDecoder(model)
 
 
 def test_operators_keep_their_schemas(small):

@@ -10,9 +10,11 @@ from kernel_helpers import BF16_SETS, instruction_set, needs_library
 from kernel_helpers import INSTRUCTION_SETS as TIERS
 from test_fast import packed, plain
 from transformers import WhisperForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput
 from whisper_helpers import tiny
 
-from dqw.whisper.fast import Session, fast_decoder, fast_encoder, uncovered
+from dqw.whisper.coverage import encoder_uncovered, uncovered
+from dqw.whisper.fast import Session, fast_decoder, fast_encoder
 from dqw.whisper.fast_model import native_decoder
 from dqw.whisper.transcribe import transcribe
 
@@ -45,7 +47,9 @@ def test_generate_may_round_and_a_call_may_not(speaking, tier, monkeypatch):
         heard = []
         monkeypatch.setattr(
             "dqw.whisper.fast.FastDecoder.cross",
-            lambda self, states, kind, bf16=False: heard.append((states, bf16)) or 1 / 0,
+            lambda self, states, kind, bf16=False, again=False: (
+                heard.append((states, bf16)) or 1 / 0
+            ),
         )
         for ask in ({"language": "en"}, {"language": "en", "num_beams": 2}, {}):
             with pytest.raises(ZeroDivisionError):
@@ -116,10 +120,65 @@ def test_the_language_is_detected_once_for_both(speaking, monkeypatch):
     with torch.inference_mode():
         states = model.model.encoder(batch).last_hidden_state
     decoder = fast_decoder(model)
-    assert decoder.cross(states, 0) is decoder.cross(states, 0)
-    assert decoder.cross(states, 0) is not decoder.cross(states.clone(), 0)
+    made = decoder.cross(states, 0, again=True)
+    assert decoder.cross(states, 0) is made and decoder.cross(states, 0) is not made
+    made = decoder.cross(states, 0, again=True)
+    assert decoder.cross(states.clone(), 0) is not made
+    decoder.cross(states, 0, again=True)
     del states
     assert decoder._last is None
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_states_that_are_written_over_are_decoded_anew(speaking, mode):
+    model, processor = speaking
+    with mode():
+        first, second = model.model.encoder(features(processor, 2)["input_features"])[0].split(1)
+        buffer = first.clone()
+
+        def said(states):
+            return model.generate(encoder_outputs=BaseModelOutput(states), language="en")
+
+        wanted = said(second)
+        assert not torch.equal(said(buffer), wanted)
+        buffer.copy_(second)
+        assert torch.equal(said(buffer), wanted)
+    decoder, buffer = fast_decoder(model), torch.randn(1, 5, 64)
+    made = decoder.cross(buffer, 0, again=True)
+    buffer.mul_(2)
+    assert not torch.equal(decoder.cross(buffer, 0), made)
+
+
+def test_hooks_are_called(speaking):
+    """Of layers and of the model itself: it runs plainly as long as they are there."""
+    model, processor = speaking
+    batch = features(processor, 1)["input_features"]
+    for part, where in (
+        (model.model.decoder.layers[0].fc1, "decoder"), (model, "decoder"),
+        (model.model.encoder.layers[1].fc1, "encoder"), (model.model.encoder.conv1, "encoder"),
+    ):  # fmt: skip
+        calls = []
+        handle = part.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        try:
+            model.generate(batch, language="en")
+            assert calls
+            reason = (
+                uncovered(model) if where == "decoder" else encoder_uncovered(model.model.encoder)
+            )
+            assert "has hooks" in reason
+        finally:
+            handle.remove()
+    assert fast_decoder(model) and fast_encoder(model.model.encoder)
+
+
+def test_hidden_states_that_were_asked_for_once_cost_nothing_later(speaking):
+    """transformers' hooks for them stay."""
+    model, processor = speaking
+    batch = features(processor, 1)["input_features"]
+    options = {"language": "en", "return_dict_in_generate": True}
+    model.generate(batch, output_hidden_states=True, output_attentions=True, **options)
+    assert model.model.encoder.layers[0]._forward_hooks
+    assert fast_decoder(model) and fast_encoder(model.model.encoder)
 
 
 def test_a_folder_loads_with_the_fast_decoder(speaking, tmp_path):

@@ -5,7 +5,9 @@ import torch
 from torch.library import opcheck
 
 from dqw import grids, ops, reference
+from dqw.linear import QuantLinear
 from dqw.packing import pack
+from dqw.recipe import QuantSpec
 from tests.kernel_helpers import all_grids
 
 
@@ -161,3 +163,25 @@ def test_layers_that_share_their_input(gelu: bool) -> None:
         want = ops.quant_linear(x, w, s, table, b, n, 4, 32, False)
         assert torch.equal(got, torch.nn.functional.gelu(want) if gelu else want)
     opcheck(ops.quant_linears, args)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (2, 3, 0)])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_rows_without_columns_give_the_bias(
+    shape: tuple[int, ...], int8: bool, group_size: int
+) -> None:
+    weight, _, levels = packed(6, 0, 4, group_size=group_size)
+    scale, bias = torch.ones(6, 0 if group_size else 1), torch.randn(6)
+    for linear in (ops.quant_linear, reference.quant_linear):
+        y = linear(torch.ones(shape), weight, scale, levels, bias, 6, 4, group_size, int8)
+        assert torch.equal(y, bias.expand(*shape[:-1], 6))
+
+
+@pytest.mark.parametrize("cols", [69, 71, 128])
+def test_a_layer_takes_its_own_width_alone(cols: int) -> None:
+    """Rows of 70 are packed as 128."""
+    layer = QuantLinear.from_linear(torch.nn.Linear(70, 6), QuantSpec(grid="lloyd"))
+    layer.freeze()
+    with pytest.raises(RuntimeError, match=f"x has {cols} columns, and the layer takes 70"):
+        layer(torch.randn(2, cols))

@@ -16,7 +16,7 @@ from kernel_helpers import (
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from dqw import grids, packing, reference
+from dqw import grids, ops, packing, reference
 
 pytestmark = needs_library
 dqw = torch.ops.dqw
@@ -292,6 +292,34 @@ def test_wrong_arguments_are_errors() -> None:
         dqw.quant_linear(x, weight, scale, levels, torch.ones(7), 8, 4, 0, False)
     with pytest.raises(RuntimeError, match="scale must have shape"):
         dqw.quant_linear(x, weight, torch.ones(8, 2), levels, None, 8, 4, 0, False)
+
+
+@pytest.mark.parametrize("elsewhere", ["scale", "levels", "bias"])
+def test_tensors_of_another_device_are_an_error(elsewhere: str) -> None:
+    """By the shortest way; the dispatcher would give the call to that device."""
+    levels = grids.levels("apot", 4)
+    weight, _ = random_weight(8, 64, 4, levels)
+    parts = {"scale": torch.ones(8, 1), "levels": levels, "bias": torch.ones(8)}
+    parts[elsewhere] = parts[elsewhere].to("meta")
+    with pytest.raises(RuntimeError, match=rf"{elsewhere}.* must be on the CPU"):
+        ops.quant_linear(torch.ones(2, 64), weight, *parts.values(), 8, 4, 0, False)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_levels_may_all_be_0(isa: str, int8: bool) -> None:
+    levels = torch.zeros(16, dtype=torch.int16)
+    weight, _ = random_weight(32, 128, 4, levels)
+    with instruction_set(isa):
+        for granularity in ("channel", "16", "32", "64"):
+            scale, group = random_scale(32, 128, granularity)
+            for m in (1, 2, 8, 70):
+                x = torch.randn(m, 128)  # before, to leave something in the kernels' memory
+                dqw.quant_linear(
+                    x, weight, scale, grids.levels("apot", 4), None, 32, 4, group, int8
+                )
+                y = dqw.quant_linear(x, weight, scale, levels, None, 32, 4, group, int8)
+                assert torch.equal(y.abs(), torch.zeros(m, 32)), (granularity, m)
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -74,13 +74,18 @@ void run_pack_cross(const CrossHead& h, const float* keys, const float* values, 
 
 // n floats in two bytes each: x = scale * (128 * high + low), high in -127…127, low in -64…63 (in
 // 0…127 for x >= 0 throughout, where high is 0…127, too). Their error is 1 / 32512 of the largest.
+// A NaN in x makes the scale NaN: bytes hold none, and max forgets it.
 struct TwoPlanes {
     float scale;
     int32_t high_sum, low_sum;
 };
 DQW_INLINE TwoPlanes two_planes(const float* x, int64_t n, int8_t* high, int8_t* low) {
-    f32 top = zero();
-    for (int64_t i = 0; i < n; i += W) top = max(top, absolute(load(x + i)));
+    f32 top = zero(), nan = zero();
+    for (int64_t i = 0; i < n; i += W) {
+        const f32 v = load(x + i);
+        top = max(top, absolute(v));
+        nan = fma(v, zero(), nan);
+    }
     const float most = largest(top);
     const f32 inv = all(most > 1e-30f ? 16256.0f / most : 0.0f);
     i32 high_sum = all_int(0), low_sum = all_int(0);
@@ -93,7 +98,7 @@ DQW_INLINE TwoPlanes two_planes(const float* x, int64_t n, int8_t* high, int8_t*
         high_sum = add_int(high_sum, upper);
         low_sum = add_int(low_sum, lower);
     }
-    return {most / 16256.0f, sum_int(high_sum), sum_int(low_sum)};
+    return {most / 16256.0f + sum(nan), sum_int(high_sum), sum_int(low_sum)};
 }
 DQW_INLINE i32 unit(const int8_t* q) {
     int32_t four;

@@ -6,6 +6,8 @@ namespace dqw {
 
 Packed packed_weight(const Tensor& weight, const Tensor& scale, const Tensor& levels, int64_t rows,
                      int64_t cols, int64_t bits, int64_t group_size) {
+    DQW_CHECK(weight.is_cpu() && scale.is_cpu() && levels.is_cpu(),
+              "weight, scale and levels of a packed weight must be on the CPU, as the input is");
     DQW_CHECK(bits >= 2 && bits <= 8, "bits must be 2 to 8, got ", bits);
     Packed w{};
     w.bits = static_cast<int>(bits);
@@ -43,6 +45,7 @@ Packed packed_weight(const Tensor& weight, const Tensor& scale, const Tensor& le
     DQW_CHECK(levels.scalar_type() == ScalarType::Short && levels.numel() == codes,
               "levels must be int16 of ", codes, " entries, one for each code");
     const int16_t* level = static_cast<const int16_t*>(levels.const_data_ptr());
+    w.largest = 1;  // without any level, too: a kernel's offset of 0 would mean that it has none
     for (int64_t code = 0; code < codes; code++) {
         DQW_CHECK(level[code] >= -32639 && level[code] <= 32639, "levels holds ", level[code],
                   ", but a level is at most 32639 in magnitude");
@@ -53,7 +56,7 @@ Packed packed_weight(const Tensor& weight, const Tensor& scale, const Tensor& le
         w.wide |= w.high[code] != 0 || low == -128;
         w.largest = std::max<int>(w.largest, std::abs(level[code]));
     }
-    w.products16 = 32767 / (2 * 128 * 2 * std::max(w.largest, 1));
+    w.products16 = 32767 / (2 * 128 * 2 * w.largest);
     return w;
 }
 

@@ -63,10 +63,14 @@ const Tier kAvx512Bf16 = {"avx512_bf16",   &fake_quant_avx512,     &linear_avx51
 const Tier kAmx = {"amx",          &fake_quant_avx512, &linear_amx, &whisper_avx512,
                    &attention_amx, &ceilings_amx,      &kAvx512};
 
-// __builtin_cpu_supports also asks whether the operating system saves the wide registers.
+// __builtin_cpu_supports also asks whether the operating system saves the wide registers. clang
+// before 18 does not compile it for "f16c".
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
 bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -193,8 +193,10 @@ DQW_INLINE void with_dot(const Packed&, const F& f) {
 DQW_INLINE float half_to_float(uint16_t h) {
     const uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff;
     if (rest >= 0x7c00) return from_bits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-    // Exponent and mantissa in place, then 2^112 for the difference of the biases; also right for
-    // subnormal halves.
+    // A subnormal half in place would be a subnormal float, which counts as 0 where the processor
+    // was told so (NoTinyNumbers, torch.set_flush_denormal).
+    if (rest < 0x400) return from_bits(sign | bits((float)rest * 0x1p-24f));
+    // Exponent and mantissa in place, then 2^112 for the difference of the biases.
     return from_bits(sign | bits(from_bits(rest << 13) * 0x1p112f));
 }
 DQW_INLINE uint16_t float_to_half(float x) {  // to nearest even

@@ -81,7 +81,7 @@ struct Packed {
     alignas(64) int8_t low[256];
     alignas(64) int8_t high[256];
     bool wide;
-    int largest;     // magnitude of a level
+    int largest;     // magnitude of a level, at least 1
     int products16;  // so many pairs of products of bytes, unsigned by `largest`, fit 16 bits
 };
 

@@ -24,8 +24,8 @@ int64_t network_new(std::vector<Tensor> floats, std::vector<Tensor> packed,
     made->layers = layers;
     made->width = width;
     for (const Tensor& t : floats) {
-        DQW_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(),
-                  "floats must be contiguous float32");
+        DQW_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float && t.is_contiguous(),
+                  "floats must be contiguous float32 on the CPU");
         made->kept.push_back(t);
         made->floats.push_back(static_cast<const float*>(t.const_data_ptr()));
         made->sizes.push_back(t.numel());
@@ -39,9 +39,9 @@ int64_t network_new(std::vector<Tensor> floats, std::vector<Tensor> packed,
         w.int8 = n[4] != 0;
         DQW_CHECK(w.w.group % 16 == 0 && n[1] <= 65536 && (w.int8 || !w.w.wide) && n[0] > 0,
                   "groups must be multiples of 16 and rows at most 65536 long");
-        DQW_CHECK(t[3].scalar_type() == ScalarType::Float && t[3].is_contiguous() &&
-                      (t[3].numel() == 0 || t[3].numel() == n[0]),
-                  "bias must be contiguous float32, one a row");
+        DQW_CHECK(t[3].is_cpu() && t[3].scalar_type() == ScalarType::Float &&
+                      t[3].is_contiguous() && (t[3].numel() == 0 || t[3].numel() == n[0]),
+                  "bias must be contiguous float32 on the CPU, one a row");
         w.bias = t[3].numel() ? static_cast<const float*>(t[3].const_data_ptr()) : nullptr;
         made->weights.push_back(w);
         made->kept.insert(made->kept.end(), {t[0], scale, levels, t[3]});

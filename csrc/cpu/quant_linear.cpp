@@ -256,6 +256,7 @@ Tensor quant_linear(const Tensor& x_, const Tensor& weight, const Tensor& scale_
     std::optional<Tensor> bias;
     if (bias_.has_value()) {
         bias = as_float(*bias_);
+        DQW_CHECK(bias->is_cpu(), "bias must be on the CPU, as x is");
         DQW_CHECK(bias->numel() == rows, "bias must have ", rows, " entries, got ", bias->numel());
         a.bias = static_cast<const float*>(bias->const_data_ptr());
     }

@@ -68,12 +68,17 @@ class NoTinyNumbers {
 #endif
 };
 
+// Held by the team at work. Two at a time could hold each other's threads where torch's come from
+// one pool.
+inline std::mutex& one_at_a_time() {
+    static std::mutex mutex;
+    return mutex;
+}
+
 // f(Member&) on every thread of the team. f must not throw: the others would wait for ever.
 template <class F>
 void run_team(int64_t slots, const F& f) {
-    // Two teams at a time could hold each other's threads where torch's come from one pool.
-    static std::mutex one_at_a_time;
-    const std::lock_guard<std::mutex> lock(one_at_a_time);
+    const std::lock_guard<std::mutex> lock(one_at_a_time());
     alignas(64) std::atomic<int64_t> arrived{0};
     torch::stable::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
         [[maybe_unused]] const NoTinyNumbers guard;

@@ -23,14 +23,8 @@ from dqw.convert import choose_activations, quant_modules
 from dqw.devices import lowered, move_to
 from dqw.whisper.checkpoint import load_whisper, quiet_transformers, read_json, verify_folder
 from dqw.whisper.context import AudioContext, narrowed
-from dqw.whisper.fast import (
-    FastDecoder,
-    Session,
-    encoder_uncovered,
-    fast_decoder,
-    fast_encoder,
-    uncovered,
-)
+from dqw.whisper.coverage import encoder_uncovered, uncovered
+from dqw.whisper.fast import FastDecoder, Session, fast_decoder, fast_encoder
 from dqw.whisper.features import LogMel
 from dqw.whisper.native import Skeleton, load
 from dqw.whisper.tokenizer import Pieces
@@ -164,9 +158,8 @@ def open_engine(
     """
     folder = Path(name_or_path)
     if beam_size == 1 and folder.is_dir() and device == "cpu":
-        native = _open_native(folder)
+        native = _open_native(folder, activations)
         if native is not None:
-            choose_activations(native.model, activations)
             return native
     model, processor = load_whisper(name_or_path)
     choose_activations(model, activations)
@@ -178,7 +171,7 @@ _NEEDED = ("model.safetensors", "generation_config.json", "tokenizer.json")
 _SETTINGS = ("no_timestamps_token_id", "decoder_start_token_id", "eos_token_id", "is_multilingual")
 
 
-def _open_native(folder: Path) -> NativeEngine | None:
+def _open_native(folder: Path, activations: str) -> NativeEngine | None:
     """None for a folder that transformers has to read, or to find fault with."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -193,6 +186,7 @@ def _open_native(folder: Path) -> NativeEngine | None:
         return None
     verify_folder(folder)
     model = load(folder, config)
+    choose_activations(model, activations)  # before: levels beyond 8 bits go with int8 alone
     if uncovered(model) or encoder_uncovered(model.model.encoder):
         return None
     pieces = Pieces(folder / "tokenizer.json")

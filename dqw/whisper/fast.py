@@ -1,8 +1,8 @@
 """A packed Whisper on the CPU as two native networks: encoder, and decoder a step at a time.
 
 ``fast_decoder(model)`` and ``fast_encoder(model.model.encoder)`` give the networks of what they
-cover, made once and again when layers change; ``uncovered`` and ``encoder_uncovered`` say in words
-why something is not. Weights are not copied: the networks read the model's own tensors.
+cover (``coverage`` says why something is not), made once and again when layers change. Weights are
+not copied: the networks read the model's own tensors.
 
 ``Session`` decodes: rows of tokens in, logits out, with keys and values in a cache of its own. It
 also stands in for transformers' cache, so ``generate`` drives it as any other (``fast_model``).
@@ -18,10 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import dqw.ops  # noqa: F401  loads the library
-from dqw.conv import QuantConv1d
-from dqw.embedding import TiedProjection
-from dqw.grids import level_max
 from dqw.linear import QuantModule
+from dqw.whisper.coverage import encoder_uncovered, has_hooks, is_int8, linears, uncovered
 
 CROSS_TYPES = ("int8", "bfloat16", "float32")
 """How the decoder's keys and values of the audio are kept: at one, two or four bytes a number.
@@ -29,89 +27,6 @@ CROSS_TYPES = ("int8", "bfloat16", "float32")
 int8 (a scale for each position and head) reads half of what bfloat16 does; both are read once a
 token, and at whisper-base's width they weigh as much as its 4-bit weights.
 """
-
-_DEVICES = ("cpu", "meta")  # meta: a folder that is looked at, not loaded
-_SELF = ("q_proj", "k_proj", "v_proj", "out_proj")
-
-
-def uncovered(model: Any) -> str:
-    """Why the native decoder does not serve ``model``, or "" if it does."""
-    if not hasattr(model, "proj_out") or not hasattr(model, "generation_config"):
-        return "it is no Whisper that generates"
-    if not isinstance(model.proj_out, TiedProjection):
-        return "its vocabulary is not packed"
-    decoder = model.model.decoder
-    named = [*_linears(decoder), ("embed_tokens", decoder.embed_tokens)]
-    return _reason(decoder, named, model.config.decoder_attention_heads)
-
-
-def encoder_uncovered(encoder: Any) -> str:
-    """Why the native encoder does not serve ``encoder``, or "" if it does."""
-    convolutions = [(name, getattr(encoder, name)) for name in ("conv1", "conv2")]
-    for name, conv in convolutions:
-        shape = tuple(getattr(conv, part, None) for part in ("kernel_size", "stride", "padding"))
-        if shape != ((3,), (1 if name == "conv1" else 2,), (1,)):
-            return f"{name} is not Whisper's"
-    named = [*_linears(encoder), *convolutions]
-    return _reason(encoder, named, encoder.config.encoder_attention_heads)
-
-
-def coverage(config: dict[str, Any]) -> dict[str, str]:
-    """Who serves a folder with this config.json on a CPU: {"encoder": …, "decoder": …}."""
-    stored = config.get("quantization_config") or {}
-    if not stored.get("plan"):
-        return dict.fromkeys(("encoder", "decoder"), "plain: the folder is not packed")
-
-    from dqw.whisper.native import skeleton
-
-    model: Any = skeleton(config)
-    reasons = {"encoder": encoder_uncovered(model.model.encoder), "decoder": uncovered(model)}
-    return {name: f"plain: {why}" if why else "native" for name, why in reasons.items()}
-
-
-def _reason(part: nn.Module, named: list[tuple[str, Any]], heads: int) -> str:
-    config: Any = part.config
-    if not hasattr(torch.ops.dqw_cpu, "decoder_step"):
-        return "the C++ library is not loaded"
-    if part.training:
-        return "it is in training mode"
-    if config.activation_function != "gelu" or config.scale_embedding:
-        return "its activation function or scaled embedding is not Whisper's"
-    if config.d_model % heads or config.d_model // heads % 16 or config.d_model // heads > 256:
-        return "its heads are not 16, 32, … 256 wide"
-    for name, module in named:
-        reason = _unfit(module)
-        if reason:
-            return f"its {name} {reason}"
-    rest = part.parameters()
-    if any(p.dtype != torch.float32 or p.device.type not in _DEVICES for p in rest):
-        return "its float tensors are not float32 on the CPU"
-    return ""
-
-
-def _unfit(module: nn.Module) -> str:
-    if not isinstance(module, QuantModule) or not module.frozen:
-        return "is not packed"
-    if module.group_size % 16 or module.cols > 65536:
-        return "has groups or rows that the kernels do not take"
-    if module.spec.activations != "int8" and level_max(module.spec.grid, module.spec.bits) > 128:
-        return "has levels beyond 8 bits"
-    if module.weight.device.type not in _DEVICES:
-        return "is not on the CPU"
-    return ""
-
-
-def _linears(part: Any) -> list[tuple[str, Any]]:
-    """The matrices of a decoder or encoder in the order of its network."""
-    found: list[tuple[str, Any]] = []
-    for i, layer in enumerate(part.layers):
-        names = [f"self_attn.{name}" for name in _SELF]
-        if hasattr(layer, "encoder_attn"):
-            names += [f"encoder_attn.{name}" for name in _SELF]
-        found += [
-            (f"layers.{i}.{name}", layer.get_submodule(name)) for name in (*names, "fc1", "fc2")
-        ]
-    return found
 
 
 class Network:
@@ -124,10 +39,10 @@ class Network:
         tensors, layout = list[Tensor](), list[int]()
         for module in packed:
             bias = getattr(module, "bias", None)
-            int8 = module.spec.activations == "int8" and not isinstance(module, QuantConv1d)
             tensors += [module.weight, module.scale, module.levels]
             tensors.append(torch.empty(0) if bias is None else bias.detach())
-            layout += [module.rows, module.cols, module.spec.bits, module.group_size, int(int8)]
+            layout += [module.rows, module.cols, module.spec.bits, module.group_size]
+            layout.append(int(is_int8(module)))
         self.heads, self.layers, self.width = heads, len(part.layers), int(part.config.d_model)
         self.last_rows = packed[-1].rows
         self.handle: int = torch.ops.dqw_cpu.network_new(
@@ -182,7 +97,7 @@ class FastEncoder:
     """
 
     def __init__(self, encoder: Any) -> None:
-        packed = [module for _, module in _linears(encoder)] + [encoder.conv1, encoder.conv2]
+        packed = [module for _, module in linears(encoder)] + [encoder.conv1, encoder.conv2]
         self.network = Network(encoder, packed, encoder.config.encoder_attention_heads)
 
     def __call__(self, features: Tensor, bf16: bool = False) -> Tensor:
@@ -197,21 +112,28 @@ class FastDecoder:
         self.layers: int = config.decoder_layers
         self.width: int = config.d_model
         self.positions: int = config.max_target_positions
-        modules = [module for _, module in _linears(decoder)]
+        modules = [module for _, module in linears(decoder)]
         int8 = all(module.spec.activations == "int8" for module in modules)
         self.cross_type = "int8" if int8 else "bfloat16"
         packed = [*modules, decoder.embed_tokens]
         self.network = Network(decoder, packed, config.decoder_attention_heads)
-        self._last: tuple[weakref.ref, tuple[int, bool], Tensor] | None = None
+        self._last: tuple[weakref.ref, tuple[int, bool, int], Tensor] | None = None
 
-    def cross(self, states: Tensor, cross_type: int, bf16: bool = False) -> Tensor:
-        """The keys and values of the encoder's ``states``. The last ones are remembered for as
-        long as the states live: detecting the language and decoding ask for the same."""
-        last = self._last
-        asked = cross_type, bf16
+    def cross(
+        self, states: Tensor, cross_type: int, bf16: bool = False, again: bool = False
+    ) -> Tensor:
+        """The keys and values of the encoder's ``states``.
+
+        again: the next call asks for the same (decoding, after the language was detected) and gets
+        these, unless the states died or were written to."""
+        last, self._last = self._last, None
+        version = 0 if states.is_inference() else states._version
+        asked = cross_type, bf16, version
         if last is None or last[0]() is not states or last[1] != asked:
-            made = torch.ops.dqw_cpu.decoder_cross(self.network.handle, states, *asked)
-            last = self._last = weakref.ref(states, self._forget), asked, made
+            made = torch.ops.dqw_cpu.decoder_cross(self.network.handle, states, cross_type, bf16)
+            last = weakref.ref(states, self._forget), asked, made
+        if again:
+            self._last = last
         return last[2]
 
     def _forget(self, dead: weakref.ref) -> None:
@@ -238,17 +160,20 @@ def _remembered(module: Any, reason: Callable[[Any], str], make: Callable[[Any],
     key = _identity(module)
     known = _made.get(module)
     if known is None or known[0] != key:
-        known = _made[module] = key, None if reason(module) else make(module)
+        here = all(t.is_cpu for t in (*module.parameters(), *module.buffers()))
+        known = _made[module] = key, make(module) if here and not reason(module) else None
     return known[1]
 
 
 def _identity(module: nn.Module) -> tuple:
-    """Changes when a layer, its memory or its activations do."""
+    """Changes when a layer, its memory, its activations or whether it has hooks do."""
     found: list[Any] = [module.training]
     for part in module.modules():
         if isinstance(part, QuantModule):
-            found += [part.weight.data_ptr(), part.spec.activations]
-        found += [p.data_ptr() for p in part.parameters(recurse=False)]
+            found.append(part.spec.activations)
+        tensors = (*part._parameters.values(), *part._buffers.values())
+        found += [None if t is None else t.data_ptr() for t in tensors]
+        found.append(has_hooks(part))
     return tuple(found)
 
 
@@ -271,7 +196,8 @@ class Session:
         self.audio = states.shape[1]
         self.type = CROSS_TYPES.index(cross_type or decoder.cross_type)
         self.network = decoder.network
-        self.cross = decoder.cross(states, self.type, bf16)
+        # A single token is the language.
+        self.cross = decoder.cross(states, self.type, bf16, again=longest == 1)
         count = states.shape[0] * per_clip
         self.longest = min(longest, decoder.positions)
         self.cache = torch.empty(decoder.layers, 2, count, self.longest, decoder.width)
@@ -283,7 +209,7 @@ class Session:
         self.length = 0
 
     def step(self, ids: Tensor) -> Tensor:
-        """ids (sequences, new tokens) int64 → logits (sequences, vocabulary) of the last ones."""
+        """ids (sequences, new tokens) of integers → logits (sequences, vocabulary) of the last."""
         count, new = ids.shape
         at = torch.arange(self.length, self.length + new, dtype=torch.int32)
         if new == 1:
@@ -295,8 +221,9 @@ class Session:
             wanted = torch.arange(new - 1, count * new, new, dtype=torch.int32)
         if wanted is None:
             wanted = torch.arange(count, dtype=torch.int32)
+        ids = ids.flatten().long().contiguous()
         logits = torch.ops.dqw_cpu.decoder_step(
-            self.network.handle, ids.flatten().contiguous(), positions.contiguous(), clips, sources,
+            self.network.handle, ids, positions.contiguous(), clips, sources,
             self.cache, self.cross, self.audio, self.type, wanted,
         )  # fmt: skip
         self.length += new

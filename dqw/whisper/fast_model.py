@@ -3,7 +3,7 @@
 transformers keeps what it is good at (language, prompts, windows of long audio, thresholds); the
 greedy loop and the encoder are ours. The loop asks the same logits processors and stopping criteria
 and so gives the same tokens; what it does not cover (sampling, attentions asked for, padded
-prompts, other devices and dtypes, training) runs as it would without it.
+prompts, other devices and dtypes, layers with hooks, training) runs as it would without it.
 
 Within ``generate`` many rows are multiplied in bfloat16 where the processor does that faster, as
 `dqw transcribe` does; a model that is called keeps float32.

@@ -1,0 +1,115 @@
+"""Whether the native networks of ``dqw.whisper.fast`` serve a model, and in words why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import dqw.ops  # noqa: F401  loads the library
+from dqw.conv import QuantConv1d
+from dqw.embedding import TiedProjection
+from dqw.grids import level_max
+from dqw.linear import QuantModule
+
+_DEVICES = ("cpu", "meta")  # meta: a folder that is looked at, not loaded
+_SELF = ("q_proj", "k_proj", "v_proj", "out_proj")
+# Modules whose hooks need no call: transformers' recorder stays where hidden states were asked for
+# once, and calls that ask run plainly; ``narrowed`` has the positions cut, as the networks do it.
+_IDLE = ("transformers.utils.output_capturing", "dqw.whisper.context")
+
+
+def uncovered(model: Any) -> str:
+    """Why the native decoder does not serve ``model``, or "" if it does."""
+    if not hasattr(model, "proj_out") or not hasattr(model, "generation_config"):
+        return "it is no Whisper that generates"
+    if not isinstance(model.proj_out, TiedProjection):
+        return "its vocabulary is not packed"
+    if any(has_hooks(outer) for outer in (model, model.model, model.proj_out)):
+        return "it has hooks, and the networks call no module"
+    decoder = model.model.decoder
+    named = [*linears(decoder), ("embed_tokens", decoder.embed_tokens)]
+    return _reason(decoder, named, model.config.decoder_attention_heads)
+
+
+def encoder_uncovered(encoder: Any) -> str:
+    """Why the native encoder does not serve ``encoder``, or "" if it does."""
+    convolutions = [(name, getattr(encoder, name)) for name in ("conv1", "conv2")]
+    for name, conv in convolutions:
+        shape = tuple(getattr(conv, part, None) for part in ("kernel_size", "stride", "padding"))
+        if shape != ((3,), (1 if name == "conv1" else 2,), (1,)):
+            return f"{name} is not Whisper's"
+    named = [*linears(encoder), *convolutions]
+    return _reason(encoder, named, encoder.config.encoder_attention_heads)
+
+
+def coverage(config: dict[str, Any]) -> dict[str, str]:
+    """Who serves a folder with this config.json on a CPU: {"encoder": …, "decoder": …}."""
+    stored = config.get("quantization_config") or {}
+    if not stored.get("plan"):
+        return dict.fromkeys(("encoder", "decoder"), "plain: the folder is not packed")
+
+    from dqw.whisper.native import skeleton
+
+    model: Any = skeleton(config)
+    reasons = {"encoder": encoder_uncovered(model.model.encoder), "decoder": uncovered(model)}
+    return {name: f"plain: {why}" if why else "native" for name, why in reasons.items()}
+
+
+def _reason(part: nn.Module, named: list[tuple[str, Any]], heads: int) -> str:
+    config: Any = part.config
+    if not hasattr(torch.ops.dqw_cpu, "decoder_step"):
+        return "the C++ library is not loaded"
+    if part.training:
+        return "it is in training mode"
+    if config.activation_function != "gelu" or config.scale_embedding:
+        return "its activation function or scaled embedding is not Whisper's"
+    if config.d_model % heads or config.d_model // heads % 16 or config.d_model // heads > 256:
+        return "its heads are not 16, 32, … 256 wide"
+    if any(has_hooks(module) for module in part.modules()):
+        return "a layer has hooks, and the networks call no module"
+    for name, module in named:
+        reason = _unfit(module)
+        if reason:
+            return f"its {name} {reason}"
+    rest = part.parameters()
+    if any(p.dtype != torch.float32 or p.device.type not in _DEVICES for p in rest):
+        return "its float tensors are not float32 on the CPU"
+    return ""
+
+
+def _unfit(module: nn.Module) -> str:
+    if not isinstance(module, QuantModule) or not module.frozen:
+        return "is not packed"
+    if module.group_size % 16 or module.cols > 65536:
+        return "has groups or rows that the kernels do not take"
+    if not is_int8(module) and level_max(module.spec.grid, module.spec.bits) > 127:
+        return "has levels beyond 8 bits"
+    if module.weight.device.type not in _DEVICES:
+        return "is not on the CPU"
+    return ""
+
+
+def is_int8(module: QuantModule) -> bool:
+    """Whether ``module`` multiplies int8 activations; convolutions take floats at any spec."""
+    return module.spec.activations == "int8" and not isinstance(module, QuantConv1d)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether someone wants to see what ``module`` takes or gives."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", "") not in _IDLE for hook in hooks)
+
+
+def linears(part: Any) -> list[tuple[str, Any]]:
+    """The matrices of a decoder or encoder in the order of its network."""
+    found: list[tuple[str, Any]] = []
+    for i, layer in enumerate(part.layers):
+        names = [f"self_attn.{name}" for name in _SELF]
+        if hasattr(layer, "encoder_attn"):
+            names += [f"encoder_attn.{name}" for name in _SELF]
+        found += [
+            (f"layers.{i}.{name}", layer.get_submodule(name)) for name in (*names, "fc1", "fc2")
+        ]
+    return found
