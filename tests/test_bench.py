@@ -359,6 +359,10 @@ def test_calls_in_a_graph_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         def replay(self) -> None:
             clock[0] += 2.0 * graphs[0]
 
+    class Stream:
+        def wait_stream(self, other: str) -> None:
+            assert other == "before"
+
     @contextlib.contextmanager
     def capture(graph: Graph, stream: object) -> Iterator[None]:
         before = clock[0]
@@ -366,7 +370,7 @@ def test_calls_in_a_graph_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
         graphs.append((clock[0] - before) / 2.0)
 
     for name, stub in {
-        "Event": Event, "CUDAGraph": Graph, "graph": capture, "Stream": object,
+        "Event": Event, "CUDAGraph": Graph, "graph": capture, "Stream": Stream,
         "stream": lambda s: contextlib.nullcontext(), "synchronize": lambda: None,
         "current_stream": lambda: "before", "set_stream": streams.append,
     }.items():  # fmt: skip

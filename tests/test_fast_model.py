@@ -194,8 +194,11 @@ def test_a_folder_loads_with_the_fast_decoder(speaking, tmp_path):
     assert torch.equal(loaded.generate(batch), model.generate(batch))
 
 
-def test_a_model_can_be_pickled_and_copied(speaking):
+def test_a_model_can_be_pickled_and_copied(speaking, tmp_path):
     model, processor = speaking
+    model.save_pretrained(tmp_path)
+    # Anew: no model of transformers can be pickled once hidden states were asked for.
+    model = WhisperForConditionalGeneration.from_pretrained(tmp_path)
     batch = features(processor, 2)["input_features"]
     wanted = model.generate(batch, language="en")
     for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
