@@ -1,6 +1,7 @@
 """Training data: labels, order, augmentation, what is left out, and what the teacher writes."""
 
 import json
+import os
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -134,6 +135,12 @@ def test_labels_may_hold_line_separators(tmp_path):
     row = {"id": "a", "text": "one\u2028two\x85three", "language": "en", "fault": ""}
     path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     assert read_labels(path)["a"]["text"] == row["text"]
+
+
+def test_clips_may_have_names_that_are_not_utf_8(tmp_path):
+    path, odd = tmp_path / "labels.jsonl", os.fsdecode(b"caf\xe9.wav")
+    found = write_labels(tiny_model(), tiny_processor(), [Noise(odd, None)], path)
+    assert read_labels(path) == found and odd in found
 
 
 def test_long_unlabelled_audio_is_cut_at_quiet_places():

@@ -51,7 +51,8 @@ def write_labels(
     known = [(item.language or language or "", item) for item in todo]
     known.sort(key=lambda pair: pair[0])
     done = len(items) - len(todo)
-    with open(path, "a", encoding="utf-8") as file:
+    # Ids are file names, which need not be UTF-8: such bytes are written as JSON reads them back.
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
         while known:
             code = known[0][0]
             batch = [item for spoken, item in known[:batch_size] if spoken == code]
