@@ -5,6 +5,7 @@ float Whisper → ``quantize`` swaps modules that learn → ``freeze`` turns the
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,11 @@ from dqw.recipe import ACTIVATIONS, QuantSpec, Recipe
 def quant_modules(model: nn.Module) -> dict[str, QuantModule]:
     """Name → module for every module of ``model`` that holds a quantized weight."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantModule)}
+
+
+def stored_plan(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Name → spec as plain values, for every quantized layer: what a packed folder says of them."""
+    return {name: module.spec.to_dict() for name, module in quant_modules(model).items()}
 
 
 def quantize(

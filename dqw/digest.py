@@ -12,7 +12,7 @@ from torch import Tensor
 
 def digest(tensors: Iterable[tuple[str, Tensor]], *more: object) -> str:
     """32 letters of named tensors, their dtypes and shapes, and of the ``repr`` of ``more``. A
-    second takes about a gigabyte."""
+    gigabyte takes a second."""
     found = hashlib.blake2b(repr(more).encode(), digest_size=16)
     for name, tensor in tensors:
         found.update(repr((name, tensor.dtype, tensor.shape)).encode())

@@ -82,9 +82,11 @@ class DqwQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict]:
+        from dqw.convert import stored_plan
+
         # config.json is written after this: what it says of the layers is to be what they are now,
         # and a checksum of other bytes would have the folder refused (save.py seals its own).
-        self.quantization_config.plan = _plan(model)
+        self.quantization_config.plan = stored_plan(model)
         vars(self.quantization_config).pop("weights_sha256", None)
         return packed_state(model), {}
 
@@ -104,12 +106,6 @@ class DqwQuantizer(HfQuantizer):
 
         # transformers hands over config.dtype, which save_pretrained turns into a string.
         return dequantize(model).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-
-
-def _plan(model: nn.Module) -> dict[str, dict[str, Any]]:
-    from dqw.convert import quant_modules
-
-    return {name: module.spec.to_dict() for name, module in quant_modules(model).items()}
 
 
 def packed_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -147,7 +143,9 @@ def attach(model: Any, **extra: Any) -> None:
 
     ``extra``: more keys for quantization_config, plain JSON values.
     """
-    config = DqwConfig(plan=_plan(model), **extra)
+    from dqw.convert import stored_plan
+
+    config = DqwConfig(plan=stored_plan(model), **extra)
     model.hf_quantizer = DqwQuantizer(config)
     model.config.quantization_config = config
     model.is_quantized = True

@@ -52,7 +52,7 @@ def share(module: Any) -> None:
 
 def leave() -> None:
     """Go on when all processes have come here, and end their group: its threads, alive while
-    Python ends, abort one process in 25 (torch 2.13, gloo)."""
+    Python ends, abort one run in 25 (torch 2.13, gloo; the run of tests/test_processes.py)."""
     import torch.distributed
 
     if not _several() or not torch.distributed.is_initialized():  # nothing was shared

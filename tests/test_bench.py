@@ -1,6 +1,5 @@
 """``python -m bench``: its numbers, its files, its table, and what it says to a mistake."""
 
-import contextlib
 import csv
 import io
 import json
@@ -122,6 +121,18 @@ def test_the_json_has_every_field_and_the_csv_its_columns(op: str, tmp_path: Pat
         assert set(FIELDS) - {"peers"} <= set(flat)
         for name, peer in row["peers"].items():
             assert float(flat[f"{name} ratio"]) == pytest.approx(peer["ratio"])
+
+
+def test_a_run_that_is_cut_off_keeps_the_shapes_that_are_done(monkeypatch, tmp_path: Path) -> None:
+    def cut_off(*_: object) -> Iterator[list[rows.Row]]:
+        yield [a_row(1e-3)]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        bench(json_file=tmp_path / "a.json", csv_file=tmp_path / "a.csv")
+    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 1
+    assert len((tmp_path / "a.csv").read_text().splitlines()) == 2
 
 
 def test_int8_and_groups_are_rows_of_their_own(tmp_path: Path) -> None:
@@ -318,87 +329,3 @@ def test_the_server_of_another_revision_answers(monkeypatch) -> None:
     finally:
         base.process.stdin.close()
         assert base.process.wait() == 0
-
-
-def test_a_gpu_is_measured_on_every_whisper() -> None:
-    """M from one token to eight clips; attention, both halves of the MLP, the vocabulary."""
-    from bench import quant_linear, runner
-
-    shapes = runner.shapes_of(quant_linear, options.Options(device="cuda"))
-    for d in (384, 512, 768, 1024, 1280):
-        for m in (1, 2, 4, 8, 16, 64, 1500, 12000):
-            assert {(m, d, d), (m, d, 4 * d), (m, 4 * d, d)} <= set(shapes)
-        assert (1, d, 51866) in shapes
-    assert {(1, 4096, 4096), (1, 5120, 1280)} <= set(shapes)
-    assert runner.shapes_of(quant_linear, options.Options()) == quant_linear.SHAPES
-
-
-def test_calls_in_a_graph_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stand-in for CUDA whose calls take 2 ms each: seconds are of the repeats asked for."""
-    from bench import cuda
-
-    clock, graphs, streams = [0.0], [], []
-
-    def call() -> None:
-        clock[0] += 2.0
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            self.at = 0.0
-
-        def record(self) -> None:
-            self.at = clock[0]
-
-        def synchronize(self) -> None:
-            pass
-
-        def elapsed_time(self, other: "Event") -> float:
-            return other.at - self.at
-
-    class Graph:
-        def replay(self) -> None:
-            clock[0] += 2.0 * graphs[0]
-
-    class Stream:
-        def wait_stream(self, other: str) -> None:
-            assert other == "before"
-
-    @contextlib.contextmanager
-    def capture(graph: Graph, stream: object) -> Iterator[None]:
-        before = clock[0]
-        yield
-        graphs.append((clock[0] - before) / 2.0)
-
-    for name, stub in {
-        "Event": Event, "CUDAGraph": Graph, "graph": capture, "Stream": Stream,
-        "stream": lambda s: contextlib.nullcontext(), "synchronize": lambda: None,
-        "current_stream": lambda: "before", "set_stream": streams.append,
-    }.items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, stub, raising=False)
-    run = cuda.candidate(call)
-    assert graphs == [cuda.IN_A_GRAPH]
-    for repeats in (1, 20, 50):
-        assert run(repeats) == pytest.approx(repeats * 2e-3)
-    graphs.clear()
-    for copies, calls in ((33, 33), (6, 24)):  # whole rounds of them
-        graphs.clear()
-        call.copies = copies  # type: ignore[attr-defined]
-        assert cuda.candidate(call)(1) == pytest.approx(2e-3) and graphs == [calls]
-
-    def stubborn() -> None:
-        if graphs:
-            raise RuntimeError("synchronizes")
-        call()
-
-    @contextlib.contextmanager
-    def refuse(graph: Graph, stream: object) -> Iterator[None]:
-        raise RuntimeError("synchronizes")
-        yield
-
-    monkeypatch.setattr(torch.cuda, "graph", refuse)
-    graphs.clear()
-    assert cuda.candidate(stubborn, "stubborn")(5) == pytest.approx(10e-3)
-    assert streams == ["before"]  # not the one that the capture began on
-    assert cuda.candidate(call, "waiting", graphed=False)(5) == pytest.approx(10e-3)
-    assert cuda.not_graphed == {"stubborn": "synchronizes", "waiting": "it waits for the GPU"}
-    cuda.not_graphed.clear()

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dqw.calibrate import calibrate, layer_count
-from dqw.convert import quant_modules
+from dqw.convert import stored_plan
 from dqw.devices import lowered
 from dqw.digest import digest, weights_digest
 from dqw.distill import checkpoint as store
@@ -185,7 +185,10 @@ def distill(
     report.trainer = trainer
     trainer.extra_settings = {
         "data": {"clips": len(dataset), "content": made.fingerprint()},
-        "models": {"teacher": weights_digest(teacher), "student's bits": _plan_digest(student)},
+        "models": {
+            "teacher": weights_digest(teacher),
+            "student's bits": digest((), sorted(stored_plan(student).items())),
+        },
     }
     step = _resume_step(found, folder, trainer.settings, trainer.is_world_process_zero())
     if train.tensorboard and trainer.is_world_process_zero():
@@ -247,11 +250,6 @@ def _calibrate(
             lambda name: shown.count("error compensation, layers rounded", next(done), layers),
             off_grid=off_grid,
         )
-
-
-def _plan_digest(student: Any) -> str:
-    plan = {name: module.spec.to_dict() for name, module in quant_modules(student).items()}
-    return digest((), sorted(plan.items()))
 
 
 def _display(progress: str | Callable[[StepReport], object] | Display) -> Display:

@@ -1,0 +1,89 @@
+"""``python -m bench --device cuda`` as far as it goes without a GPU: its shapes, its clock."""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from bench import cuda, options, quant_linear, runner
+
+
+def test_a_gpu_is_measured_on_every_whisper() -> None:
+    """M from one token to eight clips; attention, both halves of the MLP, the vocabulary."""
+    shapes = runner.shapes_of(quant_linear, options.Options(device="cuda"))
+    for d in (384, 512, 768, 1024, 1280):
+        for m in (1, 2, 4, 8, 16, 64, 1500, 12000):
+            assert {(m, d, d), (m, d, 4 * d), (m, 4 * d, d)} <= set(shapes)
+        assert (1, d, 51866) in shapes
+    assert {(1, 4096, 4096), (1, 5120, 1280)} <= set(shapes)
+    assert runner.shapes_of(quant_linear, options.Options()) == quant_linear.SHAPES
+
+
+def test_calls_in_a_graph_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for CUDA whose calls take 2 ms each: seconds are of the repeats asked for."""
+    clock, graphs, streams = [0.0], [], []
+
+    def call() -> None:
+        clock[0] += 2.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            self.at = 0.0
+
+        def record(self) -> None:
+            self.at = clock[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: "Event") -> float:
+            return other.at - self.at
+
+    class Graph:
+        def replay(self) -> None:
+            clock[0] += 2.0 * graphs[0]
+
+    class Stream:
+        def wait_stream(self, other: str) -> None:
+            assert other == "before"
+
+    @contextlib.contextmanager
+    def capture(graph: Graph, stream: object) -> Iterator[None]:
+        before = clock[0]
+        yield
+        graphs.append((clock[0] - before) / 2.0)
+
+    for name, stub in {
+        "Event": Event, "CUDAGraph": Graph, "graph": capture, "Stream": Stream,
+        "stream": lambda s: contextlib.nullcontext(), "synchronize": lambda: None,
+        "current_stream": lambda: "before", "set_stream": streams.append,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stub, raising=False)
+    run = cuda.candidate(call)
+    assert graphs == [cuda.IN_A_GRAPH]
+    for repeats in (1, 20, 50):
+        assert run(repeats) == pytest.approx(repeats * 2e-3)
+    graphs.clear()
+    for copies, calls in ((33, 33), (6, 24)):  # whole rounds of them
+        graphs.clear()
+        call.copies = copies  # type: ignore[attr-defined]
+        assert cuda.candidate(call)(1) == pytest.approx(2e-3) and graphs == [calls]
+
+    def stubborn() -> None:
+        if graphs:
+            raise RuntimeError("synchronizes")
+        call()
+
+    @contextlib.contextmanager
+    def refuse(graph: Graph, stream: object) -> Iterator[None]:
+        raise RuntimeError("synchronizes")
+        yield
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    graphs.clear()
+    assert cuda.candidate(stubborn, "stubborn")(5) == pytest.approx(10e-3)
+    assert streams == ["before"]  # not the one that the capture began on
+    assert cuda.candidate(call, "waiting", graphed=False)(5) == pytest.approx(10e-3)
+    assert cuda.not_graphed == {"stubborn": "synchronizes", "waiting": "it waits for the GPU"}
+    cuda.not_graphed.clear()
