@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dqw
-from dqw import grids, ops, ops_cuda, reference
+from dqw import grids, ops, ops_cuda, packing, reference
 from dqw.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -37,24 +37,24 @@ def test_case_gemv(group: int, dtype: torch.dtype) -> None:
         levels = grids.levels("apot", bits)
         weights = [random_weight(n, cols, bits, levels)[0] for n in rows]
         scales = [random_scale(n, cols, str(group) if group else "channel")[0] for n in rows]
-        scales = [s.half() if group else s for s in scales]
+        scales = [packing.round_scales(s).half() if group else s for s in scales]
         w = [
             reference.dequantize(w, s, levels, n, cols, bits, group)
             for w, s, n in zip(weights, scales, rows, strict=True)
         ]
         weights, scales = [t.cuda() for t in weights], [t.cuda() for t in scales]
         for start in (12, 44, 60, 192):
-            x = torch.eye(cols, dtype=dtype)[start : start + 8].cuda()
+            x = torch.eye(cols, dtype=dtype)[start : start + 16].cuda()
             assert ops_cuda.gemv_serves(x, weights, scales, bits, group)
             found = ops.quant_linears(
                 x, weights, scales, levels.cuda(), [None] * 3, rows, bits, group, False
             )
             for y, exact in zip(found, w, strict=True):
-                assert torch.equal(y.cpu(), exact.T[start : start + 8].to(dtype))
+                assert torch.equal(y.cpu(), exact.T[start : start + 16].to(dtype))
 
 
 @pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("m", [1, 5, 8])
+@pytest.mark.parametrize("m", [1, 5, 8, 9, 16])
 def test_case_gemv_error(m: int, gelu: bool) -> None:
     """At most twice the error of the plain computation in float16, with bias and GELU."""
     x, weight, scale, levels, bias, rows, bits, group, _ = arguments(
@@ -81,7 +81,7 @@ def arguments(bits: int, granularity: str, int8: bool, m: int, dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("m", [1, 8, 9, 64, 65, 1500])
+@pytest.mark.parametrize("m", [1, 8, 16, 17, 64, 65, 1500])
 @pytest.mark.parametrize("granularity", ["channel", "64"])
 def test_opcheck(granularity: str, m: int, dtype: torch.dtype) -> None:
     for int8 in (False, True):
@@ -90,7 +90,7 @@ def test_opcheck(granularity: str, m: int, dtype: torch.dtype) -> None:
         )
 
 
-@pytest.mark.parametrize("m", [1, 8, 16, 64, 300])
+@pytest.mark.parametrize("m", [1, 8, 16, 40, 300])
 def test_cuda_graph_replays(m: int) -> None:
     args = arguments(4, "64", False, m, torch.float16)
     want = ops.quant_linear(*args)
@@ -111,7 +111,7 @@ def test_compiles_whole_and_once_for_all_rows() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
-    for m in (2, 3, 9, 100):
+    for m in (2, 3, 9, 17, 100):
         torch.testing.assert_close(compiled(x[:m]), layer(x[:m]))
     assert counter.frame_count == 1
 

@@ -20,7 +20,7 @@ from kernel_helpers import random_scale, random_weight
 from torch import Tensor
 from torch.nn import functional as F
 
-from dqw import grids, ops_cuda, reference
+from dqw import grids, ops_cuda, packing, reference
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "csrc" / "cuda"
@@ -39,7 +39,7 @@ class Gemv(ctypes.Structure):
     _fields_ = (
         ("matrix", Matrix * 3), ("levels", ctypes.c_void_p), ("x", ctypes.c_void_p),
         ("matrices", ctypes.c_int), ("m", ctypes.c_int), ("cols", ctypes.c_int),
-        ("blocks", ctypes.c_int), ("gelu", ctypes.c_bool),
+        ("blocks", ctypes.c_int), ("group_shift", ctypes.c_int), ("gelu", ctypes.c_bool),
     )  # fmt: skip
 
 
@@ -94,8 +94,9 @@ def gemv(
 
 
 def scales(rows: int, cols: int, group: int, size: float = 1.0) -> Tensor:
+    """As dqw stores them: groups' have 5 bits, and level × scale is exact in float16."""
     scale, _ = random_scale(rows, cols, str(group) if group else "channel", size)
-    return scale.half() if group else scale
+    return packing.round_scales(scale).half() if group else scale
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -113,19 +114,20 @@ def test_identity_gives_the_exact_weight(library, bits: int, dtype: torch.dtype)
             scale = scales(rows, cols, group)
             w = reference.dequantize(weight, scale, levels, rows, cols, bits, group)
             for start in (12, 44, 60, 192):  # across every boundary of a group
-                x = torch.eye(cols, dtype=dtype)[start : start + 8]
+                x = torch.eye(cols, dtype=dtype)[start : start + (8 if group else 16)]
                 (y,) = gemv(library, x, [(weight, scale, None, rows)], levels, bits, group)
-                assert torch.equal(y, w.T[start : start + 8].to(dtype)), (group, start)
+                assert torch.equal(y, w.T[start : start + len(x)].to(dtype)), (group, start)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_error_is_at_most_twice_the_plain_one(library, dtype: torch.dtype) -> None:
-    shapes = [(1, 1, 8), (1, 33, 1032), (3, 7, 5128), (7, 9, 640), (8, 16, 128), (5, 8, 72)]
+    shapes = [(1, 1, 8), (1, 33, 1032), (3, 7, 6152), (16, 9, 640), (9, 16, 128), (5, 8, 72)]
     for n, (m, rows, cols) in enumerate(shapes):
         bits, group = (4, 2, 3, 5, 6, 4)[n], GROUPS[n % 5]
         levels = grids.levels("apot", bits)
         weight, _ = random_weight(rows, cols, bits, levels)
-        scale = scales(rows, cols, group, 0.1)
+        scale, _ = random_scale(rows, cols, str(group) if group else "channel", 0.1)
+        scale = scale.half() if group else scale  # of 11 bits: a weight is rounded, as the plain one
         w = reference.dequantize(weight, scale, levels, rows, cols, bits, group)
         x, bias = torch.randn(m, cols).to(dtype), torch.randn(rows).to(dtype)
         exact = x.double() @ w.double().T + bias.double()
@@ -173,7 +175,7 @@ def test_nan_stays_in_its_row(library) -> None:
 
 
 def test_few_rows_reach_this_kernel(library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """dqw.ops sends layers of up to 8 rows here, alone or three at a time, no others."""
+    """dqw.ops sends layers of up to 16 rows here, alone or three at a time, no others."""
     calls = []
 
     def kernel(x, weights, scales, levels, biases, rows, bits, group, gelu):  # type: ignore[no-untyped-def]
@@ -197,7 +199,7 @@ def test_few_rows_reach_this_kernel(library, monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(alone, want.half(), rtol=2e-3, atol=3e-2)
     assert calls == [3, 1, 1, 1]
     for dtype, m, bits, group, where in (
-        (torch.float32, 1, 4, 64, False), (torch.float16, 9, 4, 64, False),
+        (torch.float32, 1, 4, 64, False), (torch.float16, 17, 4, 64, False),
         (torch.bfloat16, 8, 7, 64, False), (torch.float16, 8, 7, 64, True),
         (torch.float16, 1, 4, 96, False), (torch.bfloat16, 1, 4, 0, True),
         (torch.float16, 1, 4, 16, True), (torch.float16, 1, 4, 32, True),
@@ -211,10 +213,10 @@ def test_few_rows_reach_this_kernel(library, monkeypatch: pytest.MonkeyPatch) ->
 
 # ---- compiled for GPUs ----
 
-INSTANCES = [  # type of x, bits, group size
-    ("__half", 4, 64), ("__half", 4, 0), ("__nv_bfloat16", 4, 64), ("__half", 2, 0),
-    ("__half", 3, 32), ("__nv_bfloat16", 5, 64), ("__half", 6, 0), ("__half", 8, 128),
-    ("__half", 4, 16), ("__nv_bfloat16", 6, 16),
+INSTANCES = [  # type of x, bits, groups, tiles of 8 rows of x
+    ("__half", 4, 1, 1), ("__half", 4, 0, 1), ("__nv_bfloat16", 4, 1, 1), ("__half", 2, 0, 2),
+    ("__half", 3, 1, 2), ("__nv_bfloat16", 5, 1, 1), ("__half", 6, 0, 2), ("__half", 8, 1, 1),
+    ("__half", 4, 1, 2), ("__nv_bfloat16", 6, 1, 2), ("__half", 7, 1, 2),
 ]  # fmt: skip
 PROBE = """
 #include "decode.h"
@@ -260,8 +262,8 @@ def sass(cubin: Path) -> str:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
-    lines = [f"template __global__ void dqw::gemv<{t}, {bits}, {group}, dqw::kWarps>(dqw::Gemv);"
-             for t, bits, group in INSTANCES]  # fmt: skip
+    lines = [f"template __global__ void dqw::gemv<{t}, {bits}, {groups}, {tiles}>(dqw::Gemv);"
+             for t, bits, groups, tiles in INSTANCES]  # fmt: skip
     code = '#include "launch.h"\n' + "\n".join(lines)
     cubin, said = nvcc(code, arch, tmp_path)
     assert said.count(" 0 bytes spill stores, 0 bytes spill loads") == len(INSTANCES), said
@@ -270,9 +272,10 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
     text = sass(cubin)
     for code in re.findall(r"^\.text\._ZN3dqw4gemv.*?(?=^\s*\.section|\Z)", text, re.M | re.S):
         if "Li4E" in code[:60]:
-            order = re.findall(r"LDG\.E\.EF|HMMA", code)
-            assert order[:5] == ["LDG.E.EF"] * 4 + ["HMMA"], "four loads in flight"
-    assert "HMMA.16816.F32" in text and "LDG.E.EF.128" in text, "tensor cores, 16-byte loads"
+            order = re.findall(r"LDG\.E\.NA|ACQBULK|HMMA", code)
+            wait = ["ACQBULK"] if arch == "sm_90a" else []
+            assert order[:6] == (["LDG.E.NA"] * 4 + wait + ["HMMA"] * 2)[:6], "four loads in flight"
+    assert "HMMA.16816.F32" in text and "LDG.E.NA.128" in text, "tensor cores, 16-byte loads"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

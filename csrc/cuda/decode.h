@@ -28,12 +28,17 @@ struct Pool {
     uint32_t high[2], low[2];
 };
 
-__device__ inline Pool pool_of(const uint16_t* magnitude, int count) {
-    Pool p = {};
-    for (int i = 0; i < count; i++) {
-        p.high[i / 4] |= (uint32_t)(magnitude[i] >> 8) << 8 * (i % 4);
-        p.low[i / 4] |= (uint32_t)(magnitude[i] & 255) << 8 * (i % 4);
-    }
+// Each lane brings magnitude lane % count; all lanes of a warp together. zero: hidden_zero.
+__device__ inline Pool pool_of(uint16_t magnitude, int lane, int count, uint32_t zero) {
+    const int i = lane % 8, shift = 8 * (i % 4);
+    const uint32_t high = (uint32_t)(magnitude >> 8) << shift;
+    const uint32_t low = (uint32_t)(magnitude & 255) << shift;
+    const bool first = i < 4 && i < count, second = i >= 4 && i < count;
+    Pool p;
+    p.high[0] = or_of_warp(first ? high : 0) | zero;
+    p.high[1] = or_of_warp(second ? high : 0) | zero;
+    p.low[0] = or_of_warp(first ? low : 0) | zero;
+    p.low[1] = or_of_warp(second ? low : 0) | zero;
     return p;
 }
 

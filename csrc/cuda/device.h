@@ -31,49 +31,119 @@ __device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
     return out;
 }
 
-// Weights are read once: they should not push x out of L1. Zero, and nothing read, where it does
-// not exist. volatile: the compiler must not put a load off to the branch that uses it.
+// Bitwise or of all lanes.
+__device__ inline uint32_t or_of_warp(uint32_t v) { return __reduce_or_sync(0xffffffffu, v); }
+
+// Weights are read once: they should not push x out of L1, where no other load shares their
+// sectors (PASS). L2 keeps them: a small Whisper stays there from token to token. Zero, and nothing
+// read, where it does not exist. volatile: the compiler must not put a load off to where it is
+// used.
+template <bool PASS = false>
 __device__ inline uint2 load_once(const uint2* p, bool exists) {
     uint2 v;
     asm volatile(
         "{.reg .pred q; setp.ne.s32 q, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0;"
-        "@q ld.global.cs.v2.u32 {%0, %1}, [%2];}"
+        "@q ld.global.v2.u32 {%0, %1}, [%2];}"
         : "=&r"(v.x), "=&r"(v.y)
         : "l"(p), "r"((int)exists));
     return v;
 }
+#define DQW_LOAD_16(how)                                              \
+    asm volatile(                                                     \
+        "{.reg .pred q; setp.ne.s32 q, %5, 0;"                        \
+        "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;" \
+        "@q ld.global" how ".v4.u32 {%0, %1, %2, %3}, [%4];}"         \
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)              \
+        : "l"(p), "r"((int)exists))
+template <bool PASS = false>
 __device__ inline uint4 load_once(const uint4* p, bool exists) {
+    uint4 v;
+    if (PASS) {
+        DQW_LOAD_16(".L1::no_allocate");
+    } else {
+        DQW_LOAD_16("");
+    }
+    return v;
+}
+#undef DQW_LOAD_16
+
+// 16 bytes of x, OFFSET bytes on from p; zero where they do not exist. x is written by the kernel
+// before, which may still run when this one starts: not by the path for data that nothing writes.
+// In assembly, so that one address and one comparison serve all loads of a row.
+template <int OFFSET>
+__device__ inline uint4 load_x(const uint16_t* p, bool exists) {
     uint4 v;
     asm volatile(
         "{.reg .pred q; setp.ne.s32 q, %5, 0;"
         "mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
-        "@q ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        "@q ld.global.v4.u32 {%0, %1, %2, %3}, [%4 + %6];}"
         : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
-        : "l"(p), "r"((int)exists));
+        : "l"(p), "r"((int)exists), "n"(OFFSET));
     return v;
 }
 
-template <typename V>
-__device__ inline V load_again(const V* p) {
-    return __ldg(p);
+// v, zero at run time only: ptxas must not know, or it keeps what is the same in all lanes in
+// uniform registers, and PRMT takes one of those at a time.
+__device__ inline uint32_t hidden_zero(const void* v) {
+    return (uint32_t)(reinterpret_cast<uintptr_t>(v) >> 63);
 }
 
-// sum += A B of m16n8k16, float32. a0 a2: of row r of A columns 2t, 2t+1 and 2t+8, 2t+9; b0 b1:
-// the same of column r of B; sum: row r, columns 2t and 2t+1. Rows 8 to 15 of A are zero.
+// Programmatic dependent launch, from sm_90 on. let_next_start: the stream's next kernel may start
+// once all blocks of this one have come here. wait_for_previous: all that was launched before has
+// ended and what it wrote can be seen.
+__device__ inline void let_next_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void wait_for_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// A group's scale, float16 bits, twice as T; a pair of T by it, rounded once.
+template <typename T>
+__device__ inline uint32_t scale_pair(uint16_t scale);
+template <>
+__device__ inline uint32_t scale_pair<__half>(uint16_t scale) {
+    return prmt(scale, 0, 0x1010);
+}
+template <>
+__device__ inline uint32_t scale_pair<__nv_bfloat16>(uint16_t scale) {
+    return prmt(bits_of(from_float<__nv_bfloat16>(half_to_float(scale))), 0, 0x1010);
+}
+template <typename T>
+__device__ inline uint32_t times(uint32_t pair, uint32_t scale);
+template <>
+__device__ inline uint32_t times<__half>(uint32_t pair, uint32_t scale) {
+    uint32_t out;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(pair), "r"(scale));
+    return out;
+}
+template <>
+__device__ inline uint32_t times<__nv_bfloat16>(uint32_t pair, uint32_t scale) {
+    uint32_t out;  // - 0 keeps the sign of a product that is zero; sm_80 has no bfloat16 product
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(pair), "r"(scale), "r"(0x80008000u));
+    return out;
+}
+
+// sum += A B of m16n8k16, float32. a0 a2: of row r of A columns 2t, 2t+1 and 2t+8, 2t+9, a1 a3: of
+// row r + 8; b0 b1: the same of column r of B; sum: row r, columns 2t and 2t+1, then row r + 8.
 // volatile: all threads of a warp must come here together, so no copy of it may go down a branch.
 template <typename T>
-__device__ inline void multiply(float sum[2], uint32_t a0, uint32_t a2, uint32_t b0, uint32_t b1);
+__device__ inline void multiply(float sum[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                uint32_t b0, uint32_t b1);
 
 #define DQW_MULTIPLY(T, type)                                                               \
     template <>                                                                             \
-    __device__ inline void multiply<T>(float sum[2], uint32_t a0, uint32_t a2, uint32_t b0, \
-                                       uint32_t b1) {                                       \
-        float unused[2] = {0, 0};                                                           \
+    __device__ inline void multiply<T>(float sum[4], uint32_t a0, uint32_t a1, uint32_t a2, \
+                                       uint32_t a3, uint32_t b0, uint32_t b1) {             \
         asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                 \
                      ".f32 "                                                                \
                      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"      \
-                     : "+f"(sum[0]), "+f"(sum[1]), "+f"(unused[0]), "+f"(unused[1])         \
-                     : "r"(a0), "r"(0), "r"(a2), "r"(0), "r"(b0), "r"(b1));                 \
+                     : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])               \
+                     : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));               \
     }
 DQW_MULTIPLY(__half, "f16")
 DQW_MULTIPLY(__nv_bfloat16, "bf16")

@@ -1,31 +1,34 @@
-// The decoder's kernel: y = x W^T (+ bias, GELU) for up to 8 rows of x, W packed at 2 to 8 bits.
+// The decoder's kernel: y = x W^T (+ bias, GELU) for up to 16 rows of x, W packed at 2 to 8 bits.
 //
-// A block of threads has 8 rows of W; its warps share the columns (split-K inside the block, no
-// atomics, one order of summation). In a warp, lane 4 r + t holds row r and a quarter t of a
-// stretch of columns, decodes its codes into registers and multiplies them on tensor cores:
+// A block of threads has 16 rows of W; its warps share the columns (split-K inside the block, no
+// atomics, one order of summation). In a warp, lane 4 r + t holds rows r and r + 8 and a quarter t
+// of a step of 128 columns, decodes its codes into registers and multiplies them on tensor cores:
 //
-//     mma.m16n8k16   A = W: lane 4 r + t has row r     B = x^T: lane 4 r + t has row r of x
+//     mma.m16n8k16   A = W: lane 4 r + t has rows r, r + 8   B = x^T: lane 4 r + t has row r of x
 //
 // Both operands want from a lane pairs of neighbouring columns, and in which order the columns
 // come does not matter to the sum as long as both agree: so the codes that a lane loads are the
 // ones it multiplies, beside the same columns of x, and nothing is shuffled or staged. Sums are
-// float32 and up to 8 rows of x cost what one costs. Rows 8 to 15 of A are zero: 8 rows of W make
-// twice the blocks, and Whisper's matrices are small (512 rows: 64 blocks).
+// float32 and up to 8 rows of x cost what one costs; 9 to 16 take a second product.
 //
-// One scale a row: a lane loads 16 bytes, four lanes 128 columns. Groups of 16 to 128: a lane loads
-// 8 bytes, four lanes a block of 64, whose sums are scaled before the next. Groups of 32: each half
-// of a block has its sums. Of 16: a half is multiplied twice, with x zero in two lanes of the four;
-// tensor cores have the time, and loads stay as wide. No torch here: tests run this file on CPU
-// threads (tests/cuda_host/shim.h).
+// A quarter of a step is 16 neighbouring columns and the 16 that lie 32 further on: 16 bytes of a
+// 4-bit plane, by one load. So groups of 16 and more are whole in it: their scale multiplies the
+// decoded pairs, exactly in float16 (levels have up to 5 bits at 4 bits, stored scales 5), rounded
+// as a bfloat16 weight is in bfloat16. One scale a row comes after the sum, in float32.
+//
+// Weights depend on nothing that runs before: they are asked for first, then the kernel waits for
+// its predecessor (programmatic dependent launch), then x is read. No torch here: tests run this
+// file on CPU threads (tests/cuda_host/shim.h).
 #pragma once
 
 #include "decode.h"
 
 namespace dqw {
 
-constexpr int kRows = 8;      // of W, a block of threads
-constexpr int kMost = 8;      // rows of x
-constexpr int kMatrices = 3;  // that share x and one launch: query, key and value
+constexpr int kTile = 16;       // rows of W, a block of threads
+constexpr int kMost = 16;       // rows of x
+constexpr int kMatrices = 3;    // that share x and one launch: query, key and value
+constexpr int kSumStride = 20;  // of a row of x in sums: 16 rows of W, no two lanes on one bank
 
 struct Matrix {
     const uint8_t* weight;
@@ -41,81 +44,70 @@ struct Gemv {
     const int16_t* levels;  // shared by the matrices
     const void* x;  // (m, cols), contiguous; cols divides by 8, so that 8 columns are one load
     int matrices, m, cols, blocks;  // blocks of 64 codes a row
+    int group_shift;                // groups of 2^group_shift columns, 4 to 7
     bool gelu;
 };
 
-template <int WORDS>
 struct Words {
-    uint32_t at[WORDS];
+    uint32_t at[4];
 };
 
-// WORDS × 4 bytes by one load; where BITS is odd a block is aligned to 8 bytes only.
-template <int WORDS, int BITS>
-__device__ inline Words<WORDS> load_words(const uint8_t* p, bool exists) {
-    Words<WORDS> w;
-    if (WORDS == 4 && BITS % 2 == 0) {
-        const uint4 v = load_once(reinterpret_cast<const uint4*>(p), exists);
-        w.at[0] = v.x, w.at[1] = v.y, w.at[WORDS - 2] = v.z, w.at[WORDS - 1] = v.w;
-    } else {
-        for (int i = 0; i < WORDS; i += 2) {
-            const uint2 v = load_once(reinterpret_cast<const uint2*>(p + 4 * i), exists);
-            w.at[i] = v.x, w.at[i + 1] = v.y;
-        }
+// 16 bytes; where BITS is odd a block is aligned to 8 bytes only.
+template <int BITS>
+__device__ inline Words load_words(const uint8_t* p, bool exists) {
+    if (BITS % 2 == 0) {
+        const uint4 v = load_once<BITS % 4 == 0>(reinterpret_cast<const uint4*>(p), exists);
+        return {v.x, v.y, v.z, v.w};
     }
-    return w;
+    const uint2 v = load_once(reinterpret_cast<const uint2*>(p), exists);
+    const uint2 w = load_once(reinterpret_cast<const uint2*>(p + 8), exists);
+    return {v.x, v.y, w.x, w.y};
 }
 
-// The same columns of a row of x as pairs: first[q] columns 4 q …, second[q] those 32 on; zero
+// A lane's columns of a row of x as pairs: first[q] columns 4 q …, second[q] those 32 on; zero
 // beyond the end and for rows that do not exist.
-template <int WORDS>
 struct Columns {
-    uint2 first[WORDS], second[WORDS];
+    uint2 first[4], second[4];
 
-    __device__ void load(const uint16_t* row, int column, const Gemv& a, bool exists) {
-#pragma unroll
-        for (int q = 0; q < WORDS; q += 2) {
-            const int c = column + 4 * q;
-            uint4 v = {0, 0, 0, 0}, w = {0, 0, 0, 0};
-            if (exists && c < a.cols) v = load_again(reinterpret_cast<const uint4*>(row + c));
-            if (exists && c + 32 < a.cols) {
-                w = load_again(reinterpret_cast<const uint4*>(row + c + 32));
-            }
-            first[q] = {v.x, v.y}, first[q + 1] = {v.z, v.w};
-            second[q] = {w.x, w.y}, second[q + 1] = {w.z, w.w};
-        }
+    // x: the first of them; left: columns of the row from there on, 0 for a row that is not.
+    __device__ void load(const uint16_t* x, int left) {
+        const uint4 v = load_x<0>(x, left > 0), w = load_x<16>(x, left > 8);
+        const uint4 y = load_x<64>(x, left > 32), z = load_x<80>(x, left > 40);
+        first[0] = {v.x, v.y}, first[1] = {v.z, v.w}, first[2] = {w.x, w.y}, first[3] = {w.z, w.w};
+        second[0] = {y.x, y.y}, second[1] = {y.z, y.w};
+        second[2] = {z.x, z.y}, second[3] = {z.z, z.w};
     }
 };
 
-// One row's codes j … j + 4 WORDS - 1 and those 32 columns on, of one block.
-template <int BITS, int WORDS>
+// A lane's codes of one row, of one block: columns j … j + 15 and those 32 on, j 0 or 16.
+template <int BITS, bool GROUPED>
 struct Share {
-    Words<WORDS> four, two, second;  // second: 8 bits, columns + 32
-    uint32_t one_first, one_second;
-    int two_shift;
+    Words four, two, second;  // second: 8 bits, columns + 32
+    uint2 one;
+    uint16_t scale_first, scale_second;
 
-    __device__ void load(const uint8_t* block, int j, bool exists) {
+    __device__ void load(const uint8_t* row, int block, int j, bool exists) {
+        const uint8_t* p = row + (int64_t)block * 8 * BITS;
         if (BITS == 8) {
-            four = load_words<WORDS, BITS>(block + j, exists);
-            second = load_words<WORDS, BITS>(block + 32 + j, exists);
+            four = load_words<BITS>(p + j, exists);
+            second = load_words<BITS>(p + 32 + j, exists);
         }
-        if (BITS & 4) four = load_words<WORDS, BITS>(block + j, exists);
-        if (BITS & 2) {
-            two = load_words<WORDS, BITS>(block + 8 * (BITS & 4) + j % 16, exists);
-            two_shift = 2 * (j / 16);
-        }
-        if (BITS & 1 && exists) {
-            const uint8_t* p = block + 8 * (BITS & 6) + j / 8;
-            one_first = p[0];
-            one_second = p[4];
-            if (WORDS == 4) {
-                one_first |= (uint32_t)p[1] << 8;
-                one_second |= (uint32_t)p[5] << 8;
-            }
-        }
+        if (BITS & 4) four = load_words<BITS>(p + j, exists);
+        if (BITS & 2) two = load_words<BITS>(p + 8 * (BITS & 4), exists);
+        if (BITS & 1) one = load_once(reinterpret_cast<const uint2*>(p + 8 * (BITS & 6)), exists);
+    }
+
+    // scale: the row's first group. Columns beyond the last have no group: x is zero there.
+    __device__ void load_scales(const uint16_t* scale, int column, const Gemv& a) {
+        if (!GROUPED) return;
+        scale_first = column < a.cols ? scale[column >> a.group_shift] : 0;
+        scale_second = column + 32 < a.cols ? scale[column + 32 >> a.group_shift] : 0;
     }
 
     // Word q: out[0], out[1] columns j + 4 q …, out[2], out[3] those 32 on.
-    __device__ void decode(int q, const Pool& pool, const uint16_t* table, uint32_t out[4]) const {
+    template <typename T>
+    __device__ void decode(int q, int j, const Pool& pool, const uint16_t* table,
+                           uint32_t out[4]) const {
         if (BITS == 4) {
             decode_nibbles(four.at[q], pool, out);
         } else if (BITS == 8) {
@@ -123,9 +115,9 @@ struct Share {
             decode_bytes(second.at[q], table, out + 2);
         } else {
             uint32_t first, last;
-            code_bytes<BITS>(BITS & 4 ? four.at[q] : 0, BITS & 2 ? two.at[q] : 0, two_shift,
-                             BITS & 1 ? one_first >> 4 * q : 0, BITS & 1 ? one_second >> 4 * q : 0,
-                             first, last);
+            code_bytes<BITS>(BITS & 4 ? four.at[q] : 0, BITS & 2 ? two.at[q] : 0, j / 8,
+                             BITS & 1 ? one.x >> (j + 4 * q) : 0,
+                             BITS & 1 ? one.y >> (j + 4 * q) : 0, first, last);
             if (BITS < 4) {
                 decode_nibbles(nibbles_of<BITS>(first, last), pool, out);
             } else {
@@ -133,105 +125,151 @@ struct Share {
                 decode_bytes(last, table, out + 2);
             }
         }
+        if (GROUPED) {
+            const uint32_t s = scale_pair<T>(scale_first), z = scale_pair<T>(scale_second);
+            out[0] = times<T>(out[0], s), out[1] = times<T>(out[1], s);
+            out[2] = times<T>(out[2], z), out[3] = times<T>(out[3], z);
+        }
     }
 };
 
 __device__ inline float gelu(float v) { return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f)); }
 
-// T: __half or __nv_bfloat16. GROUP: 0, 16, 32, 64 or 128. Launch: (blocks of 8 rows over all
-// matrices) × (32 × WARPS threads), two of them on a processor at least: without the 2 ptxas aims
-// at 64 registers and spills at 3 bits.
-template <typename T, int BITS, int GROUP, int WARPS>
-__global__ void __launch_bounds__(32 * WARPS, 2) gemv(const Gemv a) {
-    constexpr int WORDS = GROUP ? 2 : 4;
-    constexpr int IN_FLIGHT = BITS > 6 ? 2 : 4;  // steps whose loads a lane sends at a time
-    constexpr int STEP = WORDS / 2;  // blocks of 64 columns that four lanes take at a time
-    __shared__ uint16_t table[BITS > 4 ? 1 << BITS : 8];
-    __shared__ float sums[WARPS][kRows * kMost];
+// Warps of a block at most. Two blocks fit a processor, which leaves a thread 80, 96 or 128
+// registers, and nothing is spilled.
+__host__ __device__ constexpr int most_warps(int bits, int x_tiles) {
+    return x_tiles == 2 ? 8 : bits == 2 || bits == 4 ? 12 : 10;
+}
 
+// How many steps of 128 columns a lane asks for at a time, of two rows each.
+__host__ __device__ constexpr int in_flight(int bits, int x_tiles) {
+    return bits > 6 || (x_tiles == 2 && bits != 4 && bits != 2) ? 1 : 2;
+}
+
+// Warps of a block: as many as have something to ask for in the first round, or in every round.
+inline int warps_of(const Gemv& a, int bits, int x_tiles) {
+    const int most = most_warps(bits, x_tiles), steps = (a.blocks + 1) / 2;
+    const int turns = (steps + in_flight(bits, x_tiles) - 1) / in_flight(bits, x_tiles);
+    const int rounds = (turns + most - 1) / most;
+    return rounds ? (turns + rounds - 1) / rounds : 1;
+}
+
+// T: __half or __nv_bfloat16. X_TILES: of 8 rows of x. Launch: (blocks of 16 rows over all
+// matrices) × (32 × warps_of threads).
+template <typename T, int BITS, bool GROUPED, int X_TILES>
+__global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES), 2) gemv(const Gemv a) {
+    constexpr int IN_FLIGHT = in_flight(BITS, X_TILES);
+    constexpr int TABLE = BITS > 4 ? 1 << BITS : 1;
+    __shared__ uint16_t table[TABLE];
+    __shared__ float sums[most_warps(BITS, X_TILES)][8 * X_TILES * kSumStride];
+
+    let_next_start();
     int tile = blockIdx.x, which = 0;
-    while (which + 1 < a.matrices && tile >= (a.matrix[which].rows + kRows - 1) / kRows) {
-        tile -= (a.matrix[which].rows + kRows - 1) / kRows;
+    while (which + 1 < a.matrices && tile >= (a.matrix[which].rows + kTile - 1) / kTile) {
+        tile -= (a.matrix[which].rows + kTile - 1) / kTile;
         which++;
     }
     const Matrix& w = a.matrix[which];
-    constexpr int kEntries = BITS > 4 ? 1 << BITS : 1 << (BITS - 1);
-    static_assert(kEntries <= 32 * WARPS);
-    if (threadIdx.x < kEntries) {
-        table[threadIdx.x] = bits_of(from_float<T>((float)a.levels[threadIdx.x]));
-    }
-    __syncthreads();
-    Pool pool = {};
-    if (BITS <= 4) pool = pool_of(table, 1 << (BITS - 1));
-
+    const int threads = blockDim.x, warps = threads / 32;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, t = lane % 4;
-    const int row = tile * kRows + r;
-    const int safe = row < w.rows ? row : w.rows - 1;  // reads what exists, writes nothing
-    const uint8_t* weight = w.weight + (int64_t)safe * a.blocks * 8 * BITS;
-    const uint16_t* x = reinterpret_cast<const uint16_t*>(a.x) + (int64_t)r * a.cols;
-    const int lane_block = 4 * WORDS * t / 32, j = 4 * WORDS * t % 32;
-
-    float total[2] = {0, 0};
-    // A round's loads are all sent before the first is used: few warps must cover the latency.
-    for (int round = warp * STEP; round < a.blocks; round += IN_FLIGHT * WARPS * STEP) {
-        Share<BITS, WORDS> share[IN_FLIGHT] = {};
-#pragma unroll
-        for (int u = 0; u < IN_FLIGHT; u++) {
-            const int block = round + u * WARPS * STEP + lane_block;
-            share[u].load(weight + (int64_t)block * 8 * BITS, j, block < a.blocks);
-        }
-        __syncwarp();  // keeps the assembler from putting loads off, too
-#pragma unroll
-        for (int u = 0; u < IN_FLIGHT; u++) {
-            const int step = round + u * WARPS * STEP, block = step + lane_block;
-            if (step >= a.blocks) break;  // the same for the whole warp
-            Columns<WORDS> columns;
-            columns.load(x, block * 64 + j, a, r < a.m);
-            float part[4][2] = {{0, 0}, {0, 0}, {0, 0}, {0, 0}};  // by quarters of the block
-#pragma unroll
-            for (int q = 0; q < WORDS; q++) {
-                uint32_t v[4];  // beyond the last column x is 0, whatever level code 0 is
-                share[u].decode(q, pool, table, v);
-                const uint2 first = columns.first[q], second = columns.second[q];
-                if (GROUP == 16) {
-                    multiply<T>(part[0], v[0], v[1], t < 2 ? first.x : 0, t < 2 ? first.y : 0);
-                    multiply<T>(part[1], v[0], v[1], t < 2 ? 0 : first.x, t < 2 ? 0 : first.y);
-                    multiply<T>(part[2], v[2], v[3], t < 2 ? second.x : 0, t < 2 ? second.y : 0);
-                    multiply<T>(part[3], v[2], v[3], t < 2 ? 0 : second.x, t < 2 ? 0 : second.y);
-                } else {
-                    float* f = GROUP ? part[0] : total;
-                    multiply<T>(f, v[0], v[1], first.x, first.y);
-                    multiply<T>(GROUP == 32 ? part[2] : f, v[2], v[3], second.x, second.y);
-                }
-            }
-            if (GROUP) {
-                const uint16_t* scale =
-                    reinterpret_cast<const uint16_t*>(w.scale) + (int64_t)safe * w.scale_stride;
-                constexpr int PART = GROUP == 16 ? 1 : GROUP == 32 ? 2 : 4;  // quarters
-#pragma unroll
-                for (int i = 0; i < 4; i += PART) {
-                    const int column = block * 64 + 16 * i;
-                    if (i > 0 && column >= a.cols) break;  // there is no such group
-                    const float s = half_to_float(scale[column / (GROUP ? GROUP : 1)]);
-                    total[0] += part[i][0] * s;
-                    total[1] += part[i][1] * s;
-                }
-            }
-        }
+    const int j = 16 * (t % 2);
+    const uint8_t* weight[2];
+    const uint16_t* scale[2];
+    for (int h = 0; h < 2; h++) {
+        const int row = tile * kTile + r + 8 * h;
+        const int safe = row < w.rows ? row : w.rows - 1;  // reads what exists, writes nothing
+        weight[h] = w.weight + (int64_t)safe * a.blocks * 8 * BITS;
+        scale[h] = reinterpret_cast<const uint16_t*>(w.scale) + (int64_t)safe * w.scale_stride;
     }
-    sums[warp][r * kMost + 2 * t] = total[0];
-    sums[warp][r * kMost + 2 * t + 1] = total[1];
+
+    // A round's loads are all sent before the first is used: few warps must cover the latency.
+    Share<BITS, GROUPED> share[IN_FLIGHT][2] = {};
+    const auto ask = [&](int step) {
+#pragma unroll
+        for (int u = 0; u < IN_FLIGHT; u++) {
+            const int block = 2 * (step + u) + t / 2;
+#pragma unroll
+            for (int h = 0; h < 2; h++) share[u][h].load(weight[h], block, j, block < a.blocks);
+        }
+#pragma unroll
+        for (int u = 0; u < IN_FLIGHT; u++) {
+            const int column = 64 * (2 * (step + u) + t / 2) + j;
+#pragma unroll
+            for (int h = 0; h < 2; h++) share[u][h].load_scales(scale[h], column, a);
+        }
+    };
+    const int level = BITS <= 4 ? a.levels[lane % (1 << (BITS <= 4 ? BITS - 1 : 0))] : 0;
+    ask(warp * IN_FLIGHT);
+    Pool pool = {};
+    if (BITS <= 4) {
+        pool = pool_of(bits_of(from_float<T>((float)level)), lane, 1 << (BITS - 1),
+                       hidden_zero(weight[0]));
+    } else {
+        for (int i = threadIdx.x; i < TABLE; i += threads) {
+            table[i] = bits_of(from_float<T>((float)a.levels[i]));
+        }
+        __syncthreads();
+    }
+    // A thread writes row n of W for some rows of x.
+    const int own = threadIdx.x % kTile, n = tile * kTile + own;
+    float row_scale = 1, bias = 0;
+    if (n < w.rows) {
+        if (!GROUPED) row_scale = reinterpret_cast<const float*>(w.scale)[n * w.scale_stride];
+        if (w.bias) bias = to_float(reinterpret_cast<const T*>(w.bias)[n]);
+    }
+    wait_for_previous();  // weights do not depend on it, x does
+
+    float total[X_TILES][4] = {};
+    const uint16_t* x[X_TILES];
+    int left[X_TILES];
+    for (int i = 0; i < X_TILES; i++) {
+        const int64_t start = (int64_t)(r + 8 * i) * a.cols + 64 * (t / 2) + j;
+        x[i] = reinterpret_cast<const uint16_t*>(a.x) + start;
+        left[i] = r + 8 * i < a.m ? a.cols - 64 * (t / 2) - j : 0;
+    }
+    const int steps = (a.blocks + 1) / 2;
+    for (int step = warp * IN_FLIGHT; step < steps;) {
+        Columns columns[IN_FLIGHT][X_TILES];
+        const auto fetch = [&](int u) {
+            const int column = 128 * (step + u);
+#pragma unroll
+            for (int i = 0; i < X_TILES; i++) columns[u][i].load(x[i] + column, left[i] - column);
+        };
+#pragma unroll
+        for (int u = 0; u < (X_TILES == 1 ? IN_FLIGHT : 0); u++) fetch(u);
+#pragma unroll
+        for (int u = 0; u < IN_FLIGHT; u++) {
+            if (X_TILES > 1) fetch(u);
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                uint32_t v[4], z[4];  // beyond the last column x is 0, whatever level code 0 is
+                share[u][0].template decode<T>(q, j, pool, table, v);
+                share[u][1].template decode<T>(q, j, pool, table, z);
+#pragma unroll
+                for (int i = 0; i < X_TILES; i++) {
+                    const uint2 first = columns[u][i].first[q], second = columns[u][i].second[q];
+                    multiply<T>(total[i], v[0], z[0], v[1], z[1], first.x, first.y);
+                    multiply<T>(total[i], v[2], z[2], v[3], z[3], second.x, second.y);
+                }
+            }
+        }
+        step += warps * IN_FLIGHT;
+        if (step < steps) ask(step);
+    }
+
+    for (int i = 0; i < X_TILES; i++) {
+        float* part = sums[warp] + (8 * i + 2 * t) * kSumStride + r;
+        part[0] = total[i][0], part[kSumStride] = total[i][1];
+        part[8] = total[i][2], part[kSumStride + 8] = total[i][3];
+    }
     __syncthreads();
 
-    for (int i = threadIdx.x; i < kRows * kMost; i += 32 * WARPS) {
-        const int n = tile * kRows + i / kMost, m = i % kMost;
-        if (n >= w.rows || m >= a.m) continue;
+    for (int m = threadIdx.x / kTile; m < a.m; m += threads / kTile) {
         float v = 0;
-        for (int k = 0; k < WARPS; k++) v += sums[k][i];
-        if (!GROUP) v *= reinterpret_cast<const float*>(w.scale)[n * w.scale_stride];
-        if (w.bias) v += to_float(reinterpret_cast<const T*>(w.bias)[n]);
+        for (int k = 0; k < warps; k++) v += sums[k][m * kSumStride + own];
+        v = v * row_scale + bias;
         if (a.gelu) v = gelu(v);
-        reinterpret_cast<T*>(w.y)[(int64_t)m * w.rows + n] = from_float<T>(v);
+        if (n < w.rows) reinterpret_cast<T*>(w.y)[(int64_t)m * w.rows + n] = from_float<T>(v);
     }
 }
 

@@ -1,62 +1,56 @@
-// Which instance of the kernel serves a call: every type, 2 to 8 bits and group size that it has.
+// Which instance of the kernel serves a call: every type, 2 to 8 bits, groups or not.
 #pragma once
 
 #include "gemv.h"
 
 namespace dqw {
 
-// To a block of threads: with 4 loads in flight they take 2048 columns with groups, 4096 without,
-// in one round of loads.
-constexpr int kWarps = 8;
-
-// f(kernel) with the instance for BITS and group; false where there is none.
+// f(kernel, warps) with the instance for the call.
 template <typename T, int BITS, typename F>
-bool with_group(int group, const F& f) {
-    switch (group) {
-        case 0:
-            f(gemv<T, BITS, 0, kWarps>);
-            return true;
-        case 16:
-            f(gemv<T, BITS, 16, kWarps>);
-            return true;
-        case 32:
-            f(gemv<T, BITS, 32, kWarps>);
-            return true;
-        case 64:
-            f(gemv<T, BITS, 64, kWarps>);
-            return true;
-        case 128:
-            f(gemv<T, BITS, 128, kWarps>);
-            return true;
+void with_bits(const Gemv& a, bool grouped, const F& f) {
+    const int warps = warps_of(a, BITS, a.m <= 8 ? 1 : 2);
+    if (a.m <= 8) {
+        grouped ? f(gemv<T, BITS, true, 1>, warps) : f(gemv<T, BITS, false, 1>, warps);
+    } else {
+        grouped ? f(gemv<T, BITS, true, 2>, warps) : f(gemv<T, BITS, false, 2>, warps);
     }
-    return false;
 }
 
-// bfloat16 does not hold every level of 7 and 8 bits, and this kernel multiplies levels.
+// False where there is no instance: bfloat16 does not hold every level of 7 and 8 bits, and this
+// kernel multiplies levels; groups of 16, 32, 64 and 128 have their scale in a lane's columns.
 template <typename T, bool EXACT_7_AND_8, typename F>
-bool with_kernel(int bits, int group, const F& f) {
+bool with_kernel(Gemv& a, int bits, int group, const F& f) {
+    if (group != 0 && group != 16 && group != 32 && group != 64 && group != 128) return false;
+    const bool grouped = group != 0;
+    for (a.group_shift = 4; grouped && 1 << a.group_shift < group;) a.group_shift++;
     switch (bits) {
         case 2:
-            return with_group<T, 2>(group, f);
+            with_bits<T, 2>(a, grouped, f);
+            return true;
         case 3:
-            return with_group<T, 3>(group, f);
+            with_bits<T, 3>(a, grouped, f);
+            return true;
         case 4:
-            return with_group<T, 4>(group, f);
+            with_bits<T, 4>(a, grouped, f);
+            return true;
         case 5:
-            return with_group<T, 5>(group, f);
+            with_bits<T, 5>(a, grouped, f);
+            return true;
         case 6:
-            return with_group<T, 6>(group, f);
+            with_bits<T, 6>(a, grouped, f);
+            return true;
     }
     if constexpr (EXACT_7_AND_8) {
-        if (bits == 7) return with_group<T, 7>(group, f);
-        if (bits == 8) return with_group<T, 8>(group, f);
+        if (bits == 7) with_bits<T, 7>(a, grouped, f);
+        if (bits == 8) with_bits<T, 8>(a, grouped, f);
+        return bits == 7 || bits == 8;
     }
     return false;
 }
 
 inline int blocks_of(const Gemv& a) {
     int blocks = 0;
-    for (int i = 0; i < a.matrices; i++) blocks += (a.matrix[i].rows + kRows - 1) / kRows;
+    for (int i = 0; i < a.matrices; i++) blocks += (a.matrix[i].rows + kTile - 1) / kTile;
     return blocks;
 }
 

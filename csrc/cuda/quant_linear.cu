@@ -1,4 +1,4 @@
-// dqw_cuda::gemv: y = x W^T (+ bias, GELU) for up to 8 rows of x and up to 3 packed matrices that
+// dqw_cuda::gemv: y = x W^T (+ bias, GELU) for up to 16 rows of x and up to 3 packed matrices that
 // share x, columns, bits and groups: a projection, or query, key and value in one launch.
 //
 //   x (m, cols) float16 or bfloat16 · weights packed · scales float32 (rows, 1) or (1, 1), with
@@ -68,7 +68,7 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     DQW_CHECK(count >= 1 && count <= kMatrices && scales.size() == count &&
                   biases.size() == count && rows.size() == count,
               "one to three matrices, each with a scale, a bias and its rows");
-    DQW_CHECK(x.dim() == 2 && x.is_contiguous() && x.size(0) <= kMost, "x must have up to 8 rows");
+    DQW_CHECK(x.dim() == 2 && x.is_contiguous() && x.size(0) <= kMost, "x must have up to 16 rows");
     DQW_CHECK(levels.numel() == int64_t{1} << bits && levels.is_contiguous() &&
                   levels.scalar_type() == ScalarType::Short,
               "levels must be int16 of 2^bits entries");
@@ -99,12 +99,21 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     const int blocks = blocks_of(a);
     if (blocks == 0 || a.m == 0) return ys;
 
-    const auto launch = [&](auto kernel) {
-        kernel<<<blocks, 32 * kWarps, 0, static_cast<cudaStream_t>(stream)>>>(a);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks;
+    config.stream = static_cast<cudaStream_t>(stream);
+    cudaLaunchAttribute overlap = {};  // before sm_90 the kernel has no early start, and needs none
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    const auto launch = [&](auto kernel, int warps) {
+        config.blockDim = 32 * warps;
+        cudaLaunchKernelEx(&config, kernel, a);
     };
     const int b = static_cast<int>(bits), g = static_cast<int>(group);
-    const bool served = bfloat16 ? with_kernel<__nv_bfloat16, false>(b, g, launch)
-                                 : with_kernel<__half, true>(b, g, launch);
+    const bool served = bfloat16 ? with_kernel<__nv_bfloat16, false>(a, b, g, launch)
+                                 : with_kernel<__half, true>(a, b, g, launch);
     DQW_CHECK(served, "no kernel for ", bits, " bits in groups of ", group);
     const cudaError_t error = cudaGetLastError();
     DQW_CHECK(error == cudaSuccess, "dqw_cuda::gemv: ", cudaGetErrorString(error));
