@@ -127,7 +127,9 @@ def test_error_is_at_most_twice_the_plain_one(library, dtype: torch.dtype) -> No
         levels = grids.levels("apot", bits)
         weight, _ = random_weight(rows, cols, bits, levels)
         scale, _ = random_scale(rows, cols, str(group) if group else "channel", 0.1)
-        scale = scale.half() if group else scale  # of 11 bits: a weight is rounded, as the plain one
+        scale = (
+            scale.half() if group else scale
+        )  # of 11 bits
         w = reference.dequantize(weight, scale, levels, rows, cols, bits, group)
         x, bias = torch.randn(m, cols).to(dtype), torch.randn(rows).to(dtype)
         exact = x.double() @ w.double().T + bias.double()
