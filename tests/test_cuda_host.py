@@ -39,7 +39,8 @@ class Gemv(ctypes.Structure):
     _fields_ = (
         ("matrix", Matrix * 3), ("levels", ctypes.c_void_p), ("x", ctypes.c_void_p),
         ("matrices", ctypes.c_int), ("m", ctypes.c_int), ("cols", ctypes.c_int),
-        ("blocks", ctypes.c_int), ("group_shift", ctypes.c_int), ("gelu", ctypes.c_bool),
+        ("blocks", ctypes.c_int), ("group_shift", ctypes.c_int),
+        ("cluster_shift", ctypes.c_int), ("gelu", ctypes.c_bool),
     )  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def gemv(
     bits: int,
     group: int,
     gelu: bool = False,
+    processors: int = 2,
 ) -> list[Tensor]:
     """parts: (weight, scale, bias, rows) of up to three matrices."""
     m, cols = x.shape
@@ -89,7 +91,8 @@ def gemv(
                                 None if bias is None else bias.data_ptr(), y.data_ptr(), rows,
                                 stride)  # fmt: skip
         outs.append(y)
-    assert library.dqw_gemv(ctypes.byref(call), bits, group, x.dtype == torch.bfloat16) == 1
+    kind = x.dtype == torch.bfloat16
+    assert library.dqw_gemv(ctypes.byref(call), bits, group, kind, processors, 8) == 1
     return outs
 
 
@@ -104,7 +107,7 @@ def scales(rows: int, cols: int, group: int, size: float = 1.0) -> Tensor:
 def test_identity_gives_the_exact_weight(library, bits: int, dtype: torch.dtype) -> None:
     if bits > 6 and dtype == torch.bfloat16:
         call = Gemv()
-        assert library.dqw_gemv(ctypes.byref(call), bits, 0, True) == 0  # Triton serves these
+        assert library.dqw_gemv(ctypes.byref(call), bits, 0, True, 2, 8) == 0  # Triton serves these
         return
     for grid in grids.GRIDS if bits == 4 else ("apot",):
         levels = grids.levels(grid, bits)
@@ -127,9 +130,7 @@ def test_error_is_at_most_twice_the_plain_one(library, dtype: torch.dtype) -> No
         levels = grids.levels("apot", bits)
         weight, _ = random_weight(rows, cols, bits, levels)
         scale, _ = random_scale(rows, cols, str(group) if group else "channel", 0.1)
-        scale = (
-            scale.half() if group else scale
-        )  # of 11 bits
+        scale = scale.half() if group else scale  # of 11 bits
         w = reference.dequantize(weight, scale, levels, rows, cols, bits, group)
         x, bias = torch.randn(m, cols).to(dtype), torch.randn(rows).to(dtype)
         exact = x.double() @ w.double().T + bias.double()
@@ -270,7 +271,7 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
     cubin, said = nvcc(code, arch, tmp_path)
     assert said.count(" 0 bytes spill stores, 0 bytes spill loads") == len(INSTANCES), said
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
-    assert max(registers) <= 128, registers  # two blocks of threads on a processor
+    assert max(registers) <= (128 if arch == "sm_90a" else 200), registers  # so many are there
     text = sass(cubin)
     for code in re.findall(r"^\.text\._ZN3dqw4gemv.*?(?=^\s*\.section|\Z)", text, re.M | re.S):
         if "Li4E" in code[:60]:

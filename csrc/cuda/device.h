@@ -31,6 +31,59 @@ __device__ inline uint32_t prmt(uint32_t a, uint32_t b, uint32_t selector) {
     return out;
 }
 
+#define DQW_SHARED(type, name, size) __shared__ type name[size]
+
+// What the blocks of a cluster send to their first one, from sm_90 on. All threads: cluster_begin,
+// cluster_wait (the first block's memory is there), send_to_first, and in the first block receive,
+// which waits until all `bytes` have come. No fence: the stores themselves are counted.
+__device__ inline void cluster_begin(uint64_t* arrival, int rank, int bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (rank == 0 && threadIdx.x == 0) {
+        const uint32_t here = (uint32_t)__cvta_generic_to_shared(arrival);
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(here) : "memory");
+        asm volatile("fence.mbarrier_init.release.cluster;" : : : "memory");
+        asm volatile("{.reg .b64 t; mbarrier.arrive.expect_tx.shared::cta.b64 t, [%0], %1;}"
+                     :
+                     : "r"(here), "r"(bytes)
+                     : "memory");
+    }
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" : : : "memory");
+#endif
+}
+__device__ inline void cluster_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" : : : "memory");
+#endif
+}
+// v to parts[index] of the first block. size: of parts, for the host's stand-in.
+__device__ inline void send_to_first(float* parts, int size, int index, float v,
+                                     uint64_t* arrival) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    uint32_t there, counter;
+    const uint32_t here = (uint32_t)__cvta_generic_to_shared(parts + index);
+    const uint32_t own = (uint32_t)__cvta_generic_to_shared(arrival);
+    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(there) : "r"(here));
+    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(counter) : "r"(own));
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];"
+                 :
+                 : "r"(there), "f"(v), "r"(counter)
+                 : "memory");
+#endif
+}
+__device__ inline void receive(uint64_t* arrival) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const uint32_t here = (uint32_t)__cvta_generic_to_shared(arrival);
+    asm volatile(
+        "{.reg .pred p; again:"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0;"
+        "@!p bra again;}"
+        :
+        : "r"(here)
+        : "memory");
+#endif
+}
+
 // Bitwise or of all lanes.
 __device__ inline uint32_t or_of_warp(uint32_t v) { return __reduce_or_sync(0xffffffffu, v); }
 

@@ -1,8 +1,10 @@
 // The decoder's kernel: y = x W^T (+ bias, GELU) for up to 16 rows of x, W packed at 2 to 8 bits.
 //
-// A block of threads has 16 rows of W; its warps share the columns (split-K inside the block, no
-// atomics, one order of summation). In a warp, lane 4 r + t holds rows r and r + 8 and a quarter t
-// of a step of 128 columns, decodes its codes into registers and multiplies them on tensor cores:
+// 32 rows of W are a tile. Its columns, in steps of 128, are shared by the warps of a block and,
+// from sm_90 on, by the blocks of a cluster: Whisper's matrices are small, and a processor that has
+// all columns of a few rows would read all of x. Sums are added in one order, without atomics. In a
+// warp, lane 4 r + t holds rows r, r + 8, r + 16 and r + 24 and a quarter t of a step, decodes its
+// codes into registers and multiplies them on tensor cores:
 //
 //     mma.m16n8k16   A = W: lane 4 r + t has rows r, r + 8   B = x^T: lane 4 r + t has row r of x
 //
@@ -25,10 +27,11 @@
 
 namespace dqw {
 
-constexpr int kTile = 16;       // rows of W, a block of threads
-constexpr int kMost = 16;       // rows of x
-constexpr int kMatrices = 3;    // that share x and one launch: query, key and value
-constexpr int kSumStride = 20;  // of a row of x in sums: 16 rows of W, no two lanes on one bank
+constexpr int kTile = 32;        // rows of W
+constexpr int kMost = 16;        // rows of x
+constexpr int kMostCluster = 8;  // blocks that share a tile
+constexpr int kMatrices = 3;     // that share x and one launch: query, key and value
+constexpr int kSumStride = 36;   // of a row of x in sums: no two lanes store to one bank
 
 struct Matrix {
     const uint8_t* weight;
@@ -45,6 +48,7 @@ struct Gemv {
     const void* x;  // (m, cols), contiguous; cols divides by 8, so that 8 columns are one load
     int matrices, m, cols, blocks;  // blocks of 64 codes a row
     int group_shift;                // groups of 2^group_shift columns, 4 to 7
+    int cluster_shift;              // 2^cluster_shift blocks share a tile
     bool gelu;
 };
 
@@ -86,8 +90,7 @@ struct Share {
     uint2 one;
     uint16_t scale_first, scale_second;
 
-    __device__ void load(const uint8_t* row, int block, int j, bool exists) {
-        const uint8_t* p = row + (int64_t)block * 8 * BITS;
+    __device__ void load(const uint8_t* p, int j, bool exists) {  // p: the block
         if (BITS == 8) {
             four = load_words<BITS>(p + j, exists);
             second = load_words<BITS>(p + 32 + j, exists);
@@ -98,10 +101,10 @@ struct Share {
     }
 
     // scale: the row's first group. Columns beyond the last have no group: x is zero there.
-    __device__ void load_scales(const uint16_t* scale, int column, const Gemv& a) {
+    __device__ void load_scales(const uint16_t* scale, int column, const Gemv& a, bool exists) {
         if (!GROUPED) return;
-        scale_first = column < a.cols ? scale[column >> a.group_shift] : 0;
-        scale_second = column + 32 < a.cols ? scale[column + 32 >> a.group_shift] : 0;
+        scale_first = exists && column < a.cols ? scale[column >> a.group_shift] : 0;
+        scale_second = exists && column + 32 < a.cols ? scale[(column + 32) >> a.group_shift] : 0;
     }
 
     // Word q: out[0], out[1] columns j + 4 q …, out[2], out[3] those 32 on.
@@ -135,36 +138,52 @@ struct Share {
 
 __device__ inline float gelu(float v) { return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f)); }
 
-// Warps of a block at most. Two blocks fit a processor, which leaves a thread 80, 96 or 128
-// registers, and nothing is spilled.
+// Two blocks fit a processor, which leaves a thread 96 or 128 registers; for sm_80 ptxas would
+// spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kAtOnce = 1;
+#else
+constexpr int kAtOnce = 2;
+#endif
+
+// Warps of a block at most.
 __host__ __device__ constexpr int most_warps(int bits, int x_tiles) {
-    return x_tiles == 2 ? 8 : bits == 2 || bits == 4 ? 12 : 10;
+    return x_tiles == 2 || bits == 3 || bits == 7 ? 8 : 10;
 }
 
-// How many steps of 128 columns a lane asks for at a time, of two rows each.
-__host__ __device__ constexpr int in_flight(int bits, int x_tiles) {
-    return bits > 6 || (x_tiles == 2 && bits != 4 && bits != 2) ? 1 : 2;
+// How the columns of a tile are shared: by how many blocks, of how many warps.
+struct Plan {
+    int cluster_shift, warps;
+};
+
+// As many blocks as there are processors, where columns and `clusters`, the largest, allow it.
+inline Plan plan_of(int tiles, int blocks, int warps, int processors, int clusters) {
+    const int steps = (blocks + 1) / 2;
+    int shift = 0;
+    while (2 << shift <= clusters && tiles << shift < processors && steps >= 2 << shift) shift++;
+    Plan p = {shift, 1};
+    const int own = (steps + (1 << shift) - 1) >> shift;
+    const int rounds = (own + warps - 1) / warps;
+    if (rounds) p.warps = (own + rounds - 1) / rounds;
+    return p;
 }
 
-// Warps of a block: as many as have something to ask for in the first round, or in every round.
-inline int warps_of(const Gemv& a, int bits, int x_tiles) {
-    const int most = most_warps(bits, x_tiles), steps = (a.blocks + 1) / 2;
-    const int turns = (steps + in_flight(bits, x_tiles) - 1) / in_flight(bits, x_tiles);
-    const int rounds = (turns + most - 1) / most;
-    return rounds ? (turns + rounds - 1) / rounds : 1;
-}
-
-// T: __half or __nv_bfloat16. X_TILES: of 8 rows of x. Launch: (blocks of 16 rows over all
-// matrices) × (32 × warps_of threads).
+// T: __half or __nv_bfloat16. X_TILES: of 8 rows of x. Launch: (tiles of all matrices × cluster) ×
+// (32 × warps) threads.
 template <typename T, int BITS, bool GROUPED, int X_TILES>
-__global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES), 2) gemv(const Gemv a) {
-    constexpr int IN_FLIGHT = in_flight(BITS, X_TILES);
+__global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES), kAtOnce) gemv(const Gemv a) {
     constexpr int TABLE = BITS > 4 ? 1 << BITS : 1;
-    __shared__ uint16_t table[TABLE];
-    __shared__ float sums[most_warps(BITS, X_TILES)][8 * X_TILES * kSumStride];
+    constexpr int SUMS = 8 * X_TILES * kSumStride;
+    constexpr int PARTS = kMostCluster * 8 * X_TILES * kTile;
+    DQW_SHARED(uint16_t, table, TABLE);
+    DQW_SHARED(float, sums, most_warps(BITS, X_TILES) * SUMS);  // of the warps
+    DQW_SHARED(float, parts, PARTS);                            // of the cluster's blocks
+    DQW_SHARED(uint64_t, arrival, 1);
 
     let_next_start();
-    int tile = blockIdx.x, which = 0;
+    const int cluster = 1 << a.cluster_shift, rank = blockIdx.x & (cluster - 1);
+    int tile = blockIdx.x >> a.cluster_shift, which = 0;
+    if (cluster > 1) cluster_begin(arrival, rank, 4 * kTile * a.m * cluster);
     while (which + 1 < a.matrices && tile >= (a.matrix[which].rows + kTile - 1) / kTile) {
         tile -= (a.matrix[which].rows + kTile - 1) / kTile;
         which++;
@@ -173,45 +192,43 @@ __global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES), 2) gemv(const 
     const int threads = blockDim.x, warps = threads / 32;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, t = lane % 4;
     const int j = 16 * (t % 2);
-    const uint8_t* weight[2];
-    const uint16_t* scale[2];
-    for (int h = 0; h < 2; h++) {
-        const int row = tile * kTile + r + 8 * h;
-        const int safe = row < w.rows ? row : w.rows - 1;  // reads what exists, writes nothing
-        weight[h] = w.weight + (int64_t)safe * a.blocks * 8 * BITS;
-        scale[h] = reinterpret_cast<const uint16_t*>(w.scale) + (int64_t)safe * w.scale_stride;
-    }
+    const int rows = w.rows - tile * kTile - r;  // from the lane's first on: reads what exists
+    const int row_bytes = a.blocks * 8 * BITS;
+    const uint8_t* weight = w.weight + (int64_t)(tile * kTile + r) * row_bytes;
+    const uint16_t* scale =
+        reinterpret_cast<const uint16_t*>(w.scale) + (int64_t)(tile * kTile + r) * w.scale_stride;
 
-    // A round's loads are all sent before the first is used: few warps must cover the latency.
-    Share<BITS, GROUPED> share[IN_FLIGHT][2] = {};
+    // A step's loads are all sent before the first is used: few warps must cover the latency.
+    Share<BITS, GROUPED> share[4] = {};
     const auto ask = [&](int step) {
+        const int block = 2 * step + t / 2;
+        const uint8_t* p = weight + block * 8 * BITS;
 #pragma unroll
-        for (int u = 0; u < IN_FLIGHT; u++) {
-            const int block = 2 * (step + u) + t / 2;
-#pragma unroll
-            for (int h = 0; h < 2; h++) share[u][h].load(weight[h], block, j, block < a.blocks);
+        for (int h = 0; h < 4; h++) {
+            share[h].load(p + h * (8 * row_bytes), j, block < a.blocks && 8 * h < rows);
         }
 #pragma unroll
-        for (int u = 0; u < IN_FLIGHT; u++) {
-            const int column = 64 * (2 * (step + u) + t / 2) + j;
-#pragma unroll
-            for (int h = 0; h < 2; h++) share[u][h].load_scales(scale[h], column, a);
+        for (int h = 0; h < 4; h++) {
+            share[h].load_scales(scale + h * (8 * w.scale_stride), 64 * block + j, a, 8 * h < rows);
         }
     };
+    const int all = (a.blocks + 1) / 2, own = (all + cluster - 1) >> a.cluster_shift;
+    const int end = own * (rank + 1) < all ? own * (rank + 1) : all;
+    int step = own * rank + warp;
     const int level = BITS <= 4 ? a.levels[lane % (1 << (BITS <= 4 ? BITS - 1 : 0))] : 0;
-    ask(warp * IN_FLIGHT);
+    if (step < end) ask(step);
     Pool pool = {};
     if (BITS <= 4) {
         pool = pool_of(bits_of(from_float<T>((float)level)), lane, 1 << (BITS - 1),
-                       hidden_zero(weight[0]));
+                       hidden_zero(weight));
     } else {
         for (int i = threadIdx.x; i < TABLE; i += threads) {
             table[i] = bits_of(from_float<T>((float)a.levels[i]));
         }
         __syncthreads();
     }
-    // A thread writes row n of W for some rows of x.
-    const int own = threadIdx.x % kTile, n = tile * kTile + own;
+    // In the end a lane writes a row of W for some rows of x.
+    const int n = tile * kTile + lane;
     float row_scale = 1, bias = 0;
     if (n < w.rows) {
         if (!GROUPED) row_scale = reinterpret_cast<const float*>(w.scale)[n * w.scale_stride];
@@ -219,7 +236,7 @@ __global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES), 2) gemv(const 
     }
     wait_for_previous();  // weights do not depend on it, x does
 
-    float total[X_TILES][4] = {};
+    float total[2][X_TILES][4] = {};
     const uint16_t* x[X_TILES];
     int left[X_TILES];
     for (int i = 0; i < X_TILES; i++) {
@@ -227,46 +244,55 @@ __global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES), 2) gemv(const 
         x[i] = reinterpret_cast<const uint16_t*>(a.x) + start;
         left[i] = r + 8 * i < a.m ? a.cols - 64 * (t / 2) - j : 0;
     }
-    const int steps = (a.blocks + 1) / 2;
-    for (int step = warp * IN_FLIGHT; step < steps;) {
-        Columns columns[IN_FLIGHT][X_TILES];
-        const auto fetch = [&](int u) {
-            const int column = 128 * (step + u);
+    while (step < end) {
+        Columns columns[X_TILES];
 #pragma unroll
-            for (int i = 0; i < X_TILES; i++) columns[u][i].load(x[i] + column, left[i] - column);
-        };
+        for (int i = 0; i < X_TILES; i++) columns[i].load(x[i] + 128 * step, left[i] - 128 * step);
 #pragma unroll
-        for (int u = 0; u < (X_TILES == 1 ? IN_FLIGHT : 0); u++) fetch(u);
+        for (int q = 0; q < 4; q++) {
 #pragma unroll
-        for (int u = 0; u < IN_FLIGHT; u++) {
-            if (X_TILES > 1) fetch(u);
-#pragma unroll
-            for (int q = 0; q < 4; q++) {
+            for (int h = 0; h < 2; h++) {
                 uint32_t v[4], z[4];  // beyond the last column x is 0, whatever level code 0 is
-                share[u][0].template decode<T>(q, j, pool, table, v);
-                share[u][1].template decode<T>(q, j, pool, table, z);
+                share[2 * h].template decode<T>(q, j, pool, table, v);
+                share[2 * h + 1].template decode<T>(q, j, pool, table, z);
 #pragma unroll
                 for (int i = 0; i < X_TILES; i++) {
-                    const uint2 first = columns[u][i].first[q], second = columns[u][i].second[q];
-                    multiply<T>(total[i], v[0], z[0], v[1], z[1], first.x, first.y);
-                    multiply<T>(total[i], v[2], z[2], v[3], z[3], second.x, second.y);
+                    const uint2 first = columns[i].first[q], second = columns[i].second[q];
+                    multiply<T>(total[h][i], v[0], z[0], v[1], z[1], first.x, first.y);
+                    multiply<T>(total[h][i], v[2], z[2], v[3], z[3], second.x, second.y);
                 }
             }
         }
-        step += warps * IN_FLIGHT;
-        if (step < steps) ask(step);
+        step += warps;
+        if (step < end) ask(step);
     }
 
-    for (int i = 0; i < X_TILES; i++) {
-        float* part = sums[warp] + (8 * i + 2 * t) * kSumStride + r;
-        part[0] = total[i][0], part[kSumStride] = total[i][1];
-        part[8] = total[i][2], part[kSumStride + 8] = total[i][3];
+    for (int h = 0; h < 2; h++) {
+        for (int i = 0; i < X_TILES; i++) {
+            float* sum = sums + warp * SUMS + (8 * i + 2 * t) * kSumStride + 16 * h + r;
+            sum[0] = total[h][i][0], sum[kSumStride] = total[h][i][1];
+            sum[8] = total[h][i][2], sum[kSumStride + 8] = total[h][i][3];
+        }
     }
     __syncthreads();
 
-    for (int m = threadIdx.x / kTile; m < a.m; m += threads / kTile) {
+    if (cluster > 1) {  // to the first block, which adds and writes
+        cluster_wait();
+        for (int m = warp; m < a.m; m += warps) {
+            float v = 0;
+            for (int k = 0; k < warps; k++) v += sums[k * SUMS + m * kSumStride + lane];
+            send_to_first(parts, PARTS, (rank * 8 * X_TILES + m) * kTile + lane, v, arrival);
+        }
+        if (rank > 0) return;
+        receive(arrival);
+    }
+    for (int m = warp; m < a.m; m += warps) {
         float v = 0;
-        for (int k = 0; k < warps; k++) v += sums[k][m * kSumStride + own];
+        if (cluster > 1) {
+            for (int k = 0; k < cluster; k++) v += parts[(k * 8 * X_TILES + m) * kTile + lane];
+        } else {
+            for (int k = 0; k < warps; k++) v += sums[k * SUMS + m * kSumStride + lane];
+        }
         v = v * row_scale + bias;
         if (a.gelu) v = gelu(v);
         if (n < w.rows) reinterpret_cast<T*>(w.y)[(int64_t)m * w.rows + n] = from_float<T>(v);

@@ -5,14 +5,13 @@
 
 namespace dqw {
 
-// f(kernel, warps) with the instance for the call.
+// f(kernel) with the instance for the call.
 template <typename T, int BITS, typename F>
 void with_bits(const Gemv& a, bool grouped, const F& f) {
-    const int warps = warps_of(a, BITS, a.m <= 8 ? 1 : 2);
     if (a.m <= 8) {
-        grouped ? f(gemv<T, BITS, true, 1>, warps) : f(gemv<T, BITS, false, 1>, warps);
+        grouped ? f(gemv<T, BITS, true, 1>) : f(gemv<T, BITS, false, 1>);
     } else {
-        grouped ? f(gemv<T, BITS, true, 2>, warps) : f(gemv<T, BITS, false, 2>, warps);
+        grouped ? f(gemv<T, BITS, true, 2>) : f(gemv<T, BITS, false, 2>);
     }
 }
 
@@ -48,10 +47,10 @@ bool with_kernel(Gemv& a, int bits, int group, const F& f) {
     return false;
 }
 
-inline int blocks_of(const Gemv& a) {
-    int blocks = 0;
-    for (int i = 0; i < a.matrices; i++) blocks += (a.matrix[i].rows + kTile - 1) / kTile;
-    return blocks;
+inline int tiles_of(const Gemv& a) {
+    int tiles = 0;
+    for (int i = 0; i < a.matrices; i++) tiles += (a.matrix[i].rows + kTile - 1) / kTile;
+    return tiles;
 }
 
 }  // namespace dqw

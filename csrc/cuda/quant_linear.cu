@@ -30,6 +30,24 @@ using torch::stable::Tensor;
 
 bool divides(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
+struct Card {
+    int processors;
+    bool hopper;  // or later: clusters, and kernels that start before their predecessor ends
+};
+
+Card card_of(int device) {
+    static Card known[64] = {};  // asking takes a microsecond; two threads would write the same
+    Card card = device < 64 ? known[device] : Card{};
+    if (card.processors == 0) {
+        int major = 0;
+        cudaDeviceGetAttribute(&card.processors, cudaDevAttrMultiProcessorCount, device);
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+        card.hopper = major >= 9;
+        if (device < 64) known[device] = card;
+    }
+    return card;
+}
+
 Matrix matrix_of(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& bias,
                  int64_t rows, int64_t bits, int64_t group, const Tensor& y) {
     const int64_t cols = x.size(1), groups = group ? (cols + group - 1) / group : 1;
@@ -96,21 +114,25 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     a.cols = static_cast<int>(x.size(1));
     a.blocks = (a.cols + 63) / 64;
     a.gelu = gelu;
-    const int blocks = blocks_of(a);
-    if (blocks == 0 || a.m == 0) return ys;
+    const int tiles = tiles_of(a);
+    if (tiles == 0 || a.m == 0) return ys;
 
+    const Card card = card_of(x.get_device_index());
+    const Plan plan = plan_of(tiles, a.blocks, most_warps(bits, a.m <= 8 ? 1 : 2), card.processors,
+                              card.hopper ? kMostCluster : 1);
+    a.cluster_shift = plan.cluster_shift;
     cudaLaunchConfig_t config = {};
-    config.gridDim = blocks;
+    config.gridDim = tiles << plan.cluster_shift;
+    config.blockDim = 32 * plan.warps;
     config.stream = static_cast<cudaStream_t>(stream);
-    cudaLaunchAttribute overlap = {};  // before sm_90 the kernel has no early start, and needs none
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = 1;
-    const auto launch = [&](auto kernel, int warps) {
-        config.blockDim = 32 * warps;
-        cudaLaunchKernelEx(&config, kernel, a);
-    };
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {1u << plan.cluster_shift, 1, 1};
+    config.attrs = attributes;
+    config.numAttrs = !card.hopper ? 0 : plan.cluster_shift > 0 ? 2 : 1;
+    const auto launch = [&](auto kernel) { cudaLaunchKernelEx(&config, kernel, a); };
     const int b = static_cast<int>(bits), g = static_cast<int>(group);
     const bool served = bfloat16 ? with_kernel<__nv_bfloat16, false>(a, b, g, launch)
                                  : with_kernel<__half, true>(a, b, g, launch);

@@ -1,4 +1,4 @@
-// A GPU for tests: one block of CUDA threads as CPU threads, for csrc/cuda/gemv.h.
+// A GPU for tests: one cluster of blocks of CUDA threads as CPU threads, for csrc/cuda/gemv.h.
 //
 // __syncthreads is a barrier of the block; a tensor-core product, which a warp does together, has
 // its lanes publish their operands, meet, and each compute its own two sums. PRMT is emulated bit
@@ -7,6 +7,7 @@
 
 #include <stdint.h>
 
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdio>
@@ -19,7 +20,6 @@
 #define __device__
 #define __host__
 #define __global__
-#define __shared__ static
 #define __launch_bounds__(...)
 
 struct uint2 {
@@ -32,10 +32,18 @@ struct Index {
     int x;
 };
 inline thread_local Index threadIdx, blockIdx, blockDim;
-inline std::unique_ptr<std::barrier<>> block_barrier;
-inline std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
-inline void __syncwarp() { warp_barriers[threadIdx.x / 32]->arrive_and_wait(); }
-inline void __syncthreads() { block_barrier->arrive_and_wait(); }
+constexpr int kBlocksAtOnce = 8;  // of a cluster
+inline thread_local int block_rank;
+inline std::unique_ptr<std::barrier<>> cluster_barrier, block_barrier[kBlocksAtOnce];
+inline std::vector<std::unique_ptr<std::barrier<>>> warp_barriers[kBlocksAtOnce];
+inline std::barrier<>& warp_barrier() { return *warp_barriers[block_rank][threadIdx.x / 32]; }
+inline void __syncwarp() { warp_barrier().arrive_and_wait(); }
+inline void __syncthreads() { block_barrier[block_rank]->arrive_and_wait(); }
+
+// Shared memory: one array a block.
+#define DQW_SHARED(type, name, size)                   \
+    static type name##_of_blocks[kBlocksAtOnce][size]; \
+    type* name = name##_of_blocks[block_rank]
 
 struct __half {
     _Float16 v;
@@ -110,17 +118,33 @@ uint4 load_x(const uint16_t* p, bool exists) {
 }
 inline uint32_t hidden_zero(const void*) { return 0; }
 
+// The first block's counter of bytes that are still to come.
+inline std::atomic<int> to_come;
+inline thread_local std::unique_ptr<std::barrier<>::arrival_token> arrived;
+inline void cluster_begin(uint64_t*, int rank, int bytes) {
+    if (rank == 0 && threadIdx.x == 0) to_come = bytes;
+    arrived = std::make_unique<std::barrier<>::arrival_token>(cluster_barrier->arrive());
+}
+inline void cluster_wait() { cluster_barrier->wait(std::move(*arrived)); }
+inline void send_to_first(float* parts, int size, int index, float v, uint64_t*) {
+    (parts - block_rank * size)[index] = v;
+    to_come -= 4;
+}
+inline void receive(uint64_t*) {
+    while (to_come > 0) std::this_thread::yield();
+    if (to_come < 0) std::abort();
+}
 inline void let_next_start() {}
 inline void wait_for_previous() {}
 
 inline uint32_t or_of_warp(uint32_t v) {
-    static uint32_t of[64][32];  // [warp][lane]
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    static uint32_t of[64 * kBlocksAtOnce][32];  // [warp][lane]
+    const int warp = 64 * block_rank + threadIdx.x / 32, lane = threadIdx.x % 32;
     of[warp][lane] = v;
-    warp_barriers[warp]->arrive_and_wait();
+    warp_barrier().arrive_and_wait();
     uint32_t all = 0;
     for (int i = 0; i < 32; i++) all |= of[warp][i];
-    warp_barriers[warp]->arrive_and_wait();
+    warp_barrier().arrive_and_wait();
     return all;
 }
 
@@ -139,11 +163,12 @@ uint32_t times(uint32_t pair, uint32_t scale) {
 template <typename T>
 void multiply(float sum[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
               uint32_t b1) {
-    static uint32_t a[64][32][4], b[64][32][2];  // [warp][lane]
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, t = lane % 4;
+    static uint32_t a[64 * kBlocksAtOnce][32][4], b[64 * kBlocksAtOnce][32][2];  // [warp][lane]
+    const int warp = 64 * block_rank + threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4,
+              t = lane % 4;
     a[warp][lane][0] = a0, a[warp][lane][1] = a2, a[warp][lane][2] = a1, a[warp][lane][3] = a3;
     b[warp][lane][0] = b0, b[warp][lane][1] = b1;
-    warp_barriers[warp]->arrive_and_wait();
+    warp_barrier().arrive_and_wait();
     for (int n = 0; n < 4; n++) {  // row r + 8 (n / 2) of A, column 2 t + n % 2 of B
         for (int k = 0; k < 4; k++) {
             for (int half = 0; half < 2; half++) {
@@ -154,26 +179,31 @@ void multiply(float sum[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, 
             }
         }
     }
-    warp_barriers[warp]->arrive_and_wait();
+    warp_barrier().arrive_and_wait();
 }
 
-// kernel(arguments) for every block, one after the other.
+// kernel(arguments) for every cluster of blocks, one after the other.
 template <typename Kernel, typename Arguments>
-void run_blocks(Kernel kernel, const Arguments& arguments, int blocks, int threads) {
-    block_barrier = std::make_unique<std::barrier<>>(threads);
-    warp_barriers.clear();
-    for (int w = 0; w < threads / 32; w++) {
-        warp_barriers.push_back(std::make_unique<std::barrier<>>(32));
+void run_blocks(Kernel kernel, const Arguments& arguments, int clusters, int blocks, int threads) {
+    std::barrier<> all(blocks * threads);
+    cluster_barrier = std::make_unique<std::barrier<>>(blocks * threads);
+    for (int b = 0; b < blocks; b++) {
+        block_barrier[b] = std::make_unique<std::barrier<>>(threads);
+        warp_barriers[b].clear();
+        for (int w = 0; w < threads / 32; w++) {
+            warp_barriers[b].push_back(std::make_unique<std::barrier<>>(32));
+        }
     }
     std::vector<std::thread> pool;
-    for (int i = 0; i < threads; i++) {
+    for (int i = 0; i < blocks * threads; i++) {
         pool.emplace_back([&, i] {
-            threadIdx.x = i;
+            threadIdx.x = i % threads;
             blockDim.x = threads;
-            for (int block = 0; block < blocks; block++) {
-                blockIdx.x = block;
+            block_rank = i / threads;
+            for (int cluster = 0; cluster < clusters; cluster++) {
+                blockIdx.x = cluster * blocks + block_rank;
                 kernel(arguments);
-                block_barrier->arrive_and_wait();
+                all.arrive_and_wait();
             }
         });
     }
