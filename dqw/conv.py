@@ -63,7 +63,7 @@ class QuantConv1d(QuantModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.frozen:
-            weight = self.dequantized_weight().view(self.rows, -1, self.kernel_size[0])
+            weight = self.dequantized_weight().view(self.rows, -1, self.kernel_size[0]).to(x.dtype)
         else:
-            weight = self.fake_quantized_weight()
-        return F.conv1d(x, weight.to(x.dtype), self.bias, self.stride, self.padding)
+            weight = self.weight_for(x)
+        return F.conv1d(x, weight, self.bias, self.stride, self.padding)

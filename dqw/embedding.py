@@ -95,4 +95,4 @@ class TiedProjection(nn.Module):
             return packed_linear(table, x, None)
         if table.spec.activations == "int8" and table._active_quantizer() is not None:
             x = ops.fake_quant_activation(x)
-        return F.linear(x, table.fake_quantized_weight().to(x.dtype))
+        return F.linear(x, table.weight_for(x))

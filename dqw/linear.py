@@ -90,6 +90,17 @@ class QuantModule(nn.Module):
         quantizer = self._active_quantizer()
         return self.weight if quantizer is None else quantizer(self.weight)
 
+    def weight_for(self, x: Tensor) -> Tensor:
+        """``fake_quantized_weight`` in the dtype that a product with ``x`` is computed in."""
+        quantizer, kind = self._active_quantizer(), x.device.type
+        if quantizer is None:
+            return self.weight.to(x.dtype)
+        # What autocast would cast is written so at once: a GPU saves a launch and a pass each way.
+        lower = x.dtype == torch.float32 and torch.amp.is_autocast_available(kind)  # not on "meta"
+        lower = lower and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if lower else x.dtype
+        return quantizer(self.weight, dtype=dtype)
+
     @torch.no_grad()
     def freeze(self) -> None:
         """Replace the latent weight by packed codes, in place. Only the codes remain."""
@@ -184,7 +195,7 @@ class QuantLinear(QuantModule):
             return packed_linear(self, x, self.bias)
         if int8 and self._active_quantizer() is not None:
             x = ops.fake_quant_activation(x)
-        return F.linear(x, self.fake_quantized_weight().to(x.dtype), self.bias)
+        return F.linear(x, self.weight_for(x), self.bias)
 
 
 def packed_linear(module: QuantModule, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,6 +22,10 @@ from dqw import ops_cuda, reference
 
 _SCHEMAS = {
     "fake_quant": "(Tensor x, Tensor scale, Tensor bucket, int group_size) -> Tensor",
+    # The same, then a cast. No gradient of its own: dqw.fake_quant has it.
+    "fake_quant_as": (
+        "(Tensor x, Tensor scale, Tensor bucket, int group_size, ScalarType dtype) -> Tensor"
+    ),
     "fake_quant_backward": (
         "(Tensor grad, Tensor x, Tensor scale, Tensor bucket, int group_size) -> (Tensor, Tensor)"
     ),
@@ -62,6 +66,12 @@ for _name, _schema in _SCHEMAS.items():
 
 def _meta_fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _meta_fake_quant_as(
+    x: Tensor, scale: Tensor, bucket: Tensor, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
 
 
 def _meta_fake_quant_backward(
@@ -213,6 +223,15 @@ def _load_cpu_kernels() -> None:
 _load_cpu_kernels()
 
 
+def _cpu_fake_quant_as(
+    x: Tensor, scale: Tensor, bucket: Tensor, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    return torch.ops.dqw.fake_quant(x, scale, bucket, group_size).to(dtype)
+
+
+if not _cpu_reason:
+    _library.impl("fake_quant_as", _cpu_fake_quant_as, "CPU")
+
 if not ops_cuda.reason:
     for _name, _function in ops_cuda.KERNELS.items():
         _library.impl(_name, _function, "CUDA")
@@ -229,6 +248,8 @@ def backend_info() -> dict[str, dict[str, str]]:
 
 
 fake_quant = torch.ops.dqw.fake_quant.default
+fake_quant_as = torch.ops.dqw.fake_quant_as.default
+fake_quant_backward = torch.ops.dqw.fake_quant_backward.default
 fake_quant_activation = torch.ops.dqw.fake_quant_activation.default
 round_columns = torch.ops.dqw.round_columns.default
 quantize = torch.ops.dqw.quantize.default

@@ -52,6 +52,16 @@ def fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Ten
     return kernel.fake_quant(x, scale, bucket, group_size)
 
 
+def fake_quant_as(
+    x: Tensor, scale: Tensor, bucket: Tensor, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    from dqw_kernels import fake_quant as kernel
+
+    if x.dtype != torch.float32:  # rounded twice: to x's dtype, and to the other
+        return kernel.fake_quant(x, scale, bucket, group_size).to(dtype)
+    return kernel.fake_quant(x, scale, bucket, group_size, dtype)
+
+
 def fake_quant_backward(
     grad: Tensor, x: Tensor, scale: Tensor, bucket: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
@@ -180,6 +190,7 @@ def quant_linear(
 
 KERNELS = {
     "fake_quant": fake_quant,
+    "fake_quant_as": fake_quant_as,
     "fake_quant_backward": fake_quant_backward,
     "dequantize": dequantize,
     "quant_linear": quant_linear,

@@ -40,10 +40,19 @@ def fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Ten
     return torch.where(x.isnan(), x.float(), y).to(x.dtype)
 
 
+def fake_quant_as(
+    x: Tensor, scale: Tensor, bucket: Tensor, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """``fake_quant``, then a cast to ``dtype``."""
+    return fake_quant(x, scale, bucket, group_size).to(dtype)
+
+
 def fake_quant_backward(
     grad: Tensor, x: Tensor, scale: Tensor, bucket: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
     """Straight-through gradients of ``fake_quant``: dx in x's dtype, dscale in scale's shape.
+
+    grad is cast to x's dtype first, if it is that of ``fake_quant_as``.
 
     Inside the clip dx = g and dscale gets g (level - x/scale); outside dx = 0 and dscale gets
     g × sign(x) × level_max. That is LSQ (arXiv 1902.08153); times 1/level_max it is the gradient
@@ -53,7 +62,7 @@ def fake_quant_backward(
     t = _doubled(x, scale, bucket, group_size)
     inside = t <= bucket.numel() - 1
     level = quantize(x, scale, bucket, group_size).float()
-    g, xf = grad.float(), x.float()
+    g, xf = grad.to(x.dtype).float(), x.float()
     per_weight = torch.where(
         inside, level - xf / _per_column(scale.float(), cols, group_size), level
     )

@@ -109,10 +109,12 @@ def _tiling(x: Tensor, scale: Tensor, group_size: int) -> tuple[tuple[int, int],
     return (programs, parts), [cols, groups, segment, stride, parts], tile
 
 
-def fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
-    """Round x (rows, cols) to the grid, in x's dtype; arguments as in the module's docstring."""
+def fake_quant(
+    x: Tensor, scale: Tensor, bucket: Tensor, group_size: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Round x (rows, cols) to the grid, in ``dtype`` or x's; the rest is as above."""
     x, scale = x.contiguous(), scale.float().contiguous()
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=dtype)
     if x.numel():
         grid, sizes, block = _tiling(x, scale, group_size)
         with torch.cuda.device_of(x):
@@ -124,7 +126,9 @@ def fake_quant_backward(
     grad: Tensor, x: Tensor, scale: Tensor, bucket: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
     """dx in x's dtype, dscale in scale's shape and dtype; both as in ``dqw.reference``."""
-    x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
+    if x.dtype != torch.float32:  # the kernel's own widening to float32 is exact, and no launch
+        grad = grad.to(x.dtype)
+    x, grad = x.contiguous(), grad.contiguous()
     scales = scale.float().contiguous()
     dx = torch.empty_like(x)
     if x.numel() == 0:

@@ -16,6 +16,7 @@ from dqw import grids, ops_cuda, reference
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ON_CPU = {
     "fake_quant": ops_cuda.fake_quant,
+    "fake_quant_as": ops_cuda.fake_quant_as,
     "fake_quant_backward": ops_cuda.fake_quant_backward,
     "quant_linear": ops_cuda.quant_linear,
     "dequantize": ops_cuda.dequantize,
@@ -181,6 +182,15 @@ def fake_quant(device: str) -> None:
                 torch.testing.assert_close(ds, want_ds, rtol=1e-4, atol=slack, equal_nan=True)
                 again = call("fake_quant_backward", device, grad, *args)[1]
                 assert torch.equal(again.nan_to_num(), ds.nan_to_num())
+            for other in DTYPES:  # of the result and its gradient: autocast's
+                args, fine = (x, scale, bucket, group), torch.randn(rows, cols).to(other)
+                got = call("fake_quant_as", device, *args, other)
+                plain = call("fake_quant", device, *args)  # in the interpreter, cut off already
+                assert got.dtype == other
+                close(got, plain.to(other), device)
+                dx, ds = call("fake_quant_backward", device, fine, *args)
+                want_dx, want_ds = call("fake_quant_backward", device, fine.to(dtype), *args)
+                assert torch.equal(dx, want_dx) and torch.equal(ds, want_ds)
 
 
 CASES = {f.__name__: f for f in (fake_quant, identity, error, int8, edges, tables)}

@@ -15,7 +15,12 @@ from triton.compiler import ASTSource, compile as compile_for
 from dqw_kernels import fake_quant as kernel
 
 ints = ("cols", "groups", "segment", "scale_stride", "parts", "last")
-for kind, dtype in ((kernel._forward, "*fp32"), (kernel._backward, "*bf16")):
+for kind, dtype, product in (
+    (kernel._forward, "*fp32", "*fp32"),
+    (kernel._forward, "*fp32", "*bf16"),  # under autocast
+    (kernel._backward, "*bf16", "*bf16"),
+    (kernel._backward, "*fp32", "*bf16"),
+):
     for segments, block in ((1, 1024), (16, 64)):
         signature = {}
         for name in kind.arg_names:
@@ -25,6 +30,8 @@ for kind, dtype in ((kernel._forward, "*fp32"), (kernel._backward, "*bf16")):
                 signature[name] = "constexpr"
             elif name in ("scale_ptr", "dscale_ptr"):
                 signature[name] = "*fp32"
+            elif name in ("y_ptr", "grad_ptr"):
+                signature[name] = product
             else:
                 signature[name] = "*i16" if name == "bucket_ptr" else dtype
         source = ASTSource(kind, signature, {"SEGMENTS": segments, "BLOCK": block})

@@ -37,6 +37,8 @@ def test_opcheck_fake_quant(granularity: str, dtype: torch.dtype) -> None:
     scale = (torch.rand(shape) * 0.2 + 0.05).requires_grad_()
     bucket = grids.bucket("apot", 4)
     opcheck(ops.fake_quant, (x, scale, bucket, size))
+    for other in (torch.float32, torch.bfloat16):
+        opcheck(ops.fake_quant_as, (x.detach(), scale.detach(), bucket, size, other))
     opcheck(ops.quantize, (x.detach(), scale.detach(), bucket, size))
 
 
