@@ -96,8 +96,7 @@ class QuantModule(nn.Module):
         if quantizer is None:
             return self.weight.to(x.dtype)
         # What autocast would cast is written so at once: a GPU saves a launch and a pass each way.
-        lower = x.dtype == torch.float32 and torch.amp.is_autocast_available(kind)  # not on "meta"
-        lower = lower and torch.is_autocast_enabled(kind)
+        lower = x.dtype == torch.float32 and kind != "meta" and torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if lower else x.dtype
         return quantizer(self.weight, dtype=dtype)
 

@@ -8,105 +8,203 @@ x (rows, cols) is float32, float16 or bfloat16; scale is float32 of shape (1, 1)
 t = |x| × (2 / scale), y = copysign(bucket[floor(min(t, 2 level_max))] × scale, x) and NaN stays.
 
 One read and one write of x (the backward reads x and the gradient and recomputes the rest; no mask
-is kept). A program owns whole segments, the columns of a row that share one scale, or one of the
-``parts`` of a long segment, and sums in a fixed order; torch adds the parts, in a fixed order too.
-So dscale is the same on every run: no atomics, and no host synchronization.
+is kept). A segment is the columns of a row that share one scale. It is cut into PARTS units of
+PIECES blocks of BLOCK columns, and a program takes UNITS consecutive units of the whole matrix,
+wherever rows end. BLOCK divides the usual widths (768 = 3 × 256, 1280 = 5 × 256), so that no lane
+idles. A program issues all its loads before the division of its scales, which would hold them up.
+
+A unit is a whole segment if that is not long. The backward sums it in a fixed order; torch adds the
+parts of a long one, in a fixed order too. So dscale is the same on every run: no atomics, and no
+host synchronization.
 
 Every grid goes through its table: an H100's L1 caches answer about 7 lookups in the time in which
 its memory moves one element of a float16 forward pass, so arithmetic would gain nothing.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+# Elements of a program and its warps, by bytes an element, as an H100 was fastest with 3072 x 768
+# (2026-11-27; 1024 to 4096 elements and 1 to 8 warps lie within 20 %). A longer unit is a program
+# of its own, with up to MOST_WARPS.
+FORWARD = {4: (1024, 4), 2: (2048, 2)}
+BACKWARD = {4: (1024, 4), 2: (1024, 4)}
+MOST_WARPS = 8
+
+BLOCKS = (1024, 512, 256, 128, 64, 32, 16, 8)
+MOST_PIECES = 8  # of a segment that is one unit; all of a thread's loads are in flight together
+LONG_PIECES = 4  # of a part of a longer segment
+FORWARD_LONGEST = 2048  # columns; a unit of the forward that would be longer is one block instead
+
 # A product and a sum stay two operations, as in the reference.
 _LAUNCH = {"enable_fp_fusion": False}
+# Whether 16 divides these would only make more variants of a kernel.
+_PLAIN = ["count", "last"]
 
 
 @triton.jit
-def _segments(groups, segment, scale_stride, parts, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's (row, group numbers, which exist, where scales lie, first column, end)."""
-    per_row = tl.cdiv(groups, SEGMENTS)
-    row = tl.program_id(0) // per_row
-    group = tl.program_id(0) % per_row * SEGMENTS + tl.arange(0, SEGMENTS)
-    length = tl.cdiv(tl.cdiv(segment, parts), BLOCK) * BLOCK
-    first = tl.program_id(1) * length
-    end = tl.minimum(first + length, segment)
-    return row.to(tl.int64), group, group < groups, row * scale_stride + group, first, end
+def _units(cols, groups, segment, count, UNITS: tl.constexpr, LENGTH: tl.constexpr,
+           PARTS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+    """A program's units: where its elements begin, where each unit does after that, the unit's
+    columns, whether it exists; the program's first segment, and each unit's counted from there.
+
+    64 bits only where it is once a program, or rare: RAGGED, if not every unit has LENGTH columns.
+    """
+    first = tl.program_id(0).to(tl.int64) * UNITS
+    lane = tl.arange(0, UNITS)
+    exists = lane < tl.minimum(count - first, UNITS).to(tl.int32)
+    number = (first % PARTS).to(tl.int32) + lane
+    segments = number // PARTS
+    if RAGGED:
+        group = (first // PARTS % groups).to(tl.int32) + segments
+        skipped = number % PARTS * LENGTH
+        col = (group % groups).to(tl.int64) * segment + skipped
+        columns = tl.minimum(tl.minimum(segment - skipped, cols - col), LENGTH).to(tl.int32)
+        begin = first // PARTS // groups * cols
+        offset = (group // groups).to(tl.int64) * cols + col
+    else:
+        columns = tl.full((UNITS,), LENGTH, tl.int32)
+        begin = first * LENGTH
+        offset = lane * LENGTH
+    return begin, offset, columns, exists, first // PARTS, segments
 
 
 @triton.jit
-def _double_level(x, inv):
-    """t = |x| × (2 / scale); NaN becomes 0."""
-    t = tl.abs(x) * inv
-    return tl.where(t == t, t, 0.0)
+def _load(pointer, offset, columns, exists, START: tl.constexpr, BLOCK: tl.constexpr,
+          RAGGED: tl.constexpr):  # fmt: skip
+    """One block of every unit, with its place and mask; zeros where there is nothing."""
+    inner = START + tl.arange(0, BLOCK)
+    at = offset[:, None] + inner[None, :]
+    mask = exists[:, None]
+    if RAGGED:
+        mask &= inner[None, :] < columns[:, None]
+    return tl.load(pointer + at, mask=mask, other=0.0), at, mask
 
 
 @triton.jit
-def _forward(x_ptr, y_ptr, scale_ptr, bucket_ptr, cols, groups, segment, scale_stride, parts,
-             last, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    row, group, exists, at, first, end = _segments(groups, segment, scale_stride, parts, SEGMENTS,
-                                                   BLOCK)  # fmt: skip
-    scale = tl.load(scale_ptr + at, mask=exists, other=1.0)[:, None]
+def _level(x, inv, bucket_ptr, last):
+    """t = |x| × (2 / scale), and the level nearest to x; a t of NaN counts as 0."""
+    t = tl.abs(x.to(tl.float32)) * inv
+    k = tl.minimum(tl.maximum(t, 0.0), last * 1.0).to(tl.int32)  # of NaN and 0 the maximum is 0
+    # A level is not negative: as the lowest bits of the float 2^23 it adds itself. To convert an
+    # int16 would be a second slow instruction for every element, beside that of k.
+    level = tl.load(bucket_ptr + k).to(tl.uint16, bitcast=True).to(tl.int32) | 0x4B000000
+    return t, level.to(tl.float32, bitcast=True) - 8388608.0
+
+
+@triton.jit
+def _sign(x):
+    return x.to(tl.int32, bitcast=True) & -2147483648
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def _forward(x_ptr, y_ptr, scale_ptr, bucket_ptr, cols, groups, segment, scale_stride, count, last,
+             UNITS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr,
+             RAGGED: tl.constexpr):  # fmt: skip
+    begin, offset, columns, exists, before, segments = _units(
+        cols, groups, segment, count, UNITS, PIECES * BLOCK, PARTS, RAGGED)  # fmt: skip
+    scale_ptr += before * scale_stride
+    scale = tl.load(scale_ptr + segments * scale_stride, mask=exists, other=1.0)[:, None]
+    loaded, levels = (), ()
+    for piece in tl.static_range(PIECES):
+        loaded += (_load(x_ptr + begin, offset, columns, exists, piece * BLOCK, BLOCK, RAGGED),)
     inv = tl.div_rn(2.0, scale)
-    for start in range(first, end, BLOCK):
-        inner = start + tl.arange(0, BLOCK)
-        col = group[:, None] * segment + inner[None, :]
-        mask = (inner < segment)[None, :] & (col < cols)
-        x = tl.load(x_ptr + row * cols + col, mask=mask, other=0.0).to(tl.float32)
-        k = tl.maximum(tl.minimum(_double_level(x, inv), last * 1.0), 0.0).to(tl.int32)
-        y = tl.load(bucket_ptr + k).to(tl.float32) * scale
-        sign = x.to(tl.int32, bitcast=True) & -2147483648
-        y = (y.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-        y = tl.where(x == x, y, x)
-        tl.store(y_ptr + row * cols + col, y.to(y_ptr.dtype.element_ty), mask=mask)
+    for piece in tl.static_range(PIECES):
+        levels += (_level(loaded[piece][0], inv, bucket_ptr, last)[1],)
+    for piece in tl.static_range(PIECES):
+        x, at, mask = loaded[piece]
+        x = x.to(tl.float32)
+        y = (levels[piece] * scale).to(tl.int32, bitcast=True) | _sign(x)
+        y = tl.where(x == x, y.to(tl.float32, bitcast=True), x)
+        tl.store(y_ptr + begin + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_PLAIN)
 def _backward(grad_ptr, x_ptr, dx_ptr, dscale_ptr, scale_ptr, bucket_ptr, cols, groups, segment,
-              scale_stride, parts, last, SEGMENTS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    row, group, exists, at, first, end = _segments(groups, segment, scale_stride, parts, SEGMENTS,
-                                                   BLOCK)  # fmt: skip
-    scale = tl.load(scale_ptr + at, mask=exists, other=1.0)[:, None]
+              scale_stride, count, last, UNITS: tl.constexpr, BLOCK: tl.constexpr,
+              PIECES: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+    begin, offset, columns, exists, before, segments = _units(
+        cols, groups, segment, count, UNITS, PIECES * BLOCK, PARTS, RAGGED)  # fmt: skip
+    scale_ptr += before * scale_stride
+    scale = tl.load(scale_ptr + segments * scale_stride, mask=exists, other=1.0)[:, None]
+    loaded, levels = (), ()
+    for piece in tl.static_range(PIECES):
+        x = _load(x_ptr + begin, offset, columns, exists, piece * BLOCK, BLOCK, RAGGED)[0]
+        g, at, mask = _load(grad_ptr + begin, offset, columns, exists, piece * BLOCK, BLOCK, RAGGED)
+        loaded += ((x, g, at, mask),)
     inv = tl.div_rn(2.0, scale)
-    total = tl.zeros((SEGMENTS, BLOCK), tl.float32)
-    for start in range(first, end, BLOCK):
-        inner = start + tl.arange(0, BLOCK)
-        col = group[:, None] * segment + inner[None, :]
-        mask = (inner < segment)[None, :] & (col < cols)
-        x = tl.load(x_ptr + row * cols + col, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(grad_ptr + row * cols + col, mask=mask, other=0.0).to(tl.float32)
-        t = tl.abs(x) * inv
-        k = tl.maximum(tl.minimum(_double_level(x, inv), last * 1.0), 0.0).to(tl.int32)
-        level = tl.load(bucket_ptr + k).to(tl.float32)
+    for piece in tl.static_range(PIECES):
+        levels += (_level(loaded[piece][0], inv, bucket_ptr, last),)
+    total = tl.zeros((UNITS, BLOCK), tl.float32)
+    for piece in tl.static_range(PIECES):
+        x, g, at, mask = loaded[piece]
+        x, g = x.to(tl.float32), g.to(tl.float32)
+        t, level = levels[piece]
         inside = t <= last * 1.0
-        # Inside: level - |x| / scale, with the sign of x (t / 2 is that quotient). Outside: level.
-        magnitude = tl.where(inside, level - 0.5 * t, level)
-        signed = tl.where(x.to(tl.int32, bitcast=True) < 0, -magnitude, magnitude)  # of -0, too
-        total += g * tl.where(x == x, signed, x)
+        # Inside: level - |x| / scale (t / 2 is that quotient). Outside: level. The sign of x, also
+        # that of -0, goes to the gradient.
+        magnitude = tl.where(x == x, level - tl.where(inside, 0.5 * t, 0.0), x)
+        signed = (g.to(tl.int32, bitcast=True) ^ _sign(x)).to(tl.float32, bitcast=True)
+        total += magnitude * signed
         dx = tl.where(inside | (x != x), g, 0.0)
-        tl.store(dx_ptr + row * cols + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    out = dscale_ptr + (row * groups + group) * parts + tl.program_id(1)
+        tl.store(dx_ptr + begin + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    out = dscale_ptr + tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
     tl.store(out, tl.sum(total, axis=1), mask=exists)
 
 
-def _tiling(x: Tensor, scale: Tensor, group_size: int) -> tuple[tuple[int, int], list[int], dict]:
-    """Launch grid, (cols, groups, segment, scale_stride, parts), block of segments × columns.
+def _ceiling(a: int, b: int) -> int:
+    return -(-a // b)  # triton.cdiv takes microseconds
 
-    A segment has parts of at least 4096 columns, and enough of them that 512 programs run.
+
+def _power(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _tiling(rows: int, cols: int, group_size: int, element_bytes: int, summed: bool) -> dict:
+    """The tile of a launch and num_warps, of the backward if ``summed``.
+
+    The block is the widest one of those that need the least padding, in few pieces.
     """
+    elements, warps = (BACKWARD if summed else FORWARD)[element_bytes]
+    segment = min(group_size or cols, cols)
+    few = [b for b in BLOCKS if b * MOST_PIECES >= segment]
+    block = min(few or BLOCKS[:1], key=lambda b: -segment % b)
+    pieces = _ceiling(segment, block) if few else LONG_PIECES
+    if not summed and pieces * block > FORWARD_LONGEST:
+        pieces = 1
+    length = pieces * block
+    parts = _ceiling(segment, length)
+    count = rows * _ceiling(cols, segment) * parts
+    # The nearest power of two: of 1280 columns two units are nearer to 2048 elements than one.
+    units = min(1 << max(0, round(math.log2(elements / length))), _power(count))
+    warps *= _power(_ceiling(length, elements))
+    # A warp with less than 16 bytes a thread of every block would load in narrower pieces.
+    warps = max(1, min(warps, MOST_WARPS, units * block * element_bytes // 512))
+    return {
+        "UNITS": units,
+        "BLOCK": block,
+        "PIECES": pieces,
+        "PARTS": parts,
+        "RAGGED": cols % segment != 0 or segment % length != 0,
+        "num_warps": warps,
+    }
+
+
+def _launch(x: Tensor, scale: Tensor, group_size: int, summed: bool) -> tuple[int, list[int], dict]:
+    """Programs; (cols, groups, segment, scale_stride, count); tile and options."""
     rows, cols = x.shape
-    groups = -(-cols // group_size) if group_size else 1
-    segment = group_size or cols
-    block = min(1024, triton.next_power_of_2(segment))
-    segments = min(triton.next_power_of_2(groups), max(1, 1024 // block))
-    programs = rows * triton.cdiv(groups, segments)
-    parts = max(1, min(triton.cdiv(512, programs), segment // 4096))
-    stride = 0 if scale.shape[0] == 1 and not group_size else groups
-    tile = {"SEGMENTS": segments, "BLOCK": block}
-    return (programs, parts), [cols, groups, segment, stride, parts], tile
+    tile = _tiling(rows, cols, group_size, x.element_size(), summed)
+    segment = min(group_size or cols, cols)
+    groups = _ceiling(cols, segment)
+    count = rows * groups * tile["PARTS"]
+    stride = 0 if scale.shape[0] == 1 and not group_size else 1
+    sizes = [cols, groups, segment, stride, count]
+    return _ceiling(count, tile["UNITS"]), sizes, {**tile, **_LAUNCH}
 
 
 def fake_quant(
@@ -116,9 +214,9 @@ def fake_quant(
     x, scale = x.contiguous(), scale.float().contiguous()
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        grid, sizes, block = _tiling(x, scale, group_size)
+        programs, sizes, options = _launch(x, scale, group_size, False)
         with torch.cuda.device_of(x):
-            _forward[grid](x, y, scale, bucket, *sizes, bucket.numel() - 1, **block, **_LAUNCH)
+            _forward[(programs,)](x, y, scale, bucket, *sizes, bucket.numel() - 1, **options)
     return y
 
 
@@ -133,12 +231,12 @@ def fake_quant_backward(
     dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx, torch.zeros_like(scale)
-    grid, sizes, block = _tiling(x, scales, group_size)
-    groups, parts = sizes[1], sizes[4]
-    sums = torch.empty((x.shape[0], groups, parts), dtype=torch.float32, device=x.device)
+    programs, sizes, options = _launch(x, scales, group_size, True)
+    parts = options["PARTS"]
+    sums = torch.empty((x.shape[0], sizes[1], parts), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _backward[grid](
-            grad, x, dx, sums, scales, bucket, *sizes, bucket.numel() - 1, **block, **_LAUNCH
+        _backward[(programs,)](
+            grad, x, dx, sums, scales, bucket, *sizes, bucket.numel() - 1, **options
         )
     sums = sums.squeeze(-1) if parts == 1 else sums.sum(-1)
     if sums.shape != scale.shape:  # per tensor

@@ -159,10 +159,13 @@ def fake_quant(device: str) -> None:
              ("uniform", 8, torch.bfloat16), ("lloyd", 3, torch.float32)]  # fmt: skip
     for grid, bits, dtype in kinds:
         bucket, top = grids.bucket(grid, bits), grids.level_max(grid, bits)
-        for rows, cols, granularity in (
-            (3, 7, "channel"), (3, 9, "tensor"), (2, 65, "16"), (2, 65, "32"), (1, 130, "64"),
-            (2, 1030, "channel"), (1, 9001, "tensor"),
-        ):  # fmt: skip
+        shapes = [(3, 7, "channel"), (3, 9, "tensor"), (2, 65, "16"), (2, 65, "32"),
+                  (1, 130, "64"), (2, 1030, "channel"), (1, 9001, "tensor")]  # fmt: skip
+        if bits in (4, 8):
+            # Units across rows: the last program is not full, one begins within a row or a segment.
+            shapes += [(37, 65, "16"), (5, 384, "channel"), (3, 3072, "channel"), (2, 7000, "3000"),
+                       (43, 192, "48")]  # fmt: skip
+        for rows, cols, granularity in shapes:
             scale, group = random_scale(rows, cols, granularity, 1 / top)
             x, grad = torch.randn(rows, cols).to(dtype), torch.randn(rows, cols).to(dtype)
             x[0, :4] = torch.tensor([0.0, float("inf"), -float("inf"), -0.0])
