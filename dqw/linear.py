@@ -121,6 +121,8 @@ class QuantModule(nn.Module):
         self.register_buffer("scale", scale.half() if self.group_size else scale)
         levels = grids.levels(self.spec.grid, self.spec.bits).clone().to(packed.device)
         self.register_buffer("levels", levels)
+        if packed.is_cuda:  # csrc/cuda/gemv.h reads codes before the kernel ahead of it has ended
+            torch.cuda.current_stream(packed.device).synchronize()
 
     def dequantized_weight(self) -> Tensor:
         """Float32 (rows, cols): what the packed codes stand for, or the fake-quantized weight."""

@@ -1,12 +1,17 @@
 """``python -m bench --device cuda`` as far as it goes without a GPU: its shapes, its clock."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import cuda, options, quant_linear, runner
+from bench import cuda, options, plans, quant_linear, runner
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_gpu_is_measured_on_every_whisper() -> None:
@@ -87,3 +92,24 @@ def test_calls_in_a_graph_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cuda.candidate(call, "waiting", graphed=False)(5) == pytest.approx(10e-3)
     assert cuda.not_graphed == {"stubborn": "synchronizes", "waiting": "it waits for the GPU"}
     cuda.not_graphed.clear()
+
+
+def test_plans_give_every_warp_a_step() -> None:
+    """``python -m bench.plans``: clusters of 1 to 8 blocks, no warp without columns."""
+    for cols in (64, 384, 512, 1280, 5120):
+        for most in (8, 10):
+            found = list(plans.plans(cols, most))
+            assert found and len(set(found)) == len(found)
+            for shift, warps in found:
+                steps = -(-cols // 128)
+                own = -(-steps // 2**shift)
+                assert 1 <= warps <= min(own, most) and own <= 8 * warps, (cols, shift, warps)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures on a GPU")
+def test_plans_without_a_gpu_are_one_sentence() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.plans"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 2 and "needs an NVIDIA GPU" in done.stderr
+    assert "Traceback" not in done.stderr

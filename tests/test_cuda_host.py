@@ -76,7 +76,7 @@ def gemv(
     bits: int,
     group: int,
     gelu: bool = False,
-    processors: int = 2,
+    processors: int = 132,
 ) -> list[Tensor]:
     """parts: (weight, scale, bias, rows) of up to three matrices."""
     m, cols = x.shape
@@ -124,7 +124,7 @@ def test_identity_gives_the_exact_weight(library, bits: int, dtype: torch.dtype)
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_error_is_at_most_twice_the_plain_one(library, dtype: torch.dtype) -> None:
-    shapes = [(1, 1, 8), (1, 33, 1032), (3, 7, 6152), (16, 9, 640), (9, 16, 128), (5, 8, 72)]
+    shapes = [(1, 1, 8), (1, 33, 1032), (3, 7, 6152), (16, 9, 640), (9, 40, 1416), (5, 8, 72)]
     for n, (m, rows, cols) in enumerate(shapes):
         bits, group = (4, 2, 3, 5, 6, 4)[n], GROUPS[n % 5]
         levels = grids.levels("apot", bits)
@@ -156,6 +156,20 @@ def test_three_projections_in_one_launch(library, group: int) -> None:
         want = reference.quant_linear(x, weight, scale, levels, bias, rows, 4, group, False)
         assert torch.equal(y, alone)
         torch.testing.assert_close(y, want, rtol=2e-3, atol=2e-2)
+
+
+def test_how_columns_are_shared(library) -> None:
+    """Whisper's shapes on 132 processors; a card without clusters has none."""
+    for rows, cols, most, clusters, want in (
+        (1280, 1280, 10, 8, (0, 10)), (5120, 1280, 10, 8, (0, 10)), (1280, 5120, 10, 8, (2, 10)),
+        (1280, 5120, 8, 8, (3, 5)), (51866, 1280, 10, 8, (0, 4)), (4096, 4096, 10, 8, (1, 8)),
+        (384, 384, 10, 8, (0, 3)), (1280, 5120, 10, 1, (0, 10)), (32, 64, 10, 8, (0, 1)),
+    ):  # fmt: skip
+        found = library.dqw_plan(-(-rows // 32), -(-cols // 64), most, 132, clusters)
+        assert divmod(found, 100) == want, (rows, cols, most, divmod(found, 100))
+    for blocks in range(300):
+        shift, warps = divmod(library.dqw_plan(3, blocks, 10, 132, 8), 100)
+        assert 1 <= warps <= 10 and shift <= 3
 
 
 def test_gelu_is_the_exact_one(library) -> None:

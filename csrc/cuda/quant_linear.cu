@@ -30,6 +30,13 @@ using torch::stable::Tensor;
 
 bool divides(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
+Plan forced = {};  // by bench/plans.py; no warps: none
+
+void force_plan(int64_t cluster_shift, int64_t warps) {
+    DQW_CHECK(cluster_shift >= 0 && cluster_shift <= 3 && warps >= 0, "there is no such plan");
+    forced = {static_cast<int>(cluster_shift), static_cast<int>(warps)};
+}
+
 struct Card {
     int processors;
     bool hopper;  // or later: clusters, and kernels that start before their predecessor ends
@@ -118,8 +125,12 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     if (tiles == 0 || a.m == 0) return ys;
 
     const Card card = card_of(x.get_device_index());
-    const Plan plan = plan_of(tiles, a.blocks, most_warps(bits, a.m <= 8 ? 1 : 2), card.processors,
-                              card.hopper ? kMostCluster : 1);
+    Plan plan = plan_of(tiles, a.blocks, most_warps(bits, a.m <= 8 ? 1 : 2), card.processors,
+                        card.hopper ? kMostCluster : 1);
+    if (forced.warps) plan = forced;
+    DQW_CHECK(plan.warps <= most_warps(bits, a.m <= 8 ? 1 : 2) &&
+                  (1 << plan.cluster_shift) <= (card.hopper ? kMostCluster : 1),
+              "the forced plan has more warps or blocks than this kernel and card have");
     a.cluster_shift = plan.cluster_shift;
     cudaLaunchConfig_t config = {};
     config.gridDim = tiles << plan.cluster_shift;
@@ -149,6 +160,11 @@ STABLE_TORCH_LIBRARY(dqw_cuda, m) {
     m.def(
         "gemv(Tensor x, Tensor[] weights, Tensor[] scales, Tensor levels, Tensor[] biases, "
         "int[] rows, int bits, int group_size, bool gelu) -> Tensor[]");
+    m.def("force_plan(int cluster_shift, int warps) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dqw_cuda, CompositeExplicitAutograd, m) {
+    m.impl("force_plan", TORCH_BOX(&dqw::force_plan));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dqw_cuda, CUDA, m) { m.impl("gemv", TORCH_BOX(&dqw::gemv_operator)); }

@@ -15,4 +15,10 @@ extern "C" int dqw_gemv(dqw::Gemv* a, int bits, int group, int bfloat16, int pro
                     : dqw::with_kernel<__half, true>(*a, bits, group, run);
 }
 
+// → cluster_shift * 100 + warps
+extern "C" int dqw_plan(int tiles, int blocks, int most, int processors, int clusters) {
+    const dqw::Plan plan = dqw::plan_of(tiles, blocks, most, processors, clusters);
+    return plan.cluster_shift * 100 + plan.warps;
+}
+
 extern "C" int dqw_gemv_size() { return sizeof(dqw::Gemv); }
