@@ -1,6 +1,6 @@
 """csrc/cuda's kernel without a GPU: run on CPU threads under a shim, and compiled by nvcc.
 
-The very source that a GPU runs, gemv.h and what it includes, is compiled by the host's compiler with
+The very source that a GPU runs, gemv.h and its parts, is compiled by the host's compiler with
 tests/cuda_host/shim.h in the place of CUDA: every code path against the reference. Where nvcc is,
 it is compiled for sm_80 and sm_90a too: no spills, 16-byte loads, at most 16 instructions for 8
 decoded weights.
