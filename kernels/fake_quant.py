@@ -21,6 +21,7 @@ Every grid goes through its table: an H100's L1 caches answer about 7 lookups in
 its memory moves one element of a float16 forward pass, so arithmetic would gain nothing.
 """
 
+import functools
 import math
 
 import torch
@@ -195,16 +196,22 @@ def _tiling(rows: int, cols: int, group_size: int, element_bytes: int, summed: b
     }
 
 
-def _launch(x: Tensor, scale: Tensor, group_size: int, summed: bool) -> tuple[int, list[int], dict]:
+@functools.lru_cache(maxsize=4096)  # a training step waits for Python, and asks for each layer
+def _launch(
+    rows: int, cols: int, group_size: int, element_bytes: int, summed: bool, per_tensor: bool
+) -> tuple[int, tuple[int, ...], dict]:
     """Programs; (cols, groups, segment, scale_stride, count); tile and options."""
-    rows, cols = x.shape
-    tile = _tiling(rows, cols, group_size, x.element_size(), summed)
+    tile = _tiling(rows, cols, group_size, element_bytes, summed)
     segment = min(group_size or cols, cols)
     groups = _ceiling(cols, segment)
     count = rows * groups * tile["PARTS"]
-    stride = 0 if scale.shape[0] == 1 and not group_size else 1
-    sizes = [cols, groups, segment, stride, count]
+    sizes = (cols, groups, segment, 0 if per_tensor else 1, count)
     return _ceiling(count, tile["UNITS"]), sizes, {**tile, **_LAUNCH}
+
+
+def _launch_for(x: Tensor, scale: Tensor, group_size: int, summed: bool) -> tuple:
+    per_tensor = scale.shape[0] == 1 and not group_size
+    return _launch(*x.shape, group_size, x.element_size(), summed, per_tensor)
 
 
 def fake_quant(
@@ -214,7 +221,7 @@ def fake_quant(
     x, scale = x.contiguous(), scale.float().contiguous()
     y = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        programs, sizes, options = _launch(x, scale, group_size, False)
+        programs, sizes, options = _launch_for(x, scale, group_size, False)
         with torch.cuda.device_of(x):
             _forward[(programs,)](x, y, scale, bucket, *sizes, bucket.numel() - 1, **options)
     return y
@@ -231,7 +238,7 @@ def fake_quant_backward(
     dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx, torch.zeros_like(scale)
-    programs, sizes, options = _launch(x, scales, group_size, True)
+    programs, sizes, options = _launch_for(x, scales, group_size, True)
     parts = options["PARTS"]
     sums = torch.empty((x.shape[0], sizes[1], parts), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
