@@ -228,9 +228,17 @@ def run() -> None:
 
 
 def exit_with_a_sentence(command: Callable[[], object]) -> None:
-    """Exit code 2 and one sentence for a mistake; 130 for Ctrl-C."""
+    """Exit code 2 and one sentence for a mistake; 1 and one where a GPU stops; 130 for Ctrl-C."""
     try:
         command()
+    except torch.AcceleratorError as error:  # nothing runs on that GPU in this process any more
+        why = (str(error).splitlines() or ["no reason given"])[0]
+        err.print(
+            f"Error: the GPU stopped ({why}); another package's kernel can do that, too: run again "
+            "with --peers none, then with one peer at a time. --json has what was measured.",
+            style="red", markup=False, soft_wrap=True,
+        )  # fmt: skip
+        raise SystemExit(1) from None
     except UserError as error:
         err.print(f"Error: {error}", style="red", markup=False, soft_wrap=True)
         raise SystemExit(2) from None

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import cuda, options, plans, quant_linear, runner
+from bench.__main__ import exit_with_a_sentence
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,3 +114,13 @@ def test_plans_without_a_gpu_are_one_sentence() -> None:
     )
     assert done.returncode == 2 and "needs an NVIDIA GPU" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_gpu_that_stops_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nMore")
+
+    with pytest.raises(SystemExit) as stop:
+        exit_with_a_sentence(command)
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and "illegal memory access" in said and "--peers none" in said
