@@ -55,7 +55,8 @@ def _stored(scale: Tensor, window: Tensor | None) -> Tensor:
     """``scale`` as a packed layer would keep it; groups have a ``window``."""
     if window is None:
         return scale.clamp(min=SMALLEST_SCALE)
-    # A GPU's NaN, 0x7fffffff, would be rounded to -0, and a diverged layer to zeros: add it back.
+    # A GPU's NaN, 0x7fffffff, would be rounded to -0, and a diverged layer to zeros: add it back
+    # (as infinity times 0 does, too).
     return round_scales(scale.clamp(*window.unbind())).add(scale, alpha=0)
 
 

@@ -81,6 +81,7 @@ class QuantModule(nn.Module):
         """Scales as they are stored → as the kernels read them; nothing to do a second time."""
         if self.frozen and self.scale.dtype == torch.uint8:
             self.scale = unpack_scales(self.scale, self.rows, self.groups)
+            _wait_until_written(self.scale)
 
     def _active_quantizer(self) -> FakeQuantize | None:
         return self.quantizer if self.chosen else self.rest_quantizer
@@ -121,8 +122,7 @@ class QuantModule(nn.Module):
         self.register_buffer("scale", scale.half() if self.group_size else scale)
         levels = grids.levels(self.spec.grid, self.spec.bits).clone().to(packed.device)
         self.register_buffer("levels", levels)
-        if packed.is_cuda:  # csrc/cuda/gemv.h reads codes before the kernel ahead of it has ended
-            torch.cuda.current_stream(packed.device).synchronize()
+        _wait_until_written(packed)
 
     def dequantized_weight(self) -> Tensor:
         """Float32 (rows, cols): what the packed codes stand for, or the fake-quantized weight."""
@@ -197,6 +197,12 @@ class QuantLinear(QuantModule):
         if int8 and self._active_quantizer() is not None:
             x = ops.fake_quant_activation(x)
         return F.linear(x, self.weight_for(x), self.bias)
+
+
+def _wait_until_written(codes: Tensor) -> None:
+    """csrc/cuda/gemv.h reads codes and scales before the kernel ahead of it has ended."""
+    if codes.is_cuda:
+        torch.cuda.current_stream(codes.device).synchronize()
 
 
 def packed_linear(module: QuantModule, x: Tensor, bias: Tensor | None) -> Tensor:

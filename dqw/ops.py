@@ -226,7 +226,8 @@ _load_cpu_kernels()
 def _cpu_fake_quant_as(
     x: Tensor, scale: Tensor, bucket: Tensor, group_size: int, dtype: torch.dtype
 ) -> Tensor:
-    return torch.ops.dqw.fake_quant(x, scale, bucket, group_size).to(dtype)
+    with torch._C._AutoDispatchBelowAutograd():  # no gradient of its own, as on a GPU
+        return torch.ops.dqw.fake_quant(x, scale, bucket, group_size).to(dtype)
 
 
 if not _cpu_reason:

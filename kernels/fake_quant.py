@@ -171,6 +171,8 @@ def _tiling(rows: int, cols: int, group_size: int, element_bytes: int, summed: b
 
     The block is the widest one of those that need the least padding, in few pieces.
     """
+    if element_bytes not in FORWARD:
+        raise ValueError("x must be float32, float16 or bfloat16")
     elements, warps = (BACKWARD if summed else FORWARD)[element_bytes]
     segment = min(group_size or cols, cols)
     few = [b for b in BLOCKS if b * MOST_PIECES >= segment]

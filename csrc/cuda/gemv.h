@@ -133,11 +133,11 @@ __global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES), kAtOnce) gemv(
     // In the end a lane writes a row of W for some rows of x.
     const int n = tile * kTile + lane;
     float row_scale = 1, bias = 0;
-    if (n < w.rows) {
-        if (!GROUPED) row_scale = reinterpret_cast<const float*>(w.scale)[n * w.scale_stride];
-        if (w.bias) bias = to_float(reinterpret_cast<const T*>(w.bias)[n]);
+    if (!GROUPED && n < w.rows) {
+        row_scale = reinterpret_cast<const float*>(w.scale)[n * w.scale_stride];
     }
-    wait_for_previous();  // weights do not depend on it, x does
+    wait_for_previous();  // weights do not depend on it; x does, and a bias that was just cast
+    if (w.bias && n < w.rows) bias = to_float(reinterpret_cast<const T*>(w.bias)[n]);
 
     float total[2][X_TILES][4] = {};
     const uint16_t* x[X_TILES];
