@@ -106,7 +106,11 @@ def _is_new_enough(device: torch.device) -> bool:
 def gemv_serves(
     x: Tensor, weights: list[Tensor], scales: list[Tensor], bits: int, group_size: int
 ) -> bool:
-    """Whether the CUDA C++ kernel takes these layers: what csrc/cuda/quant_linear.cu demands."""
+    """Whether the CUDA C++ kernel takes these layers: what csrc/cuda/quant_linear.cu demands.
+
+    It reads weights and scales before the kernel ahead of it in the stream has ended: who writes
+    them on the GPU waits for it, as ``QuantModule.freeze`` does.
+    """
     return (
         not gemv_reason
         and _is_new_enough(x.device)
@@ -117,6 +121,7 @@ def gemv_serves(
         and (x.data_ptr() % 16 == 0 or not x.is_contiguous())
         and all(w.data_ptr() % 16 == 0 for w in weights)
         and all(s.dtype == (torch.float16 if group_size else torch.float32) for s in scales)
+        and all(s.is_contiguous() for s in scales)  # a copy would not be ready when it is read
     )
 
 
@@ -140,9 +145,7 @@ def quant_linears(
         _check_packed(w, s, levels, n, cols, bits, group_size)
     flat = x.reshape(x.shape[:-1].numel(), cols).contiguous()
     given = [x.new_empty(0) if b is None else b.to(x.dtype).contiguous() for b in biases]
-    ys = torch.ops.dqw_cuda.gemv(
-        flat, weights, [s.contiguous() for s in scales], levels, given, rows, bits, group_size, gelu
-    )
+    ys = torch.ops.dqw_cuda.gemv(flat, weights, scales, levels, given, rows, bits, group_size, gelu)
     return [y.view(*x.shape[:-1], n) for y, n in zip(ys, rows, strict=True)]
 
 

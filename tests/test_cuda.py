@@ -70,6 +70,56 @@ def test_case_gemv_error(m: int, gelu: bool) -> None:
     assert off <= 2 * allowed + torch.finfo(torch.float16).eps * exact.abs().max() / 2
 
 
+@pytest.mark.parametrize("m", [1, 16])
+def test_case_gemv_plans(m: int) -> None:
+    """Columns shared by one block or up to eight, in one round or several, of three matrices."""
+    bits, cols, rows, levels = 4, 2624, [96, 40, 33], grids.levels("apot", 4)
+    weights = [random_weight(n, cols, bits, levels)[0].cuda() for n in rows]
+    scales = [packing.round_scales(random_scale(n, cols, "64", 0.1)[0]).half() for n in rows]
+    scales, x = [s.cuda() for s in scales], torch.randn(m, cols).half().cuda()
+    args = (x, weights, scales, levels.cuda(), [None] * 3, rows, bits, 64, False)
+    plans = [(0, 0), (0, 8), (0, 5), (1, 8), (2, 3), (3, 1), (3, 3)]
+    try:
+        for plan in plans:
+            torch.ops.dqw_cuda.force_plan(*plan)
+            for y, w, s, n in zip(ops.quant_linears(*args), weights, scales, rows, strict=True):
+                matrix = reference.dequantize(w.cpu(), s.cpu(), levels, n, cols, bits, 64)
+                exact = x.cpu().double() @ matrix.double().T
+                plain = torch.nn.functional.linear(x, matrix.half().cuda())
+                off, allowed = ((t.cpu() - exact).abs().max() for t in (y, plain))
+                floor = torch.finfo(torch.float16).eps * exact.abs().max() / 2
+                assert off <= 2 * allowed + floor, (plan, n)
+    finally:
+        torch.ops.dqw_cuda.force_plan(0, 0)
+
+
+def test_case_gemv_after_gemv() -> None:
+    """A chain in a graph, where each starts before the one whose y it reads has ended."""
+    levels = grids.levels("apot", 4)
+    layers = [
+        (random_weight(64, 64, 4, levels)[0].cuda(), torch.full((64, 1), 0.03).cuda())
+        for _ in range(20)
+    ]
+    x, table = torch.randn(1, 64).half().cuda(), levels.cuda()
+
+    def chain(wait: bool) -> Tensor:
+        y = x
+        for w, s in layers:
+            y = ops.quant_linear(y, w, s, table, None, 64, 4, 0, False)
+            if wait:
+                torch.cuda.synchronize()
+        return y
+
+    want = chain(True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = chain(False)
+    for _ in range(10):
+        got.zero_()
+        graph.replay()
+        assert torch.equal(got, want) and got.isfinite().all()
+
+
 def arguments(bits: int, granularity: str, int8: bool, m: int, dtype: torch.dtype) -> tuple:
     levels = grids.levels("apot", bits)
     weight, _ = random_weight(64, 192, bits, levels)

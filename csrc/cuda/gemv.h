@@ -54,9 +54,11 @@ struct Plan {
 };
 
 // most: most_warps. From `python -m bench.plans` on an H100, 2026-11-27: a cluster serves where a
-// block would have more than 10 steps, until there are 1.5 blocks a processor (5120 -> 1280: 3.3 us
-// for 4.6 without). Where tiles are many, four warps of several rounds have less to set up and to
-// add than ten of one (1280 -> 51866: 14.8 us for 18.9).
+// block would have more than 10 steps, until every step has a warp or there are 1.5 blocks a
+// processor (5120 -> 1280: 3.3 us for 4.6 without). Steps left over go to the first warps once
+// more: 8 and 2 take less than 5 and 5 (16 x 1280 -> 5120: 4.7 us for 5.7). Where tiles are many,
+// four warps of several rounds have less to set up and to add than ten of one (1280 -> 51866: 14.8
+// us for 18.9).
 inline Plan plan_of(int tiles, int blocks, int most, int processors, int clusters) {
     const int steps = (blocks + 1) / 2;
     Plan p = {0, 1};
@@ -66,8 +68,8 @@ inline Plan plan_of(int tiles, int blocks, int most, int processors, int cluster
         p.cluster_shift++;
         own = (steps + (1 << p.cluster_shift) - 1) >> p.cluster_shift;
     }
-    const int warps = tiles > 4 * processors ? 4 : most, rounds = (own + warps - 1) / warps;
-    if (rounds) p.warps = (own + rounds - 1) / rounds;
+    const int warps = tiles > 4 * processors ? 4 : most;
+    if (own > 0) p.warps = own < warps ? own : warps;
     return p;
 }
 

@@ -15,6 +15,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -33,24 +34,35 @@ bool divides(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(
 Plan forced = {};  // by bench/plans.py; no warps: none
 
 void force_plan(int64_t cluster_shift, int64_t warps) {
-    DQW_CHECK(cluster_shift >= 0 && cluster_shift <= 3 && warps >= 0, "there is no such plan");
+    DQW_CHECK(cluster_shift >= 0 && cluster_shift <= 3 && warps >= 0 && warps <= 10,
+              "there is no such plan");
     forced = {static_cast<int>(cluster_shift), static_cast<int>(warps)};
 }
 
 struct Card {
     int processors;
-    bool hopper;  // or later: clusters, and kernels that start before their predecessor ends
+    // Compiled for sm_90 or later and running there: clusters, and kernels that start before their
+    // predecessor ends. Code for sm_80 runs on later cards too, but has neither.
+    bool hopper;
 };
 
 Card card_of(int device) {
-    static Card known[64] = {};  // asking takes a microsecond; two threads would write the same
-    Card card = device < 64 ? known[device] : Card{};
-    if (card.processors == 0) {
-        int major = 0;
-        cudaDeviceGetAttribute(&card.processors, cudaDevAttrMultiProcessorCount, device);
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-        card.hopper = major >= 9;
-        if (device < 64) known[device] = card;
+    constexpr int kKnown = 64;  // asking takes microseconds
+    static Card known[kKnown];
+    static std::atomic<bool> asked[kKnown];
+    if (device < kKnown && asked[device].load(std::memory_order_acquire)) return known[device];
+    Card card = {};
+    int major = 0;
+    cudaFuncAttributes code = {};
+    cudaDeviceGetAttribute(&card.processors, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (cudaFuncGetAttributes(&code, gemv<__half, 4, false, 1>) != cudaSuccess) {
+        cudaGetLastError();  // no code for this card: the launch will say so
+    }
+    card.hopper = major >= 9 && code.ptxVersion >= 90;
+    if (device < kKnown) {  // two threads would write the same
+        known[device] = card;
+        asked[device].store(true, std::memory_order_release);
     }
     return card;
 }
@@ -63,7 +75,8 @@ Matrix matrix_of(const Tensor& x, const Tensor& weight, const Tensor& scale, con
     DQW_CHECK(weight.get_device_index() == here && scale.get_device_index() == here &&
                   bias.get_device_index() == here,
               "weight, scale and bias must be on the device of x: move the model to it");
-    DQW_CHECK(weight.is_contiguous() && weight.numel() == rows * ((cols + 63) / 64) * 8 * bits,
+    DQW_CHECK(weight.scalar_type() == ScalarType::Byte && weight.is_contiguous() &&
+                  weight.numel() == rows * ((cols + 63) / 64) * 8 * bits,
               "packed weight has the wrong size");
     DQW_CHECK(divides(weight.const_data_ptr(), 16), "packed weight must be aligned to 16 bytes");
     DQW_CHECK(scale.is_contiguous() && scale.dim() == 2 && scale.size(1) == groups &&
@@ -143,12 +156,12 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     attributes[1].val.clusterDim = {1u << plan.cluster_shift, 1, 1};
     config.attrs = attributes;
     config.numAttrs = !card.hopper ? 0 : plan.cluster_shift > 0 ? 2 : 1;
-    const auto launch = [&](auto kernel) { cudaLaunchKernelEx(&config, kernel, a); };
+    cudaError_t error = cudaSuccess;
+    const auto launch = [&](auto kernel) { error = cudaLaunchKernelEx(&config, kernel, a); };
     const int b = static_cast<int>(bits), g = static_cast<int>(group);
     const bool served = bfloat16 ? with_kernel<__nv_bfloat16, false>(a, b, g, launch)
                                  : with_kernel<__half, true>(a, b, g, launch);
     DQW_CHECK(served, "no kernel for ", bits, " bits in groups of ", group);
-    const cudaError_t error = cudaGetLastError();
     DQW_CHECK(error == cudaSuccess, "dqw_cuda::gemv: ", cudaGetErrorString(error));
     return ys;
 }

@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <barrier>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -112,8 +113,13 @@ V load_once(const V* p, bool exists) {
     return v;
 }
 
+inline thread_local bool waited;  // for the predecessor, which writes x
 template <int OFFSET>
 uint4 load_x(const uint16_t* p, bool exists) {
+    if (!waited) {
+        std::fprintf(stderr, "x is read before the kernel that writes it has ended\n");
+        std::abort();
+    }
     return load_once(reinterpret_cast<const uint4*>(p + OFFSET / 2), exists);
 }
 inline uint32_t hidden_zero(const void*) { return 0; }
@@ -131,11 +137,15 @@ inline void send_to_first(float* parts, int size, int index, float v, uint64_t*)
     to_come -= 4;
 }
 inline void receive(uint64_t*) {
-    while (to_come > 0) std::this_thread::yield();
+    const auto start = std::chrono::steady_clock::now();
+    while (to_come > 0) {
+        std::this_thread::yield();
+        if (std::chrono::steady_clock::now() - start > std::chrono::minutes(2)) std::abort();
+    }
     if (to_come < 0) std::abort();
 }
-inline void let_next_start() {}
-inline void wait_for_previous() {}
+inline void let_next_start() { waited = false; }
+inline void wait_for_previous() { waited = true; }
 
 inline uint32_t or_of_warp(uint32_t v) {
     static uint32_t of[64 * kBlocksAtOnce][32];  // [warp][lane]
