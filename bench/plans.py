@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
 
-from bench import cuda, options, table, timing
+from bench import options, table, timing
 from bench.__main__ import exit_with_a_sentence
 from bench.calls import packed_matrix, size
-from bench.rows import Problem
+from bench.rows import Problem, write
 from dqw import ops, ops_cuda
 from dqw.errors import UserError
 
@@ -29,6 +29,7 @@ SHAPES = (
     (1280, 5120), (5120, 1280), (4096, 4096), (1280, 51866),
 )  # fmt: skip
 STEP = 128  # columns
+MOST_WARPS = (10, 8)  # of 4 bits in csrc/cuda/gemv.h: up to 8 rows of x, and more
 
 
 def plans(cols: int, most: int) -> Iterator[tuple[int, int]]:
@@ -41,24 +42,14 @@ def plans(cols: int, most: int) -> Iterator[tuple[int, int]]:
                 yield shift, warps
 
 
-def microseconds(make: timing.Call, weight_bytes: int, cold: bool) -> float:
-    run = cuda.candidate(timing.rotated(make, weight_bytes, cold))
-    run(20)
-    return sorted(run(100) / 100 for _ in range(5))[2] * 1e6
-
-
-def measure(rows: int, cols: int, out: int, group_size: int) -> Iterator[dict]:
-    """A row for float16, then one for plan_of's choice (no plan), then one for every plan."""
-    x = torch.randn(rows, cols, device="cuda", dtype=torch.float16)
+def measure(rows: int, cols: int, out: int, group_size: int, device: str = "cuda") -> list[dict]:
+    """float16, then plan_of's choice, then every plan: seconds, hot and cold, timed in turns."""
+    x = torch.randn(rows, cols, device=device, dtype=torch.float16)
     problem = Problem("quant_linear", rows, cols, out, 4, "apot", group_size, "float", "float16",
-                      "cuda")  # fmt: skip
+                      device)  # fmt: skip
     weight, scale, levels = packed_matrix(problem)
     exact = ops.dequantize(weight, scale, levels, out, cols, 4, group_size)
     want, half = x.float() @ exact.T, exact.half()
-    shape = {"M": rows, "K": cols, "N": out, "group_size": group_size}
-
-    def timed(make: timing.Call, weight_bytes: int) -> dict:
-        return {name: microseconds(make, weight_bytes, name == "cold") for name in ("hot", "cold")}
 
     def float16() -> timing.Call:
         own = half.clone()
@@ -68,16 +59,24 @@ def measure(rows: int, cols: int, out: int, group_size: int) -> Iterator[dict]:
         w, s = weight.clone(), scale.clone()
         return lambda: ops.quant_linear(x, w, s, levels, None, out, 4, group_size, False)
 
-    yield {**shape, "plan": "float16", **timed(float16, size(half))}
-    chosen = [(0, 0), *plans(cols, 8 if rows > 8 else 10)]
-    try:
-        for plan in chosen:
-            torch.ops.dqw_cuda.force_plan(*plan)
-            error = ((packed()() - want).abs().max() / want.abs().max()).item()
-            name = f"{1 << plan[0]} x {plan[1]}" if plan[1] else "plan_of"
-            yield {**shape, "plan": name, **timed(packed, size(weight, scale)), "error": error}
-    finally:
-        torch.ops.dqw_cuda.force_plan(0, 0)
+    errors: dict[str, float] = {}
+    timings: dict[str, dict[str, float]] = {}
+    for where in ("hot", "cold"):
+        call = timing.rotated(float16, size(half), where == "cold")
+        candidates = {"float16": timing.local(call, device, "float16")}
+        try:  # a graph holds the plan that it was captured with
+            for plan in [(0, 0), *plans(cols, MOST_WARPS[rows > 8])]:
+                name = f"{1 << plan[0]} x {plan[1]}" if plan[1] else "plan_of"
+                torch.ops.dqw_cuda.force_plan(*plan)
+                errors[name] = ((packed()() - want).abs().max() / want.abs().max()).item()
+                call = timing.rotated(packed, size(weight, scale), where == "cold")
+                candidates[name] = timing.local(call, device, name)
+        finally:
+            torch.ops.dqw_cuda.force_plan(0, 0)
+        for name, found in timing.time_interleaved(candidates, quick=True).items():
+            timings.setdefault(name, {})[where] = found.p50
+    shape = {"M": rows, "K": cols, "N": out, "group_size": group_size}
+    return [{**shape, "plan": n, **t, "error": errors.get(n)} for n, t in timings.items()]
 
 
 def main(
@@ -93,17 +92,16 @@ def main(
     named = options.parse_shapes(shapes)
     rows: list[dict] = []
     console = Console()
+    machine = table.machine(options.Options(device="cuda"), False)
     for m, k, n in named or [(m, k, n) for k, n in SHAPES for m in (1, 16)]:
-        found = list(measure(m, k, n, group_size))
+        found = measure(m, k, n, group_size)
         rows += found
         view = Table("plan", "hot us", "cold us", title=f"{m} x {k} -> {n}, groups {group_size}")
         for row in (*found[:2], *sorted(found[2:], key=lambda r: r["hot"])[:5]):
-            view.add_row(row["plan"], f"{row['hot']:.2f}", f"{row['cold']:.2f}")
+            view.add_row(row["plan"], *(f"{row[where] * 1e6:.2f}" for where in ("hot", "cold")))
         console.print(view)
-        if json_file:
-            o = options.Options(device="cuda")
-            text = json.dumps({"machine": table.machine(o, False), "rows": rows}, indent=1)
-            json_file.write_text(text + "\n")
+        if json_file:  # at every shape: a run that is cut off has lost nothing
+            write(json_file, json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

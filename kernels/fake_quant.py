@@ -29,9 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a program and its warps, by bytes an element, as an H100 was fastest with 3072 x 768
-# (2026-11-27; 1024 to 4096 elements and 1 to 8 warps lie within 20 %). A longer unit is a program
-# of its own, with up to MOST_WARPS.
+# Elements of a program and its warps, by bytes an element, as an H100 was fastest or nearly so with
+# 768 x 768 and 3072 x 768 (2026-11-27, of 1024 to 4096 elements by 1 to 8 warps). A longer unit is
+# a program of its own, with up to MOST_WARPS.
 FORWARD = {4: (1024, 4), 2: (2048, 2)}
 BACKWARD = {4: (1024, 4), 2: (1024, 4)}
 MOST_WARPS = 8
@@ -48,10 +48,10 @@ _PLAIN = ["count", "last"]
 
 
 @triton.jit
-def _units(cols, groups, segment, count, UNITS: tl.constexpr, LENGTH: tl.constexpr,
-           PARTS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
+def _units(scale_ptr, cols, groups, segment, scale_stride, count, UNITS: tl.constexpr,
+           LENGTH: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
     """A program's units: where its elements begin, where each unit does after that, the unit's
-    columns, whether it exists; the program's first segment, and each unit's counted from there.
+    columns, whether it exists, and its scale, (UNITS, 1).
 
     64 bits only where it is once a program, or rare: RAGGED, if not every unit has LENGTH columns.
     """
@@ -71,7 +71,9 @@ def _units(cols, groups, segment, count, UNITS: tl.constexpr, LENGTH: tl.constex
         columns = tl.full((UNITS,), LENGTH, tl.int32)
         begin = first * LENGTH
         offset = lane * LENGTH
-    return begin, offset, columns, exists, first // PARTS, segments
+    scale_ptr += first // PARTS * scale_stride
+    scale = tl.load(scale_ptr + segments * scale_stride, mask=exists, other=1.0)[:, None]
+    return begin, offset, columns, exists, scale
 
 
 @triton.jit
@@ -106,10 +108,9 @@ def _sign(x):
 def _forward(x_ptr, y_ptr, scale_ptr, bucket_ptr, cols, groups, segment, scale_stride, count, last,
              UNITS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr,
              RAGGED: tl.constexpr):  # fmt: skip
-    begin, offset, columns, exists, before, segments = _units(
-        cols, groups, segment, count, UNITS, PIECES * BLOCK, PARTS, RAGGED)  # fmt: skip
-    scale_ptr += before * scale_stride
-    scale = tl.load(scale_ptr + segments * scale_stride, mask=exists, other=1.0)[:, None]
+    begin, offset, columns, exists, scale = _units(
+        scale_ptr, cols, groups, segment, scale_stride, count, UNITS, PIECES * BLOCK, PARTS,
+        RAGGED)  # fmt: skip
     loaded, levels = (), ()
     for piece in tl.static_range(PIECES):
         loaded += (_load(x_ptr + begin, offset, columns, exists, piece * BLOCK, BLOCK, RAGGED),)
@@ -128,10 +129,9 @@ def _forward(x_ptr, y_ptr, scale_ptr, bucket_ptr, cols, groups, segment, scale_s
 def _backward(grad_ptr, x_ptr, dx_ptr, dscale_ptr, scale_ptr, bucket_ptr, cols, groups, segment,
               scale_stride, count, last, UNITS: tl.constexpr, BLOCK: tl.constexpr,
               PIECES: tl.constexpr, PARTS: tl.constexpr, RAGGED: tl.constexpr):  # fmt: skip
-    begin, offset, columns, exists, before, segments = _units(
-        cols, groups, segment, count, UNITS, PIECES * BLOCK, PARTS, RAGGED)  # fmt: skip
-    scale_ptr += before * scale_stride
-    scale = tl.load(scale_ptr + segments * scale_stride, mask=exists, other=1.0)[:, None]
+    begin, offset, columns, exists, scale = _units(
+        scale_ptr, cols, groups, segment, scale_stride, count, UNITS, PIECES * BLOCK, PARTS,
+        RAGGED)  # fmt: skip
     loaded, levels = (), ()
     for piece in tl.static_range(PIECES):
         x = _load(x_ptr + begin, offset, columns, exists, piece * BLOCK, BLOCK, RAGGED)[0]

@@ -5,11 +5,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import cuda, options, plans, quant_linear, runner
+from bench import cuda, options, plans, quant_linear, runner, timing
 from bench.__main__ import exit_with_a_sentence
 
 ROOT = Path(__file__).parent.parent
@@ -105,6 +106,21 @@ def test_plans_give_every_warp_a_step() -> None:
                 steps = -(-cols // 128)
                 own = -(-steps // 2**shift)
                 assert 1 <= warps <= min(own, most) and own <= 8 * warps, (cols, shift, warps)
+
+
+def test_every_plan_is_forced_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, whose kernel knows no plans: float16, plan_of's and each plan, hot and cold."""
+    forced: list[tuple[int, int]] = []
+    stub = SimpleNamespace(force_plan=lambda *plan: forced.append(plan))
+    monkeypatch.setattr(torch.ops, "dqw_cuda", stub, raising=False)
+    monkeypatch.setattr(timing, "last_level_cache", lambda: 2**16)
+    rows = plans.measure(1, 256, 64, 16, "cpu")
+    every = list(plans.plans(256, 10))
+    names = ["float16", "plan_of", *(f"{1 << shift} x {warps}" for shift, warps in every)]
+    assert [row["plan"] for row in rows] == names
+    assert forced == [(0, 0), *every, (0, 0)] * 2
+    assert all(row["hot"] > 0 and row["cold"] > 0 for row in rows)
+    assert rows[0]["error"] is None and all(row["error"] < 2e-3 for row in rows[1:])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures on a GPU")

@@ -30,6 +30,7 @@ namespace dqw {
 
 constexpr int kTile = 32;        // rows of W
 constexpr int kMost = 16;        // rows of x
+constexpr int kMostWarps = 10;   // of a block
 constexpr int kMostCluster = 8;  // blocks that share a tile
 constexpr int kSumStride = 36;   // of a row of x in sums: no two lanes store to one bank
 
@@ -43,9 +44,9 @@ constexpr int kAtOnce = 1;
 constexpr int kAtOnce = 2;
 #endif
 
-// Warps of a block at most.
+// Warps of a block at most, for registers to suffice.
 __host__ __device__ constexpr int most_warps(int bits, int x_tiles) {
-    return x_tiles == 2 || bits == 3 || bits == 7 ? 8 : 10;
+    return x_tiles == 2 || bits == 3 || bits == 7 ? 8 : kMostWarps;
 }
 
 // How the columns of a tile are shared: by how many blocks, of how many warps.
@@ -63,7 +64,7 @@ inline Plan plan_of(int tiles, int blocks, int most, int processors, int cluster
     const int steps = (blocks + 1) / 2;
     Plan p = {0, 1};
     int own = steps;
-    while (2 << p.cluster_shift <= clusters && own > (p.cluster_shift ? most : 10) &&
+    while (2 << p.cluster_shift <= clusters && own > (p.cluster_shift ? most : kMostWarps) &&
            2 * (tiles << p.cluster_shift) < 3 * processors) {
         p.cluster_shift++;
         own = (steps + (1 << p.cluster_shift) - 1) >> p.cluster_shift;

@@ -34,7 +34,8 @@ bool divides(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(
 Plan forced = {};  // by bench/plans.py; no warps: none
 
 void force_plan(int64_t cluster_shift, int64_t warps) {
-    DQW_CHECK(cluster_shift >= 0 && cluster_shift <= 3 && warps >= 0 && warps <= 10,
+    DQW_CHECK(cluster_shift >= 0 && 1 << cluster_shift <= kMostCluster && warps >= 0 &&
+                  warps <= kMostWarps,
               "there is no such plan");
     forced = {static_cast<int>(cluster_shift), static_cast<int>(warps)};
 }
@@ -138,11 +139,11 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     if (tiles == 0 || a.m == 0) return ys;
 
     const Card card = card_of(x.get_device_index());
-    Plan plan = plan_of(tiles, a.blocks, most_warps(bits, a.m <= 8 ? 1 : 2), card.processors,
-                        card.hopper ? kMostCluster : 1);
-    if (forced.warps) plan = forced;
-    DQW_CHECK(plan.warps <= most_warps(bits, a.m <= 8 ? 1 : 2) &&
-                  (1 << plan.cluster_shift) <= (card.hopper ? kMostCluster : 1),
+    const int most = most_warps(static_cast<int>(bits), a.m <= 8 ? 1 : 2);
+    const int clusters = card.hopper ? kMostCluster : 1;
+    const Plan plan =
+        forced.warps ? forced : plan_of(tiles, a.blocks, most, card.processors, clusters);
+    DQW_CHECK(plan.warps <= most && 1 << plan.cluster_shift <= clusters,
               "the forced plan has more warps or blocks than this kernel and card have");
     a.cluster_shift = plan.cluster_shift;
     cudaLaunchConfig_t config = {};
