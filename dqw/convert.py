@@ -221,13 +221,14 @@ def dequantize(model: nn.Module) -> nn.Module:
     return model
 
 
-def choose_activations(model: nn.Module, activations: str) -> nn.Module:
-    """``set_activations``, or "auto" for those that the model was made with.
+def choose_activations(model: nn.Module, activations: str, device: str = "cpu") -> nn.Module:
+    """``set_activations``, or "auto" for those that suit the device: on a CPU what the model was
+    made with; float on a GPU, where int8 is no faster.
 
     Raises UserError for other words, and where nothing in ``model`` is quantized.
     """
     if activations == "auto":
-        return model
+        return set_activations(model, "float") if device == "cuda" else model
     if not quant_modules(model):
         raise UserError("the model is not packed: leave --activations out, or dqw compress it.")
     return set_activations(model, activations)

@@ -7,6 +7,7 @@ a GPU. Small shapes: the interpreter is slow.
 
 import sys
 
+import decoder_step_cases
 import torch
 from kernel_helpers import random_scale, random_weight
 from torch import Tensor
@@ -198,6 +199,7 @@ def fake_quant(device: str) -> None:
 
 
 CASES = {f.__name__: f for f in (fake_quant, identity, error, int8, edges, tables)}
+CASES |= decoder_step_cases.CASES
 
 if __name__ == "__main__":
     torch.manual_seed(0)

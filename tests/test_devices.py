@@ -12,6 +12,8 @@ import torch
 from whisper_helpers import run_dqw, save_speech, save_tiny
 
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
+from dqw.whisper.fast import FastDecoder
+from dqw.whisper.gpu import GpuDecoder
 
 
 @pytest.fixture
@@ -47,8 +49,12 @@ def test_a_gpu_hears_in_float16(packed: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("dqw.devices.fast_precision", lambda *_: "float32")  # a GPU's is not asked
     monkeypatch.setattr("dqw.devices.best_device", lambda: torch.device("cpu"))
     engine = open_engine(packed, device="cuda")
-    assert isinstance(engine, PlainEngine) and engine.model.dtype == torch.float16
-    assert engine.native() is None and isinstance(open_engine(packed), NativeEngine)
+    assert isinstance(engine, NativeEngine) and isinstance(engine.native(), GpuDecoder)
+    assert engine.model.model.decoder.layer_norm.weight.dtype == torch.float16
+    assert engine.model.model.decoder.layers[0].fc1.spec.activations == "float"
+    assert isinstance(open_engine(packed).native(), FastDecoder)
+    plain = open_engine(packed, beam_size=2, device="cuda")
+    assert isinstance(plain, PlainEngine) and plain.model.dtype == torch.float16
     code, found = run_dqw(
         "transcribe", audio, "--model", packed, "--language", "en", "--device", "cuda"
     )

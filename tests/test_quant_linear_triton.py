@@ -21,6 +21,11 @@ HERE = Path(__file__).parent
 
 @pytest.mark.parametrize("case", ["fake_quant", "identity", "error", "int8", "edges", "tables"])
 def test_in_the_interpreter(case: str) -> None:
+    in_the_interpreter(case)
+
+
+def in_the_interpreter(case: str) -> None:
+    """A case of cuda_cases.py."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", HERE / "cuda_cases.py", case, "cpu"],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(HERE)},
@@ -119,7 +124,10 @@ def compiled(kernel, arch: int, constants: dict, types: dict, **options):  # typ
     for i, name in enumerate(kernel.arg_names):
         kind = "constexpr" if name in constants else (POINTERS | types).get(name, "i32")
         signature[name] = kind
-        if kind[0] == "*" or name == "cols":  # as the launcher specializes Whisper's sizes
+        if kind[0] == "*" or name in (
+            "cols",
+            "width",
+        ):  # as the launcher specializes Whisper's sizes
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     built = compile_for(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -12,6 +12,8 @@ decoder that did it once goes on to its token limit. Other output is left as it 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,6 +21,35 @@ _LONGEST = 32
 _COPIES = 4
 _SPAN = 32
 _EVERY = 8  # steps between two looks; a look costs a copy from the device
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What holds for a window's tokens; the processors below keep to it.
+
+    begin: the prompt's length. longest: tokens that a sequence may have, the prompt included.
+    always, first: tokens that are suppressed, and those that are as the first one. latest: the
+    highest timestamp that may come first, in 0.02 s (None: any).
+    """
+
+    begin: int
+    longest: int
+    end: int
+    first_timestamp: int
+    always: tuple[int, ...] = ()
+    first: tuple[int, ...] = ()
+    timestamps: bool = False
+    latest: int | None = None
+
+    def processors(self) -> list[Any]:
+        """The rules, to be called in this order."""
+        suppress = SuppressTokens(self.always, self.first)
+        suppress.set_begin_index(self.begin)
+        guard = LoopGuard(self.end, self.first_timestamp)
+        if not self.timestamps:
+            return [suppress, guard]
+        times = TimestampRules(self.first_timestamp, self.end, self.latest, self.begin)
+        return [times, suppress, guard]
 
 
 class SuppressTokens:
@@ -94,14 +125,19 @@ class LoopGuard:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if input_ids.shape[1] % _EVERY:
             return scores
-        tails = input_ids[:, -_LONGEST * _COPIES :].tolist()
-        looping = [bool(loop_period(tail, self.first_timestamp)) for tail in tails]
+        looping = [is_loop(row, self.first_timestamp) for row in input_ids.tolist()]
         if any(looping):
             rows = torch.tensor(looping, device=scores.device)
             scores = scores.clone()
             scores[rows] = -torch.inf
             scores[rows, self.end] = 0.0
         return scores
+
+
+def is_loop(tokens: Sequence[int], first_timestamp: int) -> bool:
+    """Whether the guard ends a sequence of these tokens; it looks at every eighth length."""
+    looked_at = len(tokens) % _EVERY == 0
+    return looked_at and bool(loop_period(tokens[-_LONGEST * _COPIES :], first_timestamp))
 
 
 def loop_period(tokens: Sequence[int], first_timestamp: int) -> int:

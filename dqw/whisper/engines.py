@@ -3,7 +3,8 @@
 ``NativeEngine`` reads a packed folder itself and imports no transformers: a third of the time to
 the first word, half of the memory. ``PlainEngine`` is a model and processor of transformers, for
 everything else: float models, layers that the kernels do not take, beams. Where a packed model is
-covered both decode on the same native networks and give the same tokens.
+covered both decode on the same native networks and give the same tokens: those of ``fast`` on a
+CPU, CUDA graphs (``gpu``) on a GPU, which serve float models too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch import Tensor
 
 from dqw.convert import choose_activations, quant_modules
@@ -24,8 +24,9 @@ from dqw.devices import lowered, move_to
 from dqw.whisper.checkpoint import load_whisper, quiet_transformers, read_json, verify_folder
 from dqw.whisper.context import AudioContext, narrowed
 from dqw.whisper.coverage import encoder_uncovered, uncovered
-from dqw.whisper.fast import FastDecoder, Session, fast_decoder, fast_encoder
+from dqw.whisper.fast import FastDecoder, fast_decoder, fast_encoder
 from dqw.whisper.features import LogMel
+from dqw.whisper.gpu import GpuDecoder, Graphs, gpu_uncovered
 from dqw.whisper.native import Skeleton, load
 from dqw.whisper.tokenizer import Pieces
 
@@ -47,7 +48,7 @@ class Engine(Protocol):
         """Features (clips, mels, frames) → states (clips, frames / 2, width). frames: even, at
         most those of the window."""
 
-    def native(self) -> FastDecoder | None:
+    def native(self) -> FastDecoder | GpuDecoder | None:
         """The native decoder, or None where ``generate`` must do."""
 
     def detect(self, states: Tensor) -> list[int]:
@@ -70,12 +71,16 @@ class PlainEngine:
         self._bare: Any = copy.deepcopy(model.generation_config)
         self._bare.suppress_tokens = self._bare.begin_suppress_tokens = None
         self.positions: int = model.config.max_target_positions
-        self.log_mel = LogMel.of(processor.feature_extractor)
+        on_gpu = model.device.type == "cuda"
+        self.log_mel = LogMel.of(processor.feature_extractor, str(model.device))
         self.context = AudioContext.of(model.config)
         # A float model stays exact: others are measured against it.
-        self._rounds = model.device.type == "cpu" and bool(quant_modules(model))
+        self._rounds = not on_gpu and bool(quant_modules(model))
+        self._graphs = Graphs(model) if on_gpu and not gpu_uncovered(model) else None
 
     def encode(self, features: Tensor) -> Tensor:
+        if self._graphs is not None:
+            return self._graphs.encoder(features)
         encoder: Any = self.model.get_encoder()
         # Directly, as forward would keep its products in float32.
         native = fast_encoder(encoder) if self.native() else None
@@ -85,12 +90,16 @@ class PlainEngine:
         with rounding, narrowed(encoder, features.shape[-1] // 2):
             return encoder(features.to(self.model.device, self.model.dtype))[0]
 
-    def native(self) -> FastDecoder | None:
+    def native(self) -> FastDecoder | GpuDecoder | None:
+        if self._graphs is not None:
+            return self._graphs.decoder
         from dqw.whisper.fast_model import native_decoder
 
         return native_decoder(self.model)
 
     def detect(self, states: Tensor) -> list[int]:
+        if self._graphs is not None:
+            return _detected(self._graphs.decoder, states, self.settings)
         from transformers.modeling_outputs import BaseModelOutput
 
         encoded: Any = BaseModelOutput(last_hidden_state=states)
@@ -117,28 +126,32 @@ class PlainEngine:
 
 
 class NativeEngine:
-    """A packed folder on the native encoder and decoder; see ``open_engine``."""
+    """A packed folder on the native encoder and decoder, or on a GPU's; see ``open_engine``."""
 
-    def __init__(self, model: Skeleton, settings: Any, log_mel: LogMel, pieces: Pieces) -> None:
+    def __init__(
+        self, model: Skeleton, settings: Any, log_mel: LogMel, pieces: Pieces, graphs: bool = False
+    ) -> None:
+        """graphs: decode as on a GPU, wherever ``model`` is."""
         self.model, self.settings = model, settings
         self.positions: int = model.config.max_target_positions
         self.log_mel, self.pieces = log_mel, pieces
         self.context = AudioContext.of(model.config)
+        self._graphs = Graphs(model) if graphs else None
 
     def encode(self, features: Tensor) -> Tensor:
+        if self._graphs is not None:
+            return self._graphs.encoder(features)
         encoder = fast_encoder(self.model.model.encoder)
         assert encoder is not None
         return encoder(features, bf16=True)
 
-    def native(self) -> FastDecoder | None:
-        return fast_decoder(self.model)
+    def native(self) -> FastDecoder | GpuDecoder | None:
+        return fast_decoder(self.model) if self._graphs is None else self._graphs.decoder
 
     def detect(self, states: Tensor) -> list[int]:
         decoder = self.native()
         assert decoder is not None
-        start = torch.full((len(states), 1), self.settings.decoder_start_token_id)
-        ids = torch.tensor(sorted(self.settings.lang_to_id.values()))
-        return ids[Session(decoder, states, 1, bf16=True).step(start)[:, ids].argmax(1)].tolist()
+        return _detected(decoder, states, self.settings)
 
     def generate(self, states: Tensor, languages: Sequence[str | None], **options: Any) -> Tensor:
         raise NotImplementedError("beams need transformers' generate: take a PlainEngine")
@@ -147,22 +160,27 @@ class NativeEngine:
         return self.pieces.text(tokens)
 
 
+def _detected(decoder: FastDecoder | GpuDecoder, states: Tensor, settings: Any) -> list[int]:
+    ids = sorted(settings.lang_to_id.values())
+    return decoder.detect(states, settings.decoder_start_token_id, ids)
+
+
 def open_engine(
     name_or_path: str | Path, beam_size: int = 1, activations: str = "auto", device: str = "cpu"
 ) -> Engine:
     """The quickest engine for a checkpoint of any kind that ``load_whisper`` knows.
 
-    activations: "float" or "int8" for a packed model, "auto": as it was made. Raises UserError as
-    ``load_whisper``, ``choose_activations`` and ``move_to`` do, and for a damaged tokenizer.json,
+    activations: as in ``choose_activations``. Raises UserError as ``load_whisper``,
+    ``choose_activations`` and ``move_to`` do, and for a damaged tokenizer.json,
     generation_config.json or processor_config.json.
     """
     folder = Path(name_or_path)
-    if beam_size == 1 and folder.is_dir() and device == "cpu":
-        native = _open_native(folder, activations)
+    if beam_size == 1 and folder.is_dir():
+        native = _open_native(folder, activations, device)
         if native is not None:
             return native
     model, processor = load_whisper(name_or_path)
-    choose_activations(model, activations)
+    choose_activations(model, activations, device)
     move_to(model, device)
     return PlainEngine(model, processor)
 
@@ -171,7 +189,7 @@ _NEEDED = ("model.safetensors", "generation_config.json", "tokenizer.json")
 _SETTINGS = ("no_timestamps_token_id", "decoder_start_token_id", "eos_token_id", "is_multilingual")
 
 
-def _open_native(folder: Path, activations: str) -> NativeEngine | None:
+def _open_native(folder: Path, activations: str, device: str) -> NativeEngine | None:
     """None for a folder that transformers has to read, or to find fault with."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -186,11 +204,22 @@ def _open_native(folder: Path, activations: str) -> NativeEngine | None:
         return None
     verify_folder(folder)
     model = load(folder, config)
-    choose_activations(model, activations)  # before: levels beyond 8 bits go with int8 alone
-    if uncovered(model) or encoder_uncovered(model.model.encoder):
+    # Before the check: levels beyond 8 bits go with int8 alone.
+    choose_activations(model, activations, device)
+    move_to(model, device)
+    on_gpu = device == "cuda"
+    if on_gpu:
+        for module in quant_modules(model).values():
+            module.unpack_scales()
+    if gpu_uncovered(model) if on_gpu else _cpu_uncovered(model):
         return None
     pieces = Pieces(folder / "tokenizer.json")
-    return NativeEngine(model, settings, LogMel.of(extractor), pieces)
+    log_mel = LogMel.of(extractor, str(model.proj_out.embedding.weight.device))
+    return NativeEngine(model, settings, log_mel, pieces, on_gpu)
+
+
+def _cpu_uncovered(model: Skeleton) -> str:
+    return uncovered(model) or encoder_uncovered(model.model.encoder)
 
 
 def _settings(folder: Path) -> Any:

@@ -164,7 +164,7 @@ def open_evaluator(
     run: Callable[..., Evaluation]
     if engine == "dqw":
         whisper, processor = load_whisper(model)
-        choose_activations(whisper, activations)
+        choose_activations(whisper, activations, device)
         tokenizer: Any = processor.tokenizer
         if given is not None:
             tokenizer.english_spelling_normalizer = given

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import dqw.ops  # noqa: F401  loads the library
 from dqw.linear import QuantModule
 from dqw.whisper.coverage import encoder_uncovered, has_hooks, is_int8, linears, uncovered
+from dqw.whisper.decoding import Rules
 
 CROSS_TYPES = ("int8", "bfloat16", "float32")
 """How the decoder's keys and values of the audio are kept: at one, two or four bytes a number.
@@ -135,6 +136,22 @@ class FastDecoder:
         if again:
             self._last = last
         return last[2]
+
+    def greedy(self, states: Tensor, prompt: Tensor, rules: Rules) -> Tensor:
+        """The likeliest tokens (clips, tokens) for the encoder's ``states``, behind ``prompt``
+        (clips, begin); behind the end of a sequence stands ``rules.end``."""
+        from dqw.whisper.fast_greedy import Stop, greedy
+
+        stop = Stop(rules.longest, (rules.end,))
+        decoded = greedy(self, states, prompt, rules.processors(), stop, pad=rules.end, bf16=True)
+        return decoded.ids
+
+    def detect(self, states: Tensor, start: int, ids: Sequence[int]) -> list[int]:
+        """The likeliest of ``ids`` behind the token ``start``, for each clip."""
+        session = Session(self, states, 1, bf16=True)
+        logits = session.step(torch.full((len(states), 1), start))
+        choice = torch.tensor(list(ids))
+        return choice[logits[:, choice].argmax(1)].tolist()
 
     def _forget(self, dead: weakref.ref) -> None:
         if self._last is not None and self._last[0] is dead:

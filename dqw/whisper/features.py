@@ -21,21 +21,22 @@ _CHUNK = 500  # frames computed at once: 30 s at once take 10 MB more, three hou
 
 @dataclass(frozen=True)
 class LogMel:
-    """mels: bins. samples: of the model's window. n_fft, hop: samples; rate: Hz."""
+    """mels: bins. samples: of the model's window. n_fft, hop: samples; rate: Hz. device: where."""
 
     mels: int = 80
     samples: int = 480_000
     n_fft: int = 400
     hop: int = 160
     rate: int = 16_000
+    device: str = "cpu"
 
     @classmethod
-    def of(cls, extractor: Any) -> LogMel:
+    def of(cls, extractor: Any, device: str = "cpu") -> LogMel:
         """The same as a WhisperFeatureExtractor, or as its settings in JSON."""
         known = extractor if isinstance(extractor, dict) else vars(extractor)
         rate = known["sampling_rate"]
-        samples = known["chunk_length"] * rate
-        return cls(known["feature_size"], samples, known["n_fft"], known["hop_length"], rate)
+        samples, hop = known["chunk_length"] * rate, known["hop_length"]
+        return cls(known["feature_size"], samples, known["n_fft"], hop, rate, device)
 
     @property
     def frames(self) -> int:
@@ -49,7 +50,7 @@ class LogMel:
     def _clip(self, audio: Tensor) -> Tensor:
         heard = min(len(audio) + self.n_fft, self.samples)
         log = self._log_mel(torch.nn.functional.pad(audio, (0, heard - len(audio))))
-        silence = torch.full((self.mels, self.frames - log.shape[1]), np.log10(_SILENCE))
+        silence = log.new_full((self.mels, self.frames - log.shape[1]), np.log10(_SILENCE))
         return _normalized(torch.cat([log, silence], dim=1))
 
     def long(self, audio: np.ndarray) -> Tensor:
@@ -58,10 +59,11 @@ class LogMel:
 
     def _log_mel(self, audio: Tensor) -> Tensor:
         half = self.n_fft // 2
+        audio = audio.to(self.device)
         frames = len(audio) // self.hop
         padded = torch.nn.functional.pad(audio[None, None], (half, half), "reflect")[0, 0]
-        window = torch.hann_window(self.n_fft)
-        filters = _filters(self.mels, self.n_fft, self.rate)
+        window = torch.hann_window(self.n_fft, device=self.device)
+        filters = _filters(self.mels, self.n_fft, self.rate).to(self.device)
         parts = []
         for begin in range(0, frames, _CHUNK):
             count = min(_CHUNK, frames - begin)

@@ -27,10 +27,8 @@ from dqw.whisper.audio import (
 )
 from dqw.whisper.context import CHOICES
 from dqw.whisper.data import language_code
-from dqw.whisper.decoding import LoopGuard, SuppressTokens, TimestampRules, cut_loop
+from dqw.whisper.decoding import Rules, cut_loop
 from dqw.whisper.engines import Engine, PlainEngine
-from dqw.whisper.fast import FastDecoder
-from dqw.whisper.fast_greedy import Stop, greedy
 from dqw.whisper.features import silence
 from dqw.whisper.windows import Recording, Stretch
 
@@ -295,13 +293,10 @@ class _Decoder:
         """What is said in each window, without prompt and end."""
         prompt = self._prompts(languages, timestamps)
         begin = prompt.shape[1]
-        suppress = SuppressTokens(
-            self.settings.suppress_tokens or (), self.settings.begin_suppress_tokens or ()
-        )
-        processors: list[Any] = [suppress, LoopGuard(self.end, self.first_timestamp)]
         decoder = self.engine.native() if self.beams == 1 else None
+        rules = self._rules(begin, timestamps and decoder is not None)  # generate has its own times
         if decoder is not None:
-            rows = self._greedy(decoder, states, prompt, processors, timestamps)
+            rows = decoder.greedy(states, prompt, rules)
         else:
             options = {"task": self.task} if self.multilingual else {}
             rows = self.engine.generate(
@@ -309,7 +304,7 @@ class _Decoder:
                 languages,
                 num_beams=self.beams,
                 do_sample=False,
-                logits_processor=processors,
+                logits_processor=rules.processors(),
                 return_timestamps=timestamps,
                 **options,
             )
@@ -327,25 +322,18 @@ class _Decoder:
             rows.append(row if timestamps else [*row, config.no_timestamps_token_id])
         return torch.tensor(rows)
 
-    def _greedy(
-        self,
-        decoder: FastDecoder,
-        states: torch.Tensor,
-        prompt: torch.Tensor,
-        processors: list[Any],
-        timestamps: bool,
-    ) -> torch.Tensor:
-        """What generate gives for one window, without the 50 ms that it spends around its loop."""
-        begin = prompt.shape[1]
-        processors[0].set_begin_index(begin)
-        if timestamps:
-            latest = getattr(self.settings, "max_initial_timestamp_index", None)
-            rules = TimestampRules(self.first_timestamp, self.end, latest, begin)
-            processors = [rules, *processors]
-        positions = self.engine.positions
-        longest = min((self.settings.max_length or positions) + begin, positions)
-        stop = Stop(longest, (self.end,))
-        return greedy(decoder, states, prompt, processors, stop, pad=self.end, bf16=True).ids
+    def _rules(self, begin: int, timestamps: bool) -> Rules:
+        settings, positions = self.settings, self.engine.positions
+        return Rules(
+            begin,
+            longest=min((settings.max_length or positions) + begin, positions),
+            end=self.end,
+            first_timestamp=self.first_timestamp,
+            always=tuple(settings.suppress_tokens or ()),
+            first=tuple(settings.begin_suppress_tokens or ()),
+            timestamps=timestamps,
+            latest=getattr(settings, "max_initial_timestamp_index", None),
+        )
 
     def _reported(self, code: str | None) -> str | None:
         return code if self.multilingual else "en"

@@ -1,0 +1,165 @@
+"""Decoding as on a GPU, with the CPU in its place: the same functions, not captured, and the
+reference of their kernels. tests/decoder_step_cases.py holds the kernels to that reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from speech_helpers import one_thread  # noqa: F401
+from test_fast import packed
+from torch import Tensor
+from whisper_helpers import save_tiny, tiny, voices
+
+import dqw
+from dqw.recipe import Recipe
+from dqw.whisper.checkpoint import load_whisper, save_processor
+from dqw.whisper.decoding import Rules
+from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
+from dqw.whisper.gpu import Graphs, gpu_uncovered
+from dqw.whisper.transcribe import iter_transcripts, transcribe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("packed")
+    model, processor = tiny(path)
+    packed(model).save_pretrained(path)
+    save_processor(processor, path)
+    return path
+
+
+def graphed(folder) -> NativeEngine:
+    """Float32 on the CPU, decoded as on a GPU."""
+    engine = open_engine(folder)
+    assert isinstance(engine, NativeEngine)
+    return NativeEngine(engine.model, engine.settings, engine.log_mel, engine.pieces, graphs=True)
+
+
+def exact(folder) -> tuple:
+    """The model as float32 layers of transformers, which no processor rounds, and its processor."""
+    model, processor = load_whisper(folder)
+    return dqw.dequantize(model).eval(), processor
+
+
+@pytest.mark.parametrize("options", [{}, {"timestamps": True}, {"language": "de"},
+                                     {"task": "translate", "batch_size": 3}])  # fmt: skip
+def test_it_says_what_transformers_says(folder, options):
+    audios = voices(0.4, 0.9, 2.5, 0.2, 3.7, 1.0)
+    wanted = transcribe(*exact(folder), audios, **options)
+    assert dict(iter_transcripts(graphed(folder), audios, **options)) == dict(enumerate(wanted))
+    assert len({t.text for t in wanted}) > 2 and wanted[2].segments
+
+
+def test_a_float_model_on_a_gpu_is_decoded_so_too(tmp_path, monkeypatch):
+    model, processor = tiny(tmp_path)
+    audios = voices(0.4, 0.9, 2.5)
+    wanted = transcribe(model.eval(), processor, audios)
+    engine = PlainEngine(model, processor)
+    monkeypatch.setattr(engine, "generate", None)
+    engine._graphs = Graphs(model)
+    assert dict(iter_transcripts(engine, audios)) == dict(enumerate(wanted))
+
+
+def attentive(path) -> tuple:
+    """A model that says something else of every audio, and its processor."""
+    model, processor = tiny(path)
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            layer.encoder_attn.v_proj.weight.mul_(30)
+            layer.encoder_attn.out_proj.weight.mul_(30)
+    return model.eval(), processor
+
+
+@torch.inference_mode()
+def plainly(model, states: Tensor, prompt: Tensor, rules: Rules) -> list[list[int]]:
+    """One sequence at a time, all of it anew for every token; up to the end."""
+    rows = []
+    for row, state in zip(prompt, states, strict=True):
+        ids = row[None]
+        while ids.shape[1] < rules.longest and (ids[0, rules.begin :] != rules.end).all():
+            hidden = model.model.decoder(input_ids=ids, encoder_hidden_states=state[None])
+            scores = model.proj_out(hidden[0][:, -1]).float()
+            for processor in rules.processors():
+                scores = processor(ids, scores)
+            ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
+        rows.append(ids[0].tolist())
+    return rows
+
+
+@pytest.mark.parametrize("timestamps", [False, True])
+@pytest.mark.parametrize("clips", [1, 3])
+def test_rules_ends_and_padding(tmp_path, clips, timestamps):
+    """Row by row what the model says under the rules, whenever the others end."""
+    model, _ = attentive(tmp_path)
+    settings = model.generation_config
+    first, end = settings.no_timestamps_token_id + 1, settings.eos_token_id
+    states = 3 * torch.randn(clips, 50, model.config.d_model)
+    prompt = torch.tensor([[end + 1, end + 2, end + 5, first - 1][: 4 - timestamps]] * clips)
+    decoder, lengths = Graphs(model).decoder, set()
+    spoken = first if timestamps else model.config.vocab_size
+    few = tuple(i for i in range(spoken) if i not in (5, 6, end))
+    for always in ((), tuple(range(0, end, 2)), few):
+        rules = Rules(
+            prompt.shape[1], 24, end, first, always, first=(end,), timestamps=timestamps, latest=20
+        )
+        found = decoder.greedy(states, prompt, rules).tolist()
+        wanted = plainly(model, states, prompt, rules)
+        longest = max(map(len, wanted))
+        assert found == [row + [end] * (longest - len(row)) for row in wanted]
+        lengths |= set(map(len, wanted))
+    assert clips == 1 or len(lengths) > 1
+
+
+def test_a_loop_ends_where_the_guard_ends_it(tmp_path):
+    """One token without end, until the guard's look at 40 tokens; as on the native networks."""
+    model, _ = tiny(tmp_path)
+    config = model.generation_config
+    model.config.max_target_positions = 60
+    embedding = torch.nn.Embedding(60, model.config.d_model)
+    embedding.weight.data = model.model.decoder.embed_positions.weight[:1].detach().repeat(60, 1)
+    model.model.decoder.embed_positions.weight = embedding.weight
+    end, first = config.eos_token_id, config.no_timestamps_token_id + 1
+    only = tuple(i for i in range(model.config.vocab_size) if i != 5)
+    rules = Rules(4, 60, end, first, always=only)
+    prompt = torch.tensor([[end + 1, end + 2, end + 5, first - 1]])
+    states = torch.randn(1, 50, model.config.d_model)
+    found = Graphs(model.eval()).decoder.greedy(states, prompt, rules)[0].tolist()
+    assert found == [*prompt[0].tolist(), *[5] * 36, end]
+    assert found == plainly(model, states, prompt, rules)[0]
+
+
+def test_the_language_is_that_of_transformers(tmp_path):
+    model, processor = attentive(tmp_path)
+    engine, states = PlainEngine(model, processor), torch.randn(5, 50, model.config.d_model)
+    wanted = engine.detect(states)
+    engine._graphs = Graphs(model)
+    assert engine.detect(states) == wanted and len(set(wanted)) > 1
+    decoder = engine.native()
+    made = decoder.batches[8].hearing.function  # of five clips, padded to eight
+    calls = []
+    decoder.batches[8].hearing.function = lambda *s: (calls.append(1), made(*s))
+    engine.detect(states)
+    assert not calls  # their keys are known
+    engine.detect(states.clone())
+    assert calls
+
+
+def test_what_graphs_do_not_serve_is_named(tmp_path, folder):
+    model, _ = load_whisper(folder)
+    assert gpu_uncovered(model) == ""
+    model.model.encoder.layers[0].register_forward_hook(lambda *_: None)
+    assert "has hooks" in gpu_uncovered(model)
+    model, _ = load_whisper(save_tiny(tmp_path))
+    assert gpu_uncovered(model) == ""
+    assert "training mode" in gpu_uncovered(model.train())
+    assert "not packed" in gpu_uncovered(dqw.quantize(model, Recipe()).eval())
+    model.config.activation_function = "relu"
+    assert "activation function" in gpu_uncovered(model)
+
+
+def test_projections_packed_alike_share_a_launch(folder, monkeypatch):
+    engine = graphed(folder)
+    assert all(triple.alike for triple in engine.native().triples)
+    layer = engine.model.model.decoder.layers[0].self_attn
+    layer.k_proj.levels = layer.k_proj.levels.flip(0)
+    assert not Graphs(engine.model).decoder.triples[0].alike
