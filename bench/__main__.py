@@ -129,6 +129,7 @@ def main(
             files=options.check_count("--files", files, 0),
             batch_size=options.check_count("--batch-size", batch_size, 1),
             language=language,
+            device=options.check_device(device),
         )
         return whole_clips(asked, json_file, csv_file, plot)
     checked = options.Options(
@@ -198,7 +199,8 @@ def whole_clips(
         if len(asked.lengths) < 2:
             raise UserError("--plot draws time by length: give two --lengths or more.")
     console = Console(width=None if sys.stdout.isatty() else table.WIDTH, highlight=False)
-    facts = table.machine(options.Options(threads=asked.threads), ceilings_too=False)
+    here = options.Options(threads=asked.threads, device=asked.device)
+    facts = table.machine(here, ceilings_too=False)
     table.print_header(console, facts)
     with err.status("") as status:
         engines, skipped = transcribe.run(asked, status.update)

@@ -20,6 +20,7 @@ import numpy as np
 from dqw.errors import UserError
 
 RIVAL_OF = {"dqw-plain": "transformers"}  # the same packed model in transformers' loop and modules
+GENERATES = ("dqw-generate", "transformers")  # on a GPU; on a CPU open_rival has the second
 
 
 class Engine(Protocol):
@@ -29,18 +30,20 @@ class Engine(Protocol):
 
 
 class Dqw:
-    """What ``dqw transcribe`` does, with int8 or float activations."""
+    """What ``dqw transcribe`` does, with int8 or float activations; on a GPU a float model, too."""
 
-    def __init__(self, folder: str, threads: int, activations: str) -> None:
+    def __init__(self, folder: str, threads: int, activations: str, device: str = "cpu") -> None:
         import torch
 
         from dqw.convert import set_activations
+        from dqw.recipe import ACTIVATIONS
         from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
 
         torch.set_num_threads(threads)
-        self.engine = open_engine(folder)
+        self.engine = open_engine(folder, device=device)
         assert isinstance(self.engine, NativeEngine | PlainEngine)
-        set_activations(self.engine.model, activations)
+        if activations in ACTIVATIONS:
+            set_activations(self.engine.model, activations)
         self.dynamic = self.engine.context is not None
 
     def hear_all(
@@ -53,19 +56,24 @@ class Dqw:
 
 
 class Generate:
-    """``from_pretrained(…).generate(…)`` of a packed folder, as transformers' users call it."""
+    """``from_pretrained(…).generate(…)`` of a folder, as transformers' users call it; on a GPU in
+    float16."""
 
     dynamic = False
 
-    def __init__(self, folder: str, threads: int, activations: str) -> None:
+    def __init__(self, folder: str, threads: int, activations: str, device: str = "cpu") -> None:
         import torch
 
         from dqw.convert import set_activations
+        from dqw.devices import move_to
+        from dqw.recipe import ACTIVATIONS
         from dqw.whisper.checkpoint import load_whisper
 
         torch.set_num_threads(threads)
         self.model, self.processor = load_whisper(folder)
-        set_activations(self.model, activations)
+        if activations in ACTIVATIONS:
+            set_activations(self.model, activations)
+        move_to(self.model, device)
 
     def hear_all(
         self, audios: Sequence[np.ndarray], language: str | None, batch_size: int
@@ -74,22 +82,23 @@ class Generate:
         for start in range(0, len(audios), batch_size):
             some = list(audios[start : start + batch_size])
             inputs = self.processor(some, sampling_rate=16_000, return_tensors="pt")
-            ids = self.model.generate(inputs.input_features, language=language, do_sample=False)
+            features = inputs.input_features.to(self.model.device, self.model.dtype)
+            ids = self.model.generate(features, language=language, do_sample=False)
             texts += self.processor.batch_decode(ids, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
 
-def open_any(name: str, path: str, threads: int, kind: str) -> Engine:
+def open_any(name: str, path: str, threads: int, kind: str, device: str) -> Engine:
     from dqw.whisper.rivals import open_rival
 
-    if name == "dqw":
-        return Dqw(path, threads, kind)
-    if name == "dqw-generate":
-        return Generate(path, threads, kind)
+    if name in ("dqw", "dqw-float"):
+        return Dqw(path, threads, kind, device)
+    if name == "dqw-generate" or (device == "cuda" and name in GENERATES):
+        return Generate(path, threads, kind, device)
     return open_rival(RIVAL_OF.get(name, name), path, threads, kind=kind)
 
 
-def serve(name: str, path: str, threads: int, kind: str, language: str) -> None:
+def serve(name: str, path: str, threads: int, kind: str, language: str, device: str) -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # what a package prints is no answer
 
@@ -98,7 +107,7 @@ def serve(name: str, path: str, threads: int, kind: str, language: str) -> None:
 
     started = time.perf_counter()
     try:
-        engine = open_any(name, path, threads, kind)
+        engine = open_any(name, path, threads, kind, device)
     except UserError as error:
         return answer(error=str(error))
     answer(load=time.perf_counter() - started, dynamic=getattr(engine, "dynamic", False))
@@ -133,4 +142,4 @@ def reset_peak() -> bool:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5])
+    serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), *sys.argv[4:])

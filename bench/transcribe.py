@@ -30,7 +30,15 @@ FOLDER = Path("runs") / "bench"
 LENGTHS = (3, 6, 11, 20, 30)
 FIRST = 11  # seconds of the clip whose text a fresh process is waited for
 TURN = 20  # files an engine hears before the next one's turn
-PEERS = ("dqw-generate", "dqw-plain", "transformers", "faster-whisper", "whisper.cpp", "openvino")
+PEERS = (
+    "dqw-float",
+    "dqw-generate",
+    "dqw-plain",
+    "transformers",
+    "faster-whisper",
+    "whisper.cpp",
+    "openvino",
+)
 MODULES = {"faster-whisper": "faster_whisper", "whisper.cpp": "pywhispercpp"}
 MODULES["openvino"] = "openvino_genai"
 Report = Callable[[str], None]
@@ -40,7 +48,8 @@ Report = Callable[[str], None]
 class Asked:
     """float_model: a folder that faster-whisper reads too; model: a packed folder, or None to make
     one; audio: a recording, folder or manifest, or None for the samples; openvino: folders that
-    optimum-cli exported; batch_size: of ``files``; quick: one kind an engine, fewer turns."""
+    optimum-cli exported; batch_size: of ``files``; device: cpu or cuda; quick: one kind an engine,
+    fewer turns."""
 
     float_model: Path | None
     model: Path | None
@@ -54,6 +63,7 @@ class Asked:
     files: int = 0
     batch_size: int = 8
     language: str = "en"
+    device: str = "cpu"
 
 
 @dataclass
@@ -219,7 +229,7 @@ def start(
             stop(engine.process)
         started = time.perf_counter()
         process = subprocess.Popen(
-            [*command, asked.language],
+            [*command, asked.language, asked.device],
             env={**os.environ, "OMP_NUM_THREADS": str(asked.threads)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -282,12 +292,16 @@ def candidates(
 ) -> list[tuple[str, str, Path]]:
     """(engine, kind, its model) of all that can run here."""
     packed = asked.model or packed_base(asked.folder / "packed", base, report)
+    if asked.device == "cuda":
+        return on_gpu(asked, base, packed, skipped)
     kinds = 1 if asked.quick else 2
     found = [("dqw", kind, packed) for kind in ("int8", "float")[:kinds]]
     for name in PEERS:
         if asked.peers is not None and name not in asked.peers:
             continue
         module = MODULES.get(name)
+        if name == "dqw-float":
+            continue  # on a CPU a float model is transformers'
         if module and find_spec(module) is None:
             skipped[name] = f"{module} is not installed (pip install -e '.[bench-transcribe]')"
         elif name in ("dqw-generate", "dqw-plain"):
@@ -308,6 +322,17 @@ def candidates(
             if not folders:
                 skipped[name] = "it has no model: python -m bench.convert_peers makes one"
     return found
+
+
+def on_gpu(
+    asked: Asked, base: Path, packed: Path, skipped: dict[str, str]
+) -> list[tuple[str, str, Path]]:
+    """The packed and the float model, in CUDA graphs and by transformers' generate."""
+    here = {"dqw-float": ("float16", base), "dqw-generate": ("float", packed)}
+    here["transformers"] = ("float16", base)
+    names = asked.peers or tuple(here)
+    skipped |= {name: "not timed on a GPU" for name in names if name not in here}
+    return [("dqw", "float", packed), *((name, *here[name]) for name in names if name in here)]
 
 
 def packed_base(folder: Path, base: Path, report: Report) -> Path:

@@ -57,6 +57,15 @@ def test_peers_that_cannot_run_are_named(tmp_path, monkeypatch):
     assert {name for name, _, _ in found} == {"dqw", "dqw-generate", "dqw-plain", "transformers"}
     assert set(skipped) == {"faster-whisper", "whisper.cpp", "openvino"}
     assert "not installed" in skipped["whisper.cpp"]
+    found = transcribe.candidates(
+        asked(tmp_path, model=tmp_path, device="cuda"), tmp_path, {}, print
+    )
+    assert [name for name, _, _ in found] == ["dqw", "dqw-float", "dqw-generate", "transformers"]
+    skipped, names = {}, ("transformers", "openvino")
+    options = asked(tmp_path, model=tmp_path, device="cuda", peers=names)
+    found = transcribe.candidates(options, tmp_path, skipped, print)
+    assert [kind for _, kind, _ in found] == ["float", "float16"]
+    assert skipped == {"openvino": "not timed on a GPU"}
 
 
 def test_peers_find_their_models(tmp_path, monkeypatch):
@@ -178,7 +187,7 @@ def test_time_is_drawn_by_length(tmp_path):
         (["--lengths", "none"], "leaves nothing to time"),
         (["--files", "-1"], "--files is -1: give 0 or more"),
         (["--batch-size", "0"], "--batch-size is 0"),
-        (["--peers", "openvino-genai"], "choose one of all, none, dqw-generate"),
+        (["--peers", "openvino-genai"], "choose one of all, none, dqw-float"),
         (["--lengths", "11", "--plot", "a.png"], "two --lengths or more"),
         (["--float-model", "no-such-folder"], "no folder with a tokenizer.json"),
     ],
