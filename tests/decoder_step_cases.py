@@ -1,16 +1,20 @@
 """What the kernels of a decoder's step must do, on a GPU or in Triton's interpreter; run by
 cuda_cases.py."""
 
+import copy
+
 import torch
 from torch import Tensor
 
+import dqw
+from dqw.recipe import QuantSpec
 from dqw.whisper import gpu_steps
-from dqw.whisper.gpu_steps import AT, BEGIN, END, HEARD, LATEST, STATE, TIME, TIMES
+from dqw.whisper.gpu_steps import AT, BEGIN, END, HEARD, LATEST, NEXT, STATE, TIME, TIMES
 
 
 def _state(device: str, **values: int) -> Tensor:
     places = {"at": AT, "begin": BEGIN, "times": TIMES, "latest": LATEST, "end": END, "time": TIME,
-              "heard": HEARD}  # fmt: skip
+              "heard": HEARD, "next": NEXT}  # fmt: skip
     state = torch.zeros(STATE, dtype=torch.long)
     for name, value in values.items():
         state[places[name]] = value
@@ -31,6 +35,29 @@ def _both(name: str, device: str, *args: object) -> tuple:
     else:
         found = getattr(decoder_step, name)(*own)
     return found, getattr(gpu_steps, name)(*other), own, other
+
+
+def begin(device: str) -> None:
+    """Float and packed tables, every width of code, scales of rows, groups and the tensor."""
+    from dqw_kernels import decoder_step
+
+    rows, width, vocabulary = 3, 70, 31
+    positions, tokens = torch.randn(9, width), torch.randint(0, vocabulary, (rows, 10))
+    tokens[0, 4] = vocabulary - 1
+    linear = torch.nn.Embedding(vocabulary, width).half().requires_grad_(False)
+    kinds = [QuantSpec(bits=bits, group_size=16 if bits % 2 else None) for bits in range(2, 9)]
+    tables = [dqw.QuantEmbedding.from_embedding(copy.deepcopy(linear).float(), s) for s in kinds]
+    for table in tables:
+        table.freeze()
+    for table in (linear, *tables):
+        state = _state("cpu", next=4, begin=2)
+        want = gpu_steps.begin(tokens, state.clone(), table, positions)
+        known = gpu_steps._table(table)
+        known = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in known.items()}
+        moved = state.to(device)
+        found = decoder_step.begin(tokens.to(device), moved, known, positions.to(device), width)
+        torch.testing.assert_close(found.cpu(), want, rtol=1e-6, atol=1e-6)
+        assert moved.tolist() == [4, *state.tolist()[1:]]
 
 
 def add_norm(device: str) -> None:
@@ -55,7 +82,7 @@ def attend_past(device: str) -> None:
     for head, dtype in ((16, torch.float32), (24, torch.float16), (64, torch.float16)):
         width = heads * head
         cache = torch.randn(2, 2, positions, width).to(dtype)
-        for at in (0, 1, 63, 64, 149) if head == 16 else (100,):
+        for at in (0, 1, 63, 64, 65, 149) if head == 16 else (100,):
             q, k, v = torch.randn(3, 2, width).to(dtype)
             args = (2 * q, k, v, cache, _state("cpu", at=at), heads)
             found, want, own, other = _both("attend_past", device, *args)
@@ -71,7 +98,7 @@ def attend_audio(device: str) -> None:
         audio = torch.randn(2, rows, positions, width).half()
         q = 2 * torch.randn(rows, width).half()
         splits = decoder_step.splits_for(rows * heads)
-        assert splits == {2: 8, 16: 8, 80: 1}[rows * heads]
+        assert splits == {2: 16, 16: 16, 80: 2}[rows * heads]
         for heard in (positions, positions - 3, 1) if rows < 40 else (2,):
             scratch, tickets = gpu_steps.audio_scratch(rows, width, heads, torch.device(device))
             if device == "cpu":
@@ -87,7 +114,13 @@ def attend_audio(device: str) -> None:
 
 
 def choose(device: str) -> None:
+    from dqw_kernels import decoder_step
+
+    decoder_step.VOCABULARY_BLOCK, usual = 64, decoder_step.VOCABULARY_BLOCK  # several programs
     vocabulary, end, first, begin, room = 300, 190, 200, 3, 20
+    scratch = gpu_steps.choice_scratch(4, 64 * 5, torch.device(device))
+    if device == "cpu":
+        scratch = (torch.empty(4, 5, 2, dtype=torch.long), torch.empty(4, 5, 3), scratch[2])
     bans = torch.zeros(vocabulary, dtype=torch.uint8)
     bans[torch.arange(0, 150, 7)] = gpu_steps.NEVER
     bans[torch.arange(1, 150, 6)] = gpu_steps.NOT_FIRST
@@ -104,12 +137,15 @@ def choose(device: str) -> None:
         said[:, :begin] = torch.tensor([50, 60, 70])
         logits = 3 * torch.randn(rows, vocabulary)
         logits[: trial % 4, first:] += 2.0
+        logits[3] = logits[3].round()  # the first of several that are alike
         state = _state("cpu", at=at, begin=begin, times=int(times), end=end, time=first,
                        latest=first + 20 if trial % 2 else vocabulary - 1)  # fmt: skip
-        _, _, own, other = _both("choose", device, logits.half(), said, state, bans)
+        _, _, own, other = _both("choose", device, logits.half(), said, state, bans, *scratch)
+        assert own[2].cpu()[NEXT] == other[2][NEXT] == at + 1 and not own[6].any()
         assert torch.equal(own[1].cpu(), other[1]), (trial, at, own[1][:, at + 1], other[1])
         taken |= set(other[1][:, at + 1].tolist()) if at + 1 >= begin else set()
     assert {t >= first for t in taken} == {True, False} and len(taken) > 60
+    decoder_step.VOCABULARY_BLOCK = usual
 
 
-CASES = {f.__name__: f for f in (add_norm, attend_past, attend_audio, choose)}
+CASES = {f.__name__: f for f in (begin, add_norm, attend_past, attend_audio, choose)}

@@ -45,35 +45,41 @@ class LogMel:
 
     def clips(self, audios: list[np.ndarray]) -> Tensor:
         """Features (clips, mels, frames) float32 of mono clips no longer than the window."""
-        return torch.stack([self._clip(torch.from_numpy(audio)) for audio in audios])
+        if self.device != "cpu":
+            return self._clips(audios)
+        return torch.cat([self._clips([audio]) for audio in audios])  # each only as far as it goes
 
-    def _clip(self, audio: Tensor) -> Tensor:
-        heard = min(len(audio) + self.n_fft, self.samples)
-        log = self._log_mel(torch.nn.functional.pad(audio, (0, heard - len(audio))))
-        silence = log.new_full((self.mels, self.frames - log.shape[1]), np.log10(_SILENCE))
-        return _normalized(torch.cat([log, silence], dim=1))
+    def _clips(self, audios: list[np.ndarray]) -> Tensor:
+        heard = min(max(map(len, audios)) + self.n_fft, self.samples)
+        padded = torch.zeros(len(audios), heard)
+        for row, audio in zip(padded, audios, strict=True):
+            row[: len(audio)] = torch.from_numpy(audio)
+        log = self._log_mel(padded)
+        shape = (len(audios), self.mels, self.frames - log.shape[-1])
+        return _normalized(torch.cat([log, log.new_full(shape, np.log10(_SILENCE))], dim=-1))
 
     def long(self, audio: np.ndarray) -> Tensor:
         """Features (mels, frames) of audio of any length, as many frames as it has."""
-        return _normalized(self._log_mel(torch.from_numpy(audio)))
+        return _normalized(self._log_mel(torch.from_numpy(audio)[None]))[0]
 
     def _log_mel(self, audio: Tensor) -> Tensor:
+        """(clips, samples) → (clips, mels, frames)."""
         half = self.n_fft // 2
         audio = audio.to(self.device)
-        frames = len(audio) // self.hop
-        padded = torch.nn.functional.pad(audio[None, None], (half, half), "reflect")[0, 0]
+        frames = audio.shape[1] // self.hop
+        padded = torch.nn.functional.pad(audio[:, None], (half, half), "reflect")[:, 0]
         window = torch.hann_window(self.n_fft, device=self.device)
         filters = _filters(self.mels, self.n_fft, self.rate).to(self.device)
         parts = []
         for begin in range(0, frames, _CHUNK):
             count = min(_CHUNK, frames - begin)
             at = begin * self.hop
-            heard = padded[at : at + (count - 1) * self.hop + self.n_fft]
+            heard = padded[:, at : at + (count - 1) * self.hop + self.n_fft]
             spectrum = torch.stft(
                 heard, self.n_fft, self.hop, window=window, center=False, return_complex=True
             )
             parts.append((filters @ (spectrum.abs() ** 2)).clamp_(min=_SILENCE).log10_())
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=-1)
 
 
 def silence(features: Tensor) -> float:
@@ -82,7 +88,8 @@ def silence(features: Tensor) -> float:
 
 
 def _normalized(log: Tensor) -> Tensor:
-    return (torch.maximum(log, log.max() - 8.0) + 4.0) / 4.0
+    loudest = log.amax((-2, -1), keepdim=True)  # of each clip
+    return (torch.maximum(log, loudest - 8.0) + 4.0) / 4.0
 
 
 @lru_cache

@@ -6,27 +6,51 @@ graph of some hundred launches those are what counts. Everywhere else, and in te
 ``state`` is an int64 tensor of ``STATE`` in the memory of the device, so that a captured step can
 be replayed for every token:
 
-    state[AT]      the position of the token that the step reads; it chooses the one at AT + 1
+    state[AT]      the position of the token that the step reads, from ``begin`` on; it chooses the
+                   one at AT + 1
     state[BEGIN]   the prompt's length; tokens before it are given, and none is chosen
     state[TIMES]   1: Whisper's grammar of timestamps holds
     state[LATEST]  the latest timestamp token that may come first
     state[END]     the token that ends a sequence
     state[TIME]    the first timestamp token, 0.00 s
     state[HEARD]   the encoder's positions that there are
+    state[NEXT]    the position that the next step reads: ``begin`` takes it, ``choose`` moves it on
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dqw.embedding import QuantEmbedding
 from dqw.whisper.decoding import TimestampRules
 
-AT, BEGIN, TIMES, LATEST, END, TIME, HEARD = range(7)
-STATE = 7
+AT, BEGIN, TIMES, LATEST, END, TIME, HEARD, NEXT = range(8)
+STATE = 8
 NEVER, NOT_FIRST = 1, 2
 """What an entry of ``bans`` (vocabulary,) uint8 says of a token, as bits."""
+
+
+def begin(tokens: Tensor, state: Tensor, embedding: torch.nn.Module, positions: Tensor) -> Tensor:
+    """The embedding of each sequence's token at ``state[NEXT]`` and that of the position, float32
+    (rows, width). embedding: a frozen QuantEmbedding or nn.Embedding; positions (…, width)."""
+    if tokens.is_cuda:
+        from dqw_kernels import decoder_step
+
+        return decoder_step.begin(tokens, state, _table(embedding), positions, positions.shape[1])
+    state[AT] = state[NEXT]
+    at = int(state[AT])
+    return embedding(tokens[:, at]).float() + positions[at].float()
+
+
+def _table(embedding: Any) -> dict[str, Any]:
+    if not isinstance(embedding, QuantEmbedding):
+        return {"weight": embedding.weight}
+    names = ("weight", "scale", "levels", "group_size")
+    return {name: getattr(embedding, name) for name in names} | {"bits": embedding.spec.bits}
 
 
 def add_norm(residual: Tensor, y: Tensor | None, norm: torch.nn.LayerNorm) -> Tensor:
@@ -99,18 +123,42 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     return found.transpose(1, 2).flatten(1).to(q.dtype)
 
 
-def choose(logits: Tensor, tokens: Tensor, state: Tensor, bans: Tensor) -> None:
+def choice_scratch(
+    rows: int, vocabulary: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where programs that share a sequence's scores leave what they found, and who has come."""
+    parts = 1
+    if device.type == "cuda":
+        from dqw_kernels import decoder_step
+
+        parts = decoder_step.parts_of(vocabulary)[1]
+    keys = torch.empty(rows, parts, 2, dtype=torch.long, device=device)
+    tickets = torch.zeros(rows, dtype=torch.int32, device=device)
+    return keys, torch.empty(rows, parts, 3, device=device), tickets
+
+
+def choose(
+    logits: Tensor,
+    tokens: Tensor,
+    state: Tensor,
+    bans: Tensor,
+    keys: Tensor,
+    sums: Tensor,
+    tickets: Tensor,
+) -> None:
     """Write the likeliest token that the rules allow to ``tokens[:, AT + 1]``; the prompt stays.
 
     logits (rows, vocabulary); tokens (rows, room) int64. The rules are those of
-    ``dqw.whisper.decoding``: TimestampRules, then SuppressTokens as ``bans``.
+    ``dqw.whisper.decoding``: TimestampRules, then SuppressTokens as ``bans``. keys, sums, tickets:
+    as of ``choice_scratch``.
     """
     if logits.is_cuda:
         from dqw_kernels import decoder_step
 
-        decoder_step.choose(logits, tokens, state, bans)
+        decoder_step.choose(logits, tokens, state, bans, keys, sums, tickets)
         return
-    at, begin, times, latest, end, first_time, _ = state.tolist()
+    at, begin, times, latest, end, first_time, *_ = state.tolist()
+    state[NEXT] = at + 1
     if at + 1 < begin:
         return
     scores = logits.float()
