@@ -57,7 +57,7 @@ def test_compiles_without_spills(arch: int, tmp_path, monkeypatch) -> None:
         (kernel._attend_past, {**head, "BLOCK": kernel.PAST_KEYS}, kernel.PAST_WARPS),
         (kernel._attend_audio, {**audio, "SPLITS": 8}, kernel.WARPS),
         (kernel._attend_audio, {**audio, "SPLITS": 1}, kernel.WARPS),
-        (kernel._choose, {"BLOCK": kernel.VOCABULARY_BLOCK, "ROOM": 512, "PARTS": 16}, 8),
+        (kernel._choose, {"BLOCK": kernel.VOCABULARY_BLOCK, "ROOM": 512, "PARTS": 32}, 8),
     ):
         shares = constants.get("SPLITS", 1) > 1 or "PARTS" in constants
         options = {"num_warps": warps, "launch_pdl": pdl}
