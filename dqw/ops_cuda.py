@@ -123,8 +123,8 @@ def quant_embedding(
 
 @functools.cache
 def _is_new_enough(device: torch.device) -> bool:
-    """Whether the CUDA C++ library has code for ``device``: it is built for sm_80 and later. The
-    CPU, which stands in for a GPU in tests, has it."""
+    """Whether ``device`` has the tensor cores' instructions that the CUDA C++ products take, from
+    sm_80 on. The CPU, which stands in for a GPU in tests, has them."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 

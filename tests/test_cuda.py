@@ -21,6 +21,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_the_kernels_serve() -> None:
     """Else all the others would pass on the PyTorch reference."""
     assert not ops_cuda.reason and not ops_cuda.library_reason, ops_cuda.library_reason
+    for name in ops_cuda.IN_LIBRARY:
+        assert ops_cuda.kernel_of(name) == "CUDA C++"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dqw::{name}", "CUDA")
 
 
 @pytest.mark.parametrize("case", CASES)
