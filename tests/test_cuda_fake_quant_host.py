@@ -177,6 +177,7 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
         arrays = 2 if "Backward" in name else 1
         assert len(re.findall(r"LDG\.E\.(?:128|64)", first)) >= 2 * arrays, name
         assert len(re.findall(r"LDG\.E\.128", first)) >= 2, name
+        assert re.search(r"LDG\.E\.[US]16", first), f"{name}: the table comes later"
         assert re.search(r"STG\.E\.(128|64)", body), name
         conversions = 1 if "teams" in name else 0  # of a division of integers
         assert body.count("F2I") <= conversions and "FADD.RZ" in body, name

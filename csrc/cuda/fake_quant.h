@@ -208,10 +208,21 @@ struct Backward {
 
 // ---- kernels ----
 
-__device__ inline void fill(const FakeQuant& a, float* table) {
-    if (a.last >= kTable) return;
-    for (int k = threadIdx.x; k <= a.last; k += blockDim.x) table[k] = a.bucket[k];
-}
+// A thread's first entry of the table, asked for before all else; later it is written.
+struct Entry {
+    int16_t level;
+    bool exists;
+
+    __device__ void read(const FakeQuant& a) {
+        exists = a.last < kTable && (int)threadIdx.x <= a.last;
+        level = exists ? a.bucket[threadIdx.x] : 0;
+    }
+    __device__ void write(const FakeQuant& a, float* table) const {
+        if (exists) table[threadIdx.x] = level;
+        if (a.last >= kTable) return;
+        for (int k = threadIdx.x + blockDim.x; k <= a.last; k += blockDim.x) table[k] = a.bucket[k];
+    }
+};
 
 // The sum over 2^shift neighbouring lanes, in all of them.
 __device__ inline float sum_of_lanes(float v, int shift) {
@@ -230,6 +241,8 @@ __global__ void __launch_bounds__(128, 8) fake_quant_groups(const FakeQuant a) {
     const int64_t first = ((int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * TILE;
     const int64_t left = a.elements / V - first;
     const int here = left < TILE ? (left > 0 ? (int)left : 0) : TILE;
+    Entry entry;
+    entry.read(a);
     Chunk chunk[kChunks];
 #pragma unroll
     for (int u = 0; u < kChunks; u++) {
@@ -238,7 +251,7 @@ __global__ void __launch_bounds__(128, 8) fake_quant_groups(const FakeQuant a) {
     const int64_t segment = first >> a.shift;
     Clip clip;
     clip.read(a, segment + lane, lane < here >> a.shift);
-    fill(a, table);
+    entry.write(a, table);
     const Scale own = scale_of(a, clip);
     __syncthreads();
 #pragma unroll
@@ -284,10 +297,12 @@ __global__ void __launch_bounds__(32 * kTeamWarps, 2) fake_quant_teams(const Fak
             if (i < chunks) chunk[u].read(a, begin + (int64_t)i * V);
         }
     };
+    Entry entry;
+    entry.read(a);
     read(t);
     Clip clip;
     clip.read(a, a.per_tensor ? 0 : number, exists);
-    fill(a, table);
+    entry.write(a, table);
     const Scale own = scale_of(a, clip);
     __syncthreads();
     float total = 0.0f;
