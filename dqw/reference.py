@@ -64,7 +64,7 @@ def fake_quant_backward(
     per_weight = torch.where(x.isnan(), xf, per_weight) * g
     if group_size:
         per_weight = F.pad(per_weight, (0, scale.shape[1] * group_size - cols))
-        dscale = per_weight.view(rows, -1, group_size).sum(-1)
+        dscale = per_weight.view(rows, scale.shape[1], group_size).sum(-1)
     elif scale.shape[0] == 1:
         dscale = per_weight.sum().view(1, 1)
     else:

@@ -143,6 +143,38 @@ def test_opcheck(granularity: str, m: int, dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "16"])
+def test_fake_quant_from_the_clip(granularity: str) -> None:
+    """opcheck, and a graph of both ways: what it gives is what the operators do."""
+    clip, group = random_scale(96, 768, granularity)
+    window = torch.tensor([0.03, 0.2]).cuda() if group else None
+    clip, bucket = clip.cuda(), grids.bucket("apot", 4).cuda()
+    x, grad = torch.randn(96, 768).cuda(), torch.randn(96, 768).cuda().bfloat16()
+    forward = (x, clip, bucket, window, group, torch.bfloat16)
+    backward = (grad, x, clip, bucket, window, group, 0.1)
+    torch.library.opcheck(ops.fake_quant_clip, forward)
+    torch.library.opcheck(ops.fake_quant_clip_backward, backward)
+    want = [ops.fake_quant_clip(*forward), *ops.fake_quant_clip_backward(*backward)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [ops.fake_quant_clip(*forward), *ops.fake_quant_clip_backward(*backward)]
+    for t in got:
+        t.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_a_gpu_divides_clips_as_a_cpu_does() -> None:
+    """What was trained on one is frozen on the other, bit for bit."""
+    clip, bucket = torch.rand(4096, 1) + 0.1, grids.bucket("apot", 4)
+    x = torch.randn(4096, 8)
+    want = ops.fake_quant_clip(x, clip, bucket, None, 0, torch.float32)
+    args = [t.cuda() for t in (x, clip, bucket)]
+    assert torch.equal(ops.fake_quant_clip(*args, None, 0, torch.float32).cpu(), want)
+    got = reference.exact_scale(*args[1:]).cpu()
+    assert torch.equal(got, reference.exact_scale(clip, bucket))
+
+
 @pytest.mark.parametrize("m", [1, 8, 16, 40, 300])
 def test_cuda_graph_replays(m: int) -> None:
     args = arguments(4, "64", False, m, torch.float16)

@@ -49,12 +49,12 @@ class Problem:
 
     def __init__(
         self, rows: int, cols: int, granularity: str, kind: tuple[str, int] = ("apot", 4),
-        pair: tuple[torch.dtype, torch.dtype] = PAIRS[0], shift: int = 0,
+        pair: tuple[torch.dtype, torch.dtype] = PAIRS[0], shifted: str = "",
     ) -> None:  # fmt: skip
-        """shift: elements by which the tensors miss their alignment."""
+        """shifted: x, grad or out, which is to miss its alignment by an element."""
         self.bucket, top = grids.bucket(*kind), grids.level_max(*kind)
         scale, self.group = random_scale(rows, cols, granularity, 1 / top)
-        self.clip, self.window, self.pair, self.shift = scale * top, None, pair, shift
+        self.clip, self.window, self.pair, self.shifted = scale * top, None, pair, shifted
         if self.group:  # cut off at both ends, as those of a group are
             self.window = torch.stack([scale.quantile(0.2), scale.quantile(0.8)])
         odd = torch.tensor([1.0, 1 - 2**-22, 1 + 2**-22, 0.0, -1.0, 2.0**-9])
@@ -68,15 +68,17 @@ class Problem:
             some = self.x[row, :: max(1, cols // 6)][:6]
             some.copy_(special[: len(some)])
 
-    def placed(self, t: Tensor) -> Tensor:
+    def placed(self, t: Tensor, name: str) -> Tensor:
         """A copy that lies where a GPU's allocator, or a view, puts it."""
-        room = aligned(torch.zeros(t.numel() + self.shift, dtype=t.dtype))
-        return room[self.shift :].view(t.shape).copy_(t)
+        shift = int(name == self.shifted)
+        room = aligned(torch.zeros(t.numel() + shift, dtype=t.dtype))
+        return room[shift:].view(t.shape).copy_(t)
 
     def run(self, library: ctypes.CDLL, backward: bool) -> tuple[Tensor, Tensor, int]:
         """y or dx, dclip, and what the C function returns."""
-        x, grad = self.placed(self.x), self.placed(self.grad)
-        out = self.placed(torch.full_like(self.x, torch.nan, dtype=self.pair[0 if backward else 1]))
+        x, grad = self.placed(self.x, "x"), self.placed(self.grad, "grad")
+        out = torch.full_like(self.x, torch.nan, dtype=self.pair[0 if backward else 1])
+        out = self.placed(out, "out")
         dclip, sums = torch.full_like(self.clip, 7.0), torch.full((len(x),), torch.nan)
         factor = DAMPING / (self.bucket.numel() // 2)
         ran = library.dqw_fake_quant(
@@ -122,7 +124,7 @@ def test_every_pair_of_types(library, pair: tuple[torch.dtype, torch.dtype]) -> 
         assert problem.check(library) == kernel, (rows, cols, granularity)
 
 
-@pytest.mark.parametrize("granularity", ["channel", "tensor", "16", "48", "64", "128"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor", "16", "20", "48", "64", "128"])
 def test_every_shape(library, granularity: str) -> None:
     """Rows of one element, and of more than a round of a whole block; ragged ends."""
     for n, cols in enumerate((1, 7, 130, 768, 1023, 5120, 9001)):
@@ -139,8 +141,9 @@ def test_all_of_a_block(library) -> None:
 
 
 def test_tensors_that_are_not_aligned(library) -> None:
-    for pair in PAIRS:
-        assert Problem(3, 64, "16", pair=pair, shift=1).check(library) == 1
+    for name in ("x", "grad", "out"):
+        for pair in PAIRS:
+            assert Problem(3, 64, "16", pair=pair, shifted=name).check(library) == 1
 
 
 def test_each_run_has_the_same_sums(library) -> None:
