@@ -36,7 +36,7 @@ gpu-test: $(READY)
 	$(BIN)/python -m pip install --quiet -e '.[bench,gpu]' --no-build-isolation
 	-$(BIN)/python -m pip install --quiet bitsandbytes gemlite
 	DQW_CUDA=1 $(BIN)/python setup.py build_ext --inplace
-	$(BIN)/python -m pytest -q tests/test_cuda.py tests/test_cuda_host.py tests/test_cuda_build.py tests/test_quant_linear_triton.py tests/test_fake_quant_triton.py tests/test_devices.py
+	$(BIN)/python -m pytest -q tests/test_cuda.py tests/test_cuda_host.py tests/test_cuda_fake_quant_host.py tests/test_cuda_build.py tests/test_quant_linear_triton.py tests/test_fake_quant_triton.py tests/test_devices.py
 	@if command -v compute-sanitizer; then \
 	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --report-api-errors no --error-exitcode 1 \
 	    $(BIN)/python -m pytest -q tests/test_cuda.py -k test_case; \

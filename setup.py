@@ -13,7 +13,7 @@ some machines lack.
 
 Environment: DQW_CUDA=auto|0|1: 0 skips the CUDA library, 1 makes a failed build of it fail the
 install (otherwise Triton serves in its place); DQW_CUDA_ARCHS such as "80;90" (its default is
-80;90;100 as far as nvcc knows them, and PTX of the last for newer GPUs); NVCC;
+75;80;90;100 as far as nvcc knows them, and PTX of the last for newer GPUs); NVCC;
 DQW_BUILD=0 skips both extensions, DQW_BUILD=1 makes a failed build fail the install
 (without it the plain PyTorch reference serves); CXX and CXXFLAGS as everywhere.
 """
@@ -185,7 +185,7 @@ def compile_cuda(target: Path, demanded: bool, force: bool) -> str:
     archs = os.environ.get("DQW_CUDA_ARCHS", "").replace(",", ";").split(";")
     if archs == [""]:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
-        archs = [arch for arch in ("80", "90", "100") if f"compute_{arch}\n" in known]
+        archs = [arch for arch in ("75", "80", "90", "100") if f"compute_{arch}\n" in known]
     command = [nvcc, "-shared", "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "--threads", "2"]
     for arch in archs:

@@ -86,8 +86,8 @@ def main(
 ) -> None:
     """Every plan of the CUDA C++ kernel at 4 bits, beside float16."""
     options.check_device("cuda")
-    if ops_cuda.gemv_reason:
-        raise UserError(f"The CUDA C++ kernel is not here: {ops_cuda.gemv_reason}.")
+    if ops_cuda.library_reason:
+        raise UserError(f"The CUDA C++ kernel is not here: {ops_cuda.library_reason}.")
     options.check_writable(json_file, "--json")
     named = options.parse_shapes(shapes)
     rows: list[dict] = []

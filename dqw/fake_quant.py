@@ -5,19 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqw import grids, ops
-from dqw.packing import LARGEST_SCALE, SMALLEST_SCALE, round_scales
+from dqw import grids, ops, reference
+from dqw.packing import LARGEST_SCALE, SMALLEST_SCALE
 from dqw.recipe import QuantSpec
 
 _CHUNK_ROWS = 4096  # the clip search works on slices, to bound its temporaries
-_BELOW_SMALLEST = SMALLEST_SCALE * (1 - 2.0**-24)  # the float32 before SMALLEST_SCALE
 
 
 class _Rounded(torch.autograd.Function):
     """From weight and clip to the fake-quantized weight, and both gradients in closed form.
 
-    One node, since a step on a GPU waits for Python: a layer takes 6 operations there and back,
-    rounding's two among them (groups 9), where autograd would take 13 (15) for the same formula.
+    One operator each way, since a step on a GPU waits for Python.
     """
 
     @staticmethod
@@ -28,36 +26,20 @@ class _Rounded(torch.autograd.Function):
         bucket: Tensor,
         window: Tensor | None,
         group_size: int,
-        level_max: int,
         gradient_scale: float,
         dtype: torch.dtype,
     ) -> Tensor:
         """matrix (rows, cols) → the same shape in ``dtype``; clip is float32."""
-        exact = clip / level_max
-        scale = _stored(exact, window)
-        ctx.save_for_backward(matrix, exact, scale, bucket)
-        ctx.group_size, ctx.factor = group_size, gradient_scale / level_max
-        if dtype == matrix.dtype:
-            return ops.fake_quant(matrix, scale, bucket, group_size)
-        return ops.fake_quant_as(matrix, scale, bucket, group_size, dtype)
+        ctx.save_for_backward(matrix, clip, bucket, window)
+        ctx.group_size, ctx.gradient_scale = group_size, gradient_scale
+        return ops.fake_quant_clip(matrix, clip, bucket, window, group_size, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        matrix, exact, scale, bucket = ctx.saved_tensors
-        dx, dscale = ops.fake_quant_backward(grad, matrix, scale, bucket, ctx.group_size)
-        dclip = None
-        if ctx.needs_input_grad[1]:  # none flows where SMALLEST_SCALE stands in for the exact scale
-            dclip = torch.ops.aten.threshold_backward(dscale * ctx.factor, exact, _BELOW_SMALLEST)
-        return dx, dclip, None, None, None, None, None, None
-
-
-def _stored(scale: Tensor, window: Tensor | None) -> Tensor:
-    """``scale`` as a packed layer would keep it; groups have a ``window``."""
-    if window is None:
-        return scale.clamp(min=SMALLEST_SCALE)
-    # A GPU's NaN, 0x7fffffff, would be rounded to -0, and a diverged layer to zeros: add it back
-    # (as infinity times 0 does, too).
-    return round_scales(scale.clamp(*window.unbind())).add(scale, alpha=0)
+        dx, dclip = ops.fake_quant_clip_backward(
+            grad, *ctx.saved_tensors, ctx.group_size, ctx.gradient_scale
+        )
+        return dx, dclip if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
 class FakeQuantize(nn.Module):
@@ -98,11 +80,11 @@ class FakeQuantize(nn.Module):
     @torch.no_grad()
     def scale(self) -> Tensor:
         """The scale in use, float32, in ``clip``'s shape; only ``forward`` has gradients."""
-        return self.stored(self._clip_of_weights() / self.level_max)
+        return self.stored(reference.exact_scale(self._clip_of_weights(), self.bucket))
 
     def stored(self, scale: Tensor) -> Tensor:
         """``scale`` as a packed layer would keep it."""
-        return _stored(scale, self.window if self.group_size else None)
+        return reference.stored_scale(scale, self.window if self.group_size else None)
 
     def _clip_of_weights(self, rows: Tensor | None = None) -> Tensor:
         """``clip`` in the weight's own units, float32."""
@@ -130,7 +112,6 @@ class FakeQuantize(nn.Module):
             self.bucket,
             self.window if self.group_size else None,
             self.group_size,
-            self.level_max,
             self.gradient_scale,
             dtype or weight.dtype,
         )

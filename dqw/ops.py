@@ -22,12 +22,18 @@ from dqw import ops_cuda, reference
 
 _SCHEMAS = {
     "fake_quant": "(Tensor x, Tensor scale, Tensor bucket, int group_size) -> Tensor",
-    # The same, then a cast. No gradient of its own: dqw.fake_quant has it.
-    "fake_quant_as": (
-        "(Tensor x, Tensor scale, Tensor bucket, int group_size, ScalarType dtype) -> Tensor"
-    ),
     "fake_quant_backward": (
         "(Tensor grad, Tensor x, Tensor scale, Tensor bucket, int group_size) -> (Tensor, Tensor)"
+    ),
+    # From the clip that is learned, and with the cast. Nothing is registered for autograd: Python
+    # would stand between the caller and the kernel. dqw.fake_quant has the gradient.
+    "fake_quant_clip": (
+        "(Tensor x, Tensor clip, Tensor bucket, Tensor? window, int group_size, ScalarType dtype)"
+        " -> Tensor"
+    ),
+    "fake_quant_clip_backward": (
+        "(Tensor grad, Tensor x, Tensor clip, Tensor bucket, Tensor? window, int group_size, "
+        "float gradient_scale) -> (Tensor, Tensor)"
     ),
     "fake_quant_activation": "(Tensor x) -> Tensor",
     "round_columns": (
@@ -68,16 +74,33 @@ def _meta_fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) 
     return x.new_empty(x.shape)
 
 
-def _meta_fake_quant_as(
-    x: Tensor, scale: Tensor, bucket: Tensor, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    return x.new_empty(x.shape, dtype=dtype)
-
-
 def _meta_fake_quant_backward(
     grad: Tensor, x: Tensor, scale: Tensor, bucket: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), scale.new_empty(scale.shape)
+
+
+def _meta_fake_quant_clip(
+    x: Tensor,
+    clip: Tensor,
+    bucket: Tensor,
+    window: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+def _meta_fake_quant_clip_backward(
+    grad: Tensor,
+    x: Tensor,
+    clip: Tensor,
+    bucket: Tensor,
+    window: Tensor | None,
+    group_size: int,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), clip.new_empty(clip.shape)
 
 
 def _meta_quantize(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
@@ -223,16 +246,6 @@ def _load_cpu_kernels() -> None:
 _load_cpu_kernels()
 
 
-def _cpu_fake_quant_as(
-    x: Tensor, scale: Tensor, bucket: Tensor, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():  # no gradient of its own, as on a GPU
-        return torch.ops.dqw.fake_quant(x, scale, bucket, group_size).to(dtype)
-
-
-if not _cpu_reason:
-    _library.impl("fake_quant_as", _cpu_fake_quant_as, "CPU")
-
 if not ops_cuda.reason:
     for _name, _function in ops_cuda.KERNELS.items():
         _library.impl(_name, _function, "CUDA")
@@ -249,8 +262,9 @@ def backend_info() -> dict[str, dict[str, str]]:
 
 
 fake_quant = torch.ops.dqw.fake_quant.default
-fake_quant_as = torch.ops.dqw.fake_quant_as.default
 fake_quant_backward = torch.ops.dqw.fake_quant_backward.default
+fake_quant_clip = torch.ops.dqw.fake_quant_clip.default
+fake_quant_clip_backward = torch.ops.dqw.fake_quant_clip_backward.default
 fake_quant_activation = torch.ops.dqw.fake_quant_activation.default
 round_columns = torch.ops.dqw.round_columns.default
 quantize = torch.ops.dqw.quantize.default

@@ -1,12 +1,14 @@
 """Who computes an operator's CUDA tensors: CUDA C++, Triton, Triton and cuBLAS, or the reference.
 
 The functions have the schemas of ``dqw.ops``, which registers ``KERNELS``. Each kernel is imported
-when the first tensor comes for it. Triton serves all; ``gemv_serves`` says where CUDA C++ does.
+when the first tensor comes for it. Triton serves all. Where the CUDA C++ library was built, it has
+``IN_LIBRARY`` to itself, with no Python in between, and products where ``gemv_serves``.
 """
 
 import functools
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,22 +54,45 @@ def fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Ten
     return kernel.fake_quant(x, scale, bucket, group_size)
 
 
-def fake_quant_as(
-    x: Tensor, scale: Tensor, bucket: Tensor, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    from dqw_kernels import fake_quant as kernel
-
-    if x.dtype != torch.float32:  # rounded twice: to x's dtype, and to the other
-        return kernel.fake_quant(x, scale, bucket, group_size).to(dtype)
-    return kernel.fake_quant(x, scale, bucket, group_size, dtype)
-
-
 def fake_quant_backward(
     grad: Tensor, x: Tensor, scale: Tensor, bucket: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
     from dqw_kernels import fake_quant as kernel
 
     return kernel.fake_quant_backward(grad, x, scale, bucket, group_size)
+
+
+def fake_quant_clip(
+    x: Tensor,
+    clip: Tensor,
+    bucket: Tensor,
+    window: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    from dqw_kernels import fake_quant as kernel
+
+    scale = reference.stored_scale(reference.exact_scale(clip, bucket), window)
+    # Other than float32 is rounded twice: to x's dtype, and to the one asked for.
+    written = dtype if x.dtype == torch.float32 else x.dtype
+    return kernel.fake_quant(x, scale, bucket, group_size, written).to(dtype)
+
+
+def fake_quant_clip_backward(
+    grad: Tensor,
+    x: Tensor,
+    clip: Tensor,
+    bucket: Tensor,
+    window: Tensor | None,
+    group_size: int,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor]:
+    from dqw_kernels import fake_quant as kernel
+
+    exact = reference.exact_scale(clip, bucket)
+    scale = reference.stored_scale(exact, window)
+    dx, dscale = kernel.fake_quant_backward(grad, x, scale, bucket, group_size)
+    return dx, reference.clip_gradient(dscale, exact, bucket, gradient_scale)
 
 
 def dequantize(
@@ -98,8 +123,8 @@ def quant_embedding(
 
 @functools.cache
 def _is_new_enough(device: torch.device) -> bool:
-    """Whether the CUDA C++ library has code for ``device``: it is built for sm_80 and later. The
-    CPU, which stands in for a GPU in tests, has it."""
+    """Whether ``device`` has the tensor cores' instructions that the CUDA C++ products take, from
+    sm_80 on. The CPU, which stands in for a GPU in tests, has them."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -112,7 +137,7 @@ def gemv_serves(
     them on the GPU waits for it, as ``QuantModule.freeze`` does.
     """
     return (
-        not gemv_reason
+        not library_reason
         and _is_new_enough(x.device)
         and x.shape[:-1].numel() <= ROWS["CUDA C++"]
         and (x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and bits <= 6))
@@ -191,10 +216,11 @@ def quant_linear(
     return y.view(*x.shape[:-1], rows)
 
 
-KERNELS = {
+KERNELS: dict[str, Callable] = {
     "fake_quant": fake_quant,
-    "fake_quant_as": fake_quant_as,
     "fake_quant_backward": fake_quant_backward,
+    "fake_quant_clip": fake_quant_clip,
+    "fake_quant_clip_backward": fake_quant_clip_backward,
     "dequantize": dequantize,
     "quant_linear": quant_linear,
     "quant_linears": quant_linears,
@@ -214,7 +240,7 @@ def _triton_reason() -> str:
     return ""
 
 
-def _load_gemv() -> str:
+def _load_library() -> str:
     """Load the CUDA C++ library; → why it does not serve, empty if it does."""
     file = Path(__file__).parent / "_C_cuda.so"
     if torch.version.cuda is None:
@@ -229,17 +255,24 @@ def _load_gemv() -> str:
 
 
 reason = _triton_reason()  # why no kernel of dqw serves CUDA tensors; empty if they do
-gemv_reason = reason or _load_gemv()  # why the CUDA C++ kernel does not
+library_reason = reason or _load_library()  # why the CUDA C++ library does not
+
+IN_LIBRARY = ("fake_quant_clip", "fake_quant_clip_backward")  # csrc/cuda/fake_quant.cu registers
+if not library_reason:
+    for _name in IN_LIBRARY:
+        del KERNELS[_name]
 
 
 def kernel_of(name: str) -> str:
     """Which kernel serves an operator's CUDA tensors, and why."""
     if reason:
         return f"PyTorch reference ({reason})"
+    if name in IN_LIBRARY:
+        return f"Triton, no CUDA C++ ({library_reason})" if library_reason else "CUDA C++"
     if name not in KERNELS:
         return "PyTorch reference (outside the layers that run: no kernel needed)"
     if name not in ("quant_linear", "quant_linears"):
         return "Triton"
     few, some = ROWS["CUDA C++"], ROWS["Triton"]
-    first = f"no CUDA C++ ({gemv_reason})" if gemv_reason else f"CUDA C++ up to {few} rows"
+    first = f"no CUDA C++ ({library_reason})" if library_reason else f"CUDA C++ up to {few} rows"
     return f"{first}; Triton up to {some} rows and for int8 activations; above Triton + cuBLAS"

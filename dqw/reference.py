@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dqw.packing import unpack
+from dqw.packing import SMALLEST_SCALE, round_scales, unpack
+
+_BELOW_SMALLEST = SMALLEST_SCALE * (1 - 2.0**-24)  # the float32 before SMALLEST_SCALE
 
 
 def _per_column(scale: Tensor, cols: int, group_size: int) -> Tensor:
@@ -40,19 +42,12 @@ def fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Ten
     return torch.where(x.isnan(), x.float(), y).to(x.dtype)
 
 
-def fake_quant_as(
-    x: Tensor, scale: Tensor, bucket: Tensor, group_size: int, dtype: torch.dtype
-) -> Tensor:
-    """``fake_quant``, then a cast to ``dtype``."""
-    return fake_quant(x, scale, bucket, group_size).to(dtype)
-
-
 def fake_quant_backward(
     grad: Tensor, x: Tensor, scale: Tensor, bucket: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
     """Straight-through gradients of ``fake_quant``: dx in x's dtype, dscale in scale's shape.
 
-    grad is cast to x's dtype first, if it is that of ``fake_quant_as``.
+    grad is cast to x's dtype first.
 
     Inside the clip dx = g and dscale gets g (level - x/scale); outside dx = 0 and dscale gets
     g × sign(x) × level_max. That is LSQ (arXiv 1902.08153); times 1/level_max it is the gradient
@@ -69,13 +64,71 @@ def fake_quant_backward(
     per_weight = torch.where(x.isnan(), xf, per_weight) * g
     if group_size:
         per_weight = F.pad(per_weight, (0, scale.shape[1] * group_size - cols))
-        dscale = per_weight.view(rows, -1, group_size).sum(-1)
+        dscale = per_weight.view(rows, scale.shape[1], group_size).sum(-1)
     elif scale.shape[0] == 1:
         dscale = per_weight.sum().view(1, 1)
     else:
         dscale = per_weight.sum(1, keepdim=True)
     dx = torch.where(inside | x.isnan(), g, torch.zeros_like(g)).to(x.dtype)
     return dx, dscale.to(scale.dtype)
+
+
+def exact_scale(clip: Tensor, bucket: Tensor) -> Tensor:
+    """clip / level_max, before it is rounded and clamped.
+
+    By the table's last entry, which is that level: by a number of Python's, a GPU would multiply by
+    the reciprocal, and end a bit away from a CPU that freezes what was trained there.
+    """
+    return clip / bucket[-1:]
+
+
+def stored_scale(exact: Tensor, window: Tensor | None) -> Tensor:
+    """``exact`` as a packed layer would keep it; groups have a ``window``."""
+    if window is None:
+        return exact.clamp(min=SMALLEST_SCALE)
+    # A GPU's NaN, 0x7fffffff, would be rounded to -0, and a diverged layer to zeros: add it back
+    # (as infinity times 0 does, too).
+    return round_scales(exact.clamp(*window.unbind())).add(exact, alpha=0)
+
+
+def clip_gradient(dscale: Tensor, exact: Tensor, bucket: Tensor, gradient_scale: float) -> Tensor:
+    """From the gradient of the scale to the damped one of the clip; none flows where
+    SMALLEST_SCALE stands in for the exact scale."""
+    dclip = dscale * (gradient_scale / (bucket.numel() // 2))
+    return torch.ops.aten.threshold_backward(dclip, exact, _BELOW_SMALLEST)
+
+
+def fake_quant_clip(
+    x: Tensor,
+    clip: Tensor,
+    bucket: Tensor,
+    window: Tensor | None,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``fake_quant`` by the scale that is stored for ``clip`` (float32), then a cast to ``dtype``.
+
+    By the operators, so that a CPU's kernels serve here; no gradient of its own.
+    """
+    scale = stored_scale(exact_scale(clip, bucket), window)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.dqw.fake_quant(x, scale, bucket, group_size).to(dtype)
+
+
+def fake_quant_clip_backward(
+    grad: Tensor,
+    x: Tensor,
+    clip: Tensor,
+    bucket: Tensor,
+    window: Tensor | None,
+    group_size: int,
+    gradient_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """dx in x's dtype and dclip, float32: straight through the cast and the scale's rounding."""
+    exact = exact_scale(clip, bucket)
+    scale = stored_scale(exact, window)
+    dx, dscale = torch.ops.dqw.fake_quant_backward(grad, x, scale, bucket, group_size)
+    return dx, clip_gradient(dscale, exact, bucket, gradient_scale)
 
 
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,14 @@ import torch
 from kernel_helpers import random_scale, random_weight
 from torch import Tensor
 
-from dqw import grids, ops_cuda, reference
+from dqw import grids, ops_cuda, packing, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ON_CPU = {
     "fake_quant": ops_cuda.fake_quant,
-    "fake_quant_as": ops_cuda.fake_quant_as,
+    "fake_quant_clip": ops_cuda.fake_quant_clip,
     "fake_quant_backward": ops_cuda.fake_quant_backward,
+    "fake_quant_clip_backward": ops_cuda.fake_quant_clip_backward,
     "quant_linear": ops_cuda.quant_linear,
     "dequantize": ops_cuda.dequantize,
     "quant_embedding": ops_cuda.quant_embedding,
@@ -187,18 +188,71 @@ def fake_quant(device: str) -> None:
                 torch.testing.assert_close(ds, want_ds, rtol=1e-4, atol=slack, equal_nan=True)
                 again = call("fake_quant_backward", device, grad, *args)[1]
                 assert torch.equal(again.nan_to_num(), ds.nan_to_num())
-            for other in () if large else DTYPES:  # of the result and its gradient: autocast's
-                args, fine = (x, scale, bucket, group), torch.randn(rows, cols).to(other)
-                got = call("fake_quant_as", device, *args, other)
-                plain = call("fake_quant", device, *args)  # in the interpreter, cut off already
-                assert got.dtype == other
-                close(got, plain.to(other), device)
-                dx, ds = call("fake_quant_backward", device, fine, *args)
-                want_dx, want_ds = call("fake_quant_backward", device, fine.to(dtype), *args)
-                assert torch.equal(dx, want_dx) and torch.equal(ds, want_ds)
 
 
-CASES = {f.__name__: f for f in (fake_quant, identity, error, int8, edges, tables)}
+def odd_clips(scale: Tensor, bucket: Tensor, group: int) -> tuple[Tensor, Tensor | None]:
+    """Clips whose scales are ``scale`` but for a few: beside and below SMALLEST_SCALE, negative,
+    NaN; and the window of groups, which cuts both ends off."""
+    top = bucket.numel() // 2
+    clip, window = scale * top, None
+    if group:
+        window = torch.stack([scale.quantile(0.2), scale.quantile(0.8)])
+    odd = torch.tensor([1.0, 1 - 2**-22, 1 + 2**-22, 0.0, -1.0, 2.0**-9])
+    last = clip.view(-1)[-len(odd) :]
+    if clip.numel() > 1:
+        last.copy_(odd[: last.numel()] * packing.SMALLEST_SCALE * top)
+    if clip.numel() > 8:
+        clip.view(-1)[1] = float("nan")
+    return clip, window
+
+
+def fake_quant_clip(device: str) -> None:
+    """Forward and dx bit for bit, whatever dtypes come and are asked for; dclip up to the order of
+    its sum, and the same every time."""
+    shapes = [(3, 7, "channel"), (5, 9, "tensor"), (9, 65, "16"), (5, 130, "48"), (12, 64, "32")]
+    if device != "cpu":  # the interpreter takes its time
+        shapes += [(0, 768, "channel"), (4, 0, "channel"), (4, 0, "16"), (37, 768, "channel"),
+                   (37, 768, "16"), (130, 768, "64"), (67, 1280, "128"), (9, 3072, "channel"),
+                   (6, 5120, "channel"), (1, 1023, "64"), (2, 40000, "channel"), (5, 768, "256"),
+                   (1030, 384, "tensor"), (3, 9001, "tensor")]  # fmt: skip
+    grid_kinds = [("apot", 4), ("lloyd", 4), ("uniform", 8), ("apot", 8), ("pot", 5)]
+    kinds = [(a, b) for a in DTYPES for b in DTYPES]
+    for n, (rows, cols, granularity) in enumerate(shapes):
+        grid, bits = grid_kinds[n % 5]
+        bucket, top = grids.bucket(grid, bits), grids.level_max(grid, bits)
+        scale, group = random_scale(rows, cols, granularity, 1 / top)
+        clip, window = odd_clips(scale, bucket, group) if scale.numel() else (scale, None)
+        for dtype, other in kinds if device != "cpu" else kinds[n :: len(shapes)]:
+            x, grad = torch.randn(rows, cols).to(dtype), torch.randn(rows, cols).to(other)
+            if x.numel():
+                x[0, :6] = torch.tensor([0.0, torch.inf, -torch.inf, -0.0, torch.nan, 1e-30])
+                if granularity == "tensor":  # or its one sum would be NaN
+                    x[0, 4] = 0.5
+            args = (clip, bucket, window, group)
+            want = reference.fake_quant_clip(x, *args, other)
+            want_dx, want_dclip = reference.fake_quant_clip_backward(grad, x, *args, 0.25)
+            got = call("fake_quant_clip", device, x, *args, other)
+            assert got.dtype == other and torch.equal(got.isnan(), want.isnan())
+            cut = device == "cpu" and torch.bfloat16 in (dtype, other)  # as in close
+            torch.testing.assert_close(
+                got, want, rtol=2**-7 if cut else 0.0, atol=0.0, equal_nan=True
+            )
+            assert torch.equal(got.signbit()[~got.isnan()], want.signbit()[~got.isnan()])
+            dx, dclip = call("fake_quant_clip_backward", device, grad, x, *args, 0.25)
+            where = (rows, cols, granularity, dtype, other)
+            assert dx.dtype == dtype and torch.equal(dx, want_dx), where
+            slack = 1e-4 * cols**0.5
+            torch.testing.assert_close(
+                dclip, want_dclip, rtol=1e-4, atol=slack, equal_nan=True, msg=str(where)
+            )
+            assert torch.equal(dclip == 0, want_dclip == 0), where
+            again = call("fake_quant_clip_backward", device, grad, x.T.contiguous().T, *args, 0.25)
+            assert all(
+                torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(again, (dx, dclip))
+            )
+
+
+CASES = {f.__name__: f for f in (fake_quant, fake_quant_clip, identity, error, int8, edges, tables)}
 CASES |= decoder_step_cases.CASES
 
 if __name__ == "__main__":

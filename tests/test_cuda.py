@@ -20,7 +20,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 def test_the_kernels_serve() -> None:
     """Else all the others would pass on the PyTorch reference."""
-    assert not ops_cuda.reason and not ops_cuda.gemv_reason, ops_cuda.gemv_reason
+    assert not ops_cuda.reason and not ops_cuda.library_reason, ops_cuda.library_reason
+    for name in ops_cuda.IN_LIBRARY:
+        assert ops_cuda.kernel_of(name) == "CUDA C++"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dqw::{name}", "CUDA")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -138,6 +141,38 @@ def test_opcheck(granularity: str, m: int, dtype: torch.dtype) -> None:
         torch.library.opcheck(
             torch.ops.dqw.quant_linear.default, arguments(4, granularity, int8, m, dtype)
         )
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "16"])
+def test_fake_quant_from_the_clip(granularity: str) -> None:
+    """opcheck, and a graph of both ways: what it gives is what the operators do."""
+    clip, group = random_scale(96, 768, granularity)
+    window = torch.tensor([0.03, 0.2]).cuda() if group else None
+    clip, bucket = clip.cuda(), grids.bucket("apot", 4).cuda()
+    x, grad = torch.randn(96, 768).cuda(), torch.randn(96, 768).cuda().bfloat16()
+    forward = (x, clip, bucket, window, group, torch.bfloat16)
+    backward = (grad, x, clip, bucket, window, group, 0.1)
+    torch.library.opcheck(ops.fake_quant_clip, forward)
+    torch.library.opcheck(ops.fake_quant_clip_backward, backward)
+    want = [ops.fake_quant_clip(*forward), *ops.fake_quant_clip_backward(*backward)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [ops.fake_quant_clip(*forward), *ops.fake_quant_clip_backward(*backward)]
+    for t in got:
+        t.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_a_gpu_divides_clips_as_a_cpu_does() -> None:
+    """What was trained on one is frozen on the other, bit for bit."""
+    clip, bucket = torch.rand(4096, 1) + 0.1, grids.bucket("apot", 4)
+    x = torch.randn(4096, 8)
+    want = ops.fake_quant_clip(x, clip, bucket, None, 0, torch.float32)
+    args = [t.cuda() for t in (x, clip, bucket)]
+    assert torch.equal(ops.fake_quant_clip(*args, None, 0, torch.float32).cpu(), want)
+    got = reference.exact_scale(*args[1:]).cpu()
+    assert torch.equal(got, reference.exact_scale(clip, bucket))
 
 
 @pytest.mark.parametrize("m", [1, 8, 16, 40, 300])

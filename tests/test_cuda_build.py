@@ -40,10 +40,10 @@ def test_without_nvcc_the_install_goes_on(tmp_path: Path) -> None:
 
 
 def test_nvcc_builds_the_library(tmp_path: Path) -> None:
-    """The binding too compiles: half a minute, for one GPU generation."""
+    """The bindings too compile: a minute, for one GPU generation."""
     if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not installed: csrc/cuda/quant_linear.cu is not compiled here")
+        pytest.skip("nvcc is not installed: csrc/cuda is not compiled here")
     done = build(tmp_path, DQW_CUDA="1", DQW_CUDA_ARCHS="90a")
     assert done.returncode == 0, done.stderr[-3000:]
     library = (tmp_path / "dqw" / "_C_cuda.so").read_bytes()
-    assert b"dqw_cuda" in library and b"sm_90a" in library
+    assert b"dqw_cuda" in library and b"fake_quant_clip" in library and b"sm_90a" in library

@@ -203,7 +203,7 @@ def test_few_rows_reach_this_kernel(library, monkeypatch: pytest.MonkeyPatch) ->
         return gemv(library, x, parts, levels, bits, group, gelu)
 
     monkeypatch.setattr(torch.ops, "dqw_cuda", SimpleNamespace(gemv=kernel), raising=False)
-    monkeypatch.setattr(ops_cuda, "gemv_reason", "")
+    monkeypatch.setattr(ops_cuda, "library_reason", "")
     levels, cols, rows = grids.levels("apot", 4), 136, [24, 9, 16]
     packed = [aligned(random_weight(n, cols, 4, levels)[0]) for n in rows]
     scale, biases = [scales(n, cols, 64) for n in rows], [torch.randn(24), None, torch.randn(16)]

@@ -152,11 +152,11 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("kind", "most"), [("tensor", 6), ("row", 6), ("row, norm", 8),
-                                            ("groups", 9)])  # fmt: skip
+@pytest.mark.parametrize(("kind", "most"), [("tensor", 2), ("row", 2), ("row, norm", 4),
+                                            ("groups", 2)])  # fmt: skip
 def test_few_operations(kind: str, most: int) -> None:
     """A training step on a GPU waits for Python's launches: 13 a layer and 15 with groups were
-    2500 a step for whisper-small. Rounding and its gradients are 2 of these."""
+    2500 a step for whisper-small."""
     layer = QuantLinear.from_linear(torch.nn.Linear(COLS, ROWS), KINDS[kind])
     with Operations() as counted:
         layer.fake_quantized_weight().backward(torch.ones(ROWS, COLS))

@@ -37,8 +37,12 @@ def test_opcheck_fake_quant(granularity: str, dtype: torch.dtype) -> None:
     scale = (torch.rand(shape) * 0.2 + 0.05).requires_grad_()
     bucket = grids.bucket("apot", 4)
     opcheck(ops.fake_quant, (x, scale, bucket, size))
+    clip, grad = scale.detach() * 10, torch.randn(5, 70)
+    window = torch.tensor([0.06, 0.2]) if size else None
     for other in (torch.float32, torch.bfloat16):
-        opcheck(ops.fake_quant_as, (x.detach(), scale.detach(), bucket, size, other))
+        opcheck(ops.fake_quant_clip, (x.detach(), clip, bucket, window, size, other))
+        args = (grad.to(other), x.detach(), clip, bucket, window, size, 0.1)
+        opcheck(ops.fake_quant_clip_backward, args)
     opcheck(ops.quantize, (x.detach(), scale.detach(), bucket, size))
 
 

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("case", ["fake_quant", "identity", "error", "int8", "edges", "tables"])
+@pytest.mark.parametrize(
+    "case", ["fake_quant", "fake_quant_clip", "identity", "error", "int8", "edges", "tables"]
+)
 def test_in_the_interpreter(case: str) -> None:
     in_the_interpreter(case)
 

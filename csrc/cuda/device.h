@@ -1,4 +1,5 @@
-// What gemv.h asks of the device, for a GPU. tests/cuda_host/shim.h has the same for CPU threads.
+// What the kernels ask of the device, for a GPU. tests/cuda_host/shim.h has the same for CPU
+// threads.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -22,6 +23,39 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
 __device__ inline uint16_t bits_of(__half v) { return __half_as_ushort(v); }
 __device__ inline uint16_t bits_of(__nv_bfloat16 v) { return __bfloat16_as_ushort(v); }
 __device__ inline float half_to_float(uint16_t v) { return __half2float(__ushort_as_half(v)); }
+
+// Two elements of a 16-bit type in a word, the first in its lower half.
+template <typename T>
+__device__ inline uint32_t narrow_pair(float a, float b);
+template <>
+__device__ inline uint32_t narrow_pair<__half>(float a, float b) {
+    const __half2 v = __floats2half2_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&v);
+}
+template <>
+__device__ inline uint32_t narrow_pair<__nv_bfloat16>(float a, float b) {
+    const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&v);
+}
+
+// All of V, which has its words in an array, at once. In assembly, or stores may come one word
+// after the other. The host's stand-in checks that V is aligned.
+template <typename V>
+__device__ inline V load(const V* p) {
+    return *p;
+}
+template <typename V>
+__device__ inline void store(V* p, const V& v) {
+    if constexpr (sizeof(V) == 16) {
+        asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                     :
+                     : "l"(p), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]));
+    } else if constexpr (sizeof(V) == 8) {
+        asm volatile("st.global.v2.u32 [%0], {%1, %2};" : : "l"(p), "r"(v.word[0]), "r"(v.word[1]));
+    } else {
+        *p = v;
+    }
+}
 
 // Four bytes of the eight of b:a by the four nibbles of `selector`. PTX's own instruction: CUDA's
 // intrinsic masks its selector once more.
@@ -84,8 +118,14 @@ __device__ inline void receive(uint64_t* arrival) {
 #endif
 }
 
-// Bitwise or of all lanes.
-__device__ inline uint32_t or_of_warp(uint32_t v) { return __reduce_or_sync(0xffffffffu, v); }
+// Bitwise or of all lanes, from sm_80 on.
+__device__ inline uint32_t or_of_warp(uint32_t v) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    return __reduce_or_sync(0xffffffffu, v);
+#else
+    return v;
+#endif
+}
 
 // Weights are read once: they should not push x out of L1, where no other load shares their
 // sectors (PASS). L2 keeps them: a small Whisper stays there from token to token. Zero, and nothing

@@ -78,6 +78,9 @@ inline Plan plan_of(int tiles, int blocks, int most, int processors, int cluster
 // (32 × warps) threads.
 template <typename T, int BITS, bool GROUPED, int X_TILES>
 __global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES), kAtOnce) gemv(const Gemv a) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    return;  // code for older cards is for fake quantization: see _is_new_enough in dqw/ops_cuda.py
+#endif
     constexpr int TABLE = BITS > 4 ? 1 << BITS : 1;
     constexpr int SUMS = 8 * X_TILES * kSumStride;
     constexpr int PARTS = kMostCluster * 8 * X_TILES * kTile;

@@ -1,4 +1,4 @@
-// A GPU for tests: one cluster of blocks of CUDA threads as CPU threads, for csrc/cuda/gemv.h.
+// A GPU for tests: one cluster of blocks of CUDA threads as CPU threads, for csrc/cuda's kernels.
 //
 // __syncthreads is a barrier of the block; a tensor-core product, which a warp does together, has
 // its lanes publish their operands, meet, and each compute its own two sums. PRMT is emulated bit
@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <barrier>
+#include <bit>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -45,6 +46,35 @@ inline void __syncthreads() { block_barrier[block_rank]->arrive_and_wait(); }
 #define DQW_SHARED(type, name, size)                   \
     static type name##_of_blocks[kBlocksAtOnce][size]; \
     type* name = name##_of_blocks[block_rank]
+
+// A value of another lane. All lanes of a warp come here.
+template <typename F>
+float of_lane(float v, const F& source) {
+    static float of[64 * kBlocksAtOnce][32];  // [warp][lane]
+    const int warp = 64 * block_rank + threadIdx.x / 32, lane = threadIdx.x % 32;
+    of[warp][lane] = v;
+    __syncwarp();
+    const float found = of[warp][source(lane)];
+    __syncwarp();
+    return found;
+}
+inline float __shfl_sync(uint32_t, float v, int lane) {
+    return of_lane(v, [&](int) { return lane & 31; });
+}
+inline float __shfl_xor_sync(uint32_t, float v, int mask) {
+    return of_lane(v, [&](int lane) { return lane ^ mask; });
+}
+inline uint32_t __float_as_uint(float v) { return std::bit_cast<uint32_t>(v); }
+inline float __uint_as_float(uint32_t v) { return std::bit_cast<float>(v); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fadd_rz(float a, float b) {  // the double is exact enough to be cut off
+    const double exact = (double)a + b;
+    const float near = (float)exact;
+    return std::fabs(near) > std::fabs(exact) ? std::nextafter(near, 0.0f) : near;
+}
 
 struct __half {
     _Float16 v;
@@ -101,15 +131,31 @@ inline float half_to_float(uint16_t u) {
 inline float value(__half, uint32_t bits) { return half_to_float(bits); }
 inline float value(__nv_bfloat16, uint32_t bits) { return to_float(__nv_bfloat16{(uint16_t)bits}); }
 
+template <typename T>
+uint32_t narrow_pair(float a, float b) {
+    return bits_of(from_float<T>(a)) | (uint32_t)bits_of(from_float<T>(b)) << 16;
+}
+
+template <typename V>
+V* aligned(V* p) {
+    if (reinterpret_cast<uintptr_t>(p) % sizeof(V) == 0) return p;
+    std::fprintf(stderr, "an access of %zu bytes is not aligned\n", sizeof(V));
+    std::abort();
+}
+template <typename V>
+V load(const V* p) {
+    return *aligned(p);
+}
+template <typename V>
+void store(V* p, const V& v) {
+    *aligned(p) = v;
+}
+
 template <bool PASS = false, typename V>
 V load_once(const V* p, bool exists) {
     V v = {};
     if (!exists) return v;
-    if (reinterpret_cast<uintptr_t>(p) % sizeof(V)) {
-        std::fprintf(stderr, "a load of %zu bytes is not aligned\n", sizeof(V));
-        std::abort();
-    }
-    std::memcpy(&v, p, sizeof(V));
+    std::memcpy(&v, aligned(p), sizeof(V));
     return v;
 }
 
