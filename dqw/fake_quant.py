@@ -115,7 +115,7 @@ class FakeQuantize(nn.Module):
             self.gradient_scale,
             dtype or weight.dtype,
         )
-        return rounded.view_as(weight)
+        return rounded if weight.dim() == 2 else rounded.view_as(weight)  # a view is a node more
 
     def extra_repr(self) -> str:
         s = self.spec
