@@ -206,6 +206,9 @@ def test_empty_inputs() -> None:
         assert dqw.quantize(x, scale, bucket, 0).shape == (rows, cols)
         dx, ds = dqw.fake_quant_backward(x, x, scale, bucket, 0)
         assert dx.shape == x.shape and torch.equal(ds, torch.zeros(rows, 1))
+        groups = torch.ones(rows, -(-cols // 16))
+        dx, ds = dqw.fake_quant_backward(x, x, groups, bucket, 16)
+        assert dx.shape == x.shape and torch.equal(ds, torch.zeros_like(groups))
         assert dqw.fake_quant_activation(x).shape == (rows, cols)
 
 

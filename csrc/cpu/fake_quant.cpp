@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> fake_quant_backward(const Tensor& grad_, const Tensor
                                   : torch::stable::to(grad_, std::make_optional(x.scalar_type())));
     Tensor dx = new_tensor({x.size(0), x.size(1)}, x.scalar_type());
     Tensor dscale = new_tensor({scale.size(0), scale.size(1)}, ScalarType::Float);
-    const bool per_tensor = a.scale_stride == 0;
+    const bool per_tensor = group_size <= 0 && a.scale_stride == 0;  // no columns: no groups, too
     std::vector<float> rows(per_tensor ? x.size(0) : 0);
     float* result = static_cast<float*>(dscale.mutable_data_ptr());
     a.grad = grad.const_data_ptr();
