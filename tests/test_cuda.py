@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import dqw
 from dqw import grids, ops, ops_cuda, packing, reference
 from dqw.recipe import Recipe
+from dqw.whisper.fast_model import speed_up
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -216,6 +217,30 @@ def test_a_whisper_on_the_gpu_says_what_it_says_on_the_cpu(dtype: torch.dtype) -
             features.cuda().to(dtype), max_new_tokens=8, cache_implementation="static"
         )
     assert static.shape[0] == 1
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_generate_replays_graphs(count: int) -> None:
+    """Step by step the logits of the plain modules; sequences padded to 1, 4 and 32."""
+    model = make_tiny_whisper()
+    dqw.freeze(dqw.quantize(model, Recipe()))
+    speed_up(model)
+    model.eval().to("cuda", torch.float16)
+    features = torch.randn(count, 80, 3000, device="cuda").half()
+    ids = torch.randint(0, 50, (count, 9), device="cuda")
+    with torch.no_grad():
+        states = model.model.encoder(features)[0]
+        want = model(encoder_outputs=(states,), decoder_input_ids=ids).logits.float()
+        assert model.generate(features, max_new_tokens=8).shape[0] == count
+        graphs = model._dqw_graphs[1]
+        off = (graphs.encoder(features) - states).abs().max()
+        assert off < 0.02 * states.abs().max()
+        session = graphs.decoder.session(states)
+        for n in (3, 4, 9):
+            logits = session.step(ids[:, session.length : n])
+            assert (logits - want[:, n - 1]).abs().max() < 0.03 * want.abs().max()
+        session.keep(torch.tensor([count - 1], device="cuda"))
+        assert session.step(ids[-1:, :1]).shape == (1, want.shape[2])
 
 
 def test_a_training_step_compiles_whole() -> None:

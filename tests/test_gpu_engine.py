@@ -3,6 +3,9 @@ reference of their kernels. tests/decoder_step_cases.py holds the kernels to tha
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from speech_helpers import one_thread  # noqa: F401
@@ -12,6 +15,7 @@ from whisper_helpers import save_tiny, tiny, voices
 
 import dqw
 from dqw.recipe import Recipe
+from dqw.whisper import fast_model, gpu
 from dqw.whisper.checkpoint import load_whisper, save_processor
 from dqw.whisper.decoding import Rules
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
@@ -163,3 +167,49 @@ def test_projections_packed_alike_share_a_launch(folder, monkeypatch):
     layer = engine.model.model.decoder.layers[0].self_attn
     layer.k_proj.levels = layer.k_proj.levels.flip(0)
     assert not Graphs(engine.model).decoder.triples[0].alike
+
+
+@pytest.mark.parametrize("options", [
+    {"language": "en"}, {}, {"return_timestamps": True}, {"language": "de", "num_beams": 2},
+])  # fmt: skip
+def test_generate_runs_on_the_graphs(folder, monkeypatch, options):
+    """The same tokens, language detected or given; beams stay with transformers."""
+    model, processor = load_whisper(folder)
+    features = processor(
+        voices(0.4, 0.9, 0.7), sampling_rate=16_000, return_tensors="pt"
+    ).input_features
+    plain = dqw.dequantize(copy.deepcopy(model))
+    want = plain.generate(features, **options)
+    monkeypatch.setattr(fast_model, "_on_gpu", lambda model: True)
+    steps, step = [], gpu.GpuSession.step
+    monkeypatch.setattr(
+        gpu.GpuSession, "step", lambda self, ids: steps.append(1) or step(self, ids)
+    )
+    for _ in range(2):
+        assert torch.equal(model.generate(features, **options), want)
+    assert bool(steps) == ("num_beams" not in options)
+    known = model._dqw_graphs[1]
+    asked = {**options, "return_dict_in_generate": True, "output_scores": True}
+    if "return_timestamps" not in options:
+        found, theirs = model.generate(features, **asked), plain.generate(features, **asked)
+        assert torch.equal(found.sequences, theirs.sequences) and known is model._dqw_graphs[1]
+        for mine, other in zip(found.scores, theirs.scores, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin._dqw_graphs[1] is None
+        assert torch.equal(twin.generate(features, **options), want)
+
+
+def test_generate_makes_graphs_anew_when_layers_change(folder, monkeypatch):
+    monkeypatch.setattr(fast_model, "_on_gpu", lambda model: True)
+    model, processor = load_whisper(folder)
+    features = processor(voices(0.4), sampling_rate=16_000, return_tensors="pt").input_features
+    before = model.generate(features, language="en")
+    embedding = model.model.decoder.embed_tokens
+    embedding.scale = embedding.scale * torch.linspace(0.1, 3.0, len(embedding.scale))[:, None]
+    after = model.generate(features, language="en")
+    plain = dqw.dequantize(copy.deepcopy(model))
+    assert torch.equal(after, plain.generate(features, language="en"))
+    assert not torch.equal(after, before)
+    model.model.decoder.layers[0].fc1.register_forward_hook(lambda *_: None)
+    assert fast_model._graphs_of(model) is None

@@ -137,6 +137,9 @@ class FastDecoder:
             self._last = last
         return last[2]
 
+    def session(self, states: Tensor, longest: int, bf16: bool = False) -> Session:
+        return Session(self, states, longest, bf16=bf16)
+
     def greedy(self, states: Tensor, prompt: Tensor, rules: Rules) -> Tensor:
         """The likeliest tokens (clips, tokens) for the encoder's ``states``, behind ``prompt``
         (clips, begin); behind the end of a sequence stands ``rules.end``."""
@@ -174,7 +177,7 @@ def fast_encoder(encoder: Any) -> FastEncoder | None:
 def _remembered(module: Any, reason: Callable[[Any], str], make: Callable[[Any], Any]) -> Any:
     if torch.compiler.is_compiling():
         return None  # the plain modules are what can be traced
-    key = _identity(module)
+    key = identity(module)
     known = _made.get(module)
     if known is None or known[0] != key:
         here = all(t.is_cpu for t in (*module.parameters(), *module.buffers()))
@@ -182,7 +185,7 @@ def _remembered(module: Any, reason: Callable[[Any], str], make: Callable[[Any],
     return known[1]
 
 
-def _identity(module: nn.Module) -> tuple:
+def identity(module: nn.Module) -> tuple:
     """Changes when a layer, its memory, its activations or whether it has hooks do."""
     found: list[Any] = [module.training]
     for part in module.modules():

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dqw.whisper.fast import FastDecoder, Session
+from dqw.whisper.fast import FastDecoder
+
+if TYPE_CHECKING:
+    from dqw.whisper.gpu import GpuDecoder
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """(ids so far, scores (sequences, vocabulary)) → scores."""
@@ -41,8 +44,8 @@ class Stop:
     def __call__(self, ids: Tensor, scores: list[Tensor]) -> Tensor:
         """Which of the sequences ``ids`` have ended, (sequences,) bool."""
         if self.length is not None and ids.shape[1] >= self.length:
-            return torch.ones(len(ids), dtype=torch.bool)
-        done = torch.zeros(len(ids), dtype=torch.bool)
+            return torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for end in self.ends:
             done |= ids[:, -1] == end
         for criterion in self.rest:
@@ -61,7 +64,7 @@ class Decoded:
 
 
 def greedy(
-    decoder: FastDecoder,
+    decoder: FastDecoder | GpuDecoder,
     states: Tensor,
     prompt: Tensor,
     processors: Sequence[Processor],
@@ -78,11 +81,12 @@ def greedy(
     """
     count, length = prompt.shape
     longest = stop.length or decoder.positions + 1
-    ids = torch.full((count, max(longest, length + 1)), pad, dtype=torch.long)
+    here = prompt.device
+    ids = torch.full((count, max(longest, length + 1)), pad, dtype=torch.long, device=here)
     ids[:, :length] = prompt
     found = Decoded(ids)
-    session = Session(decoder, states, longest, bf16=bf16)
-    running = torch.arange(count)
+    session = decoder.session(states, longest, bf16=bf16)
+    running = torch.arange(count, device=here)
     new = prompt
     while True:
         step = _for_all(session.step(new), running, count)
@@ -92,8 +96,7 @@ def greedy(
             step = processor(ids[:, :length], step)
         if scores:
             found.scores.append(step)
-        # numpy's takes 4 microseconds a row, torch's 77.
-        ids[running, length] = torch.from_numpy(step.numpy().argmax(-1))[running]
+        ids[running, length] = _argmax(step)[running]
         if streamer is not None:
             streamer.put(ids[:, length])
         length += 1
@@ -109,6 +112,13 @@ def greedy(
         streamer.end()
     found.ids = ids[:, :length].clone()
     return found
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    if scores.is_cuda:
+        return scores.argmax(-1)
+    # numpy's takes 4 microseconds a row, torch's 77.
+    return torch.from_numpy(scores.numpy().argmax(-1))
 
 
 def _for_all(step: Tensor, running: Tensor, count: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""``generate`` on the native networks: a subclass that a packed Whisper takes at load.
+"""``generate`` on the native networks: a subclass that a packed Whisper takes at load. On a GPU
+those are CUDA graphs (``gpu``).
 
 transformers keeps what it is good at (language, prompts, windows of long audio, thresholds); the
 greedy loop and the encoder are ours. The loop asks the same logits processors and stopping criteria
@@ -28,11 +29,21 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from dqw.whisper.decoding import SuppressTokens
-from dqw.whisper.fast import FastDecoder, Session, fast_decoder, fast_encoder
+from dqw.whisper.fast import (
+    FastDecoder,
+    FastEncoder,
+    Session,
+    fast_decoder,
+    fast_encoder,
+    identity,
+)
 from dqw.whisper.fast_greedy import Stop, greedy
+from dqw.whisper.gpu import GpuDecoder, GpuEncoder, GpuSession, Graphs, gpu_uncovered
 
 # Whether products of float32 may be rounded to bfloat16: true within generate.
 _rounds: ContextVar[bool] = ContextVar("dqw_rounds", default=False)
+# Within generate on a GPU: the model's.
+_graphs: ContextVar[Graphs | None] = ContextVar("dqw_graphs", default=None)
 
 
 def speed_up(model: Any) -> None:
@@ -57,11 +68,12 @@ class _FastWhisper(WhisperForConditionalGeneration):
 
     @functools.wraps(WhisperForConditionalGeneration.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        before = _rounds.set(True)
+        before, graphs_before = _rounds.set(True), _graphs.set(_graphs_of(self))
         try:
             return super().generate(*args, **kwargs)
         finally:
             _rounds.reset(before)
+            _graphs.reset(graphs_before)
 
     def _sample(
         self,
@@ -73,10 +85,11 @@ class _FastWhisper(WhisperForConditionalGeneration):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        decoder = None
+        decoder: FastDecoder | GpuDecoder | None = None
         argmax = not generation_config.do_sample and not synced_gpus
         if argmax and _is_covered(generation_config, model_kwargs, input_ids):
-            decoder = fast_decoder(self)
+            graphs = _graphs.get()
+            decoder = fast_decoder(self) if graphs is None else graphs.decoder
         if decoder is None:
             plain: Any = super()
             return plain._sample(
@@ -121,7 +134,8 @@ class _FastWhisper(WhisperForConditionalGeneration):
         """transformers' beam search, with our decoder in the place of its cache."""
         decoder = None
         beams = generation_config.num_beams
-        if not synced_gpus and _is_covered(generation_config, model_kwargs, input_ids):
+        covered = _graphs.get() is None  # beams on a GPU are transformers'
+        if covered and not synced_gpus and _is_covered(generation_config, model_kwargs, input_ids):
             decoder = fast_decoder(self)
         if decoder is not None:
             states = model_kwargs["encoder_outputs"][0][::beams].contiguous()
@@ -143,36 +157,41 @@ class _FastWhisper(WhisperForConditionalGeneration):
         session = kwargs.get("cache", kwargs.get("past_key_values"))
         if session is None and not args and not torch.is_grad_enabled():
             session = self._detecting(kwargs)
-        if isinstance(session, Session):
+        if isinstance(session, Session | GpuSession):
             return Seq2SeqLMOutput(logits=session.step(kwargs["decoder_input_ids"])[:, None])
         return super().__call__(*args, **kwargs)
 
-    def _detecting(self, given: dict[str, Any]) -> Session | None:
+    def _detecting(self, given: dict[str, Any]) -> Session | GpuSession | None:
         """Decoding of what ``detect_language`` asks for, if ``given`` is that."""
         ids = given.get("decoder_input_ids")
         rest = given.keys() - {"decoder_input_ids", "use_cache"}
         if ids is None or ids.shape[1] != 1 or given.get("use_cache") is not False:
             return None
-        if rest not in ({"encoder_outputs"}, {"input_features"}) or ids.device.type != "cpu":
+        if rest not in ({"encoder_outputs"}, {"input_features"}):
             return None
-        decoder = fast_decoder(self)
+        graphs = _graphs.get()
+        decoder = fast_decoder(self) if graphs is None else graphs.decoder
         if decoder is None:
             return None
         encoded = given.get("encoder_outputs") or self.model.encoder(given["input_features"])
-        return Session(decoder, encoded[0], 1, bf16=_rounds.get())
+        return decoder.session(encoded[0], 1, bf16=_rounds.get())
 
 
 class _FastEncoder(WhisperEncoder):
     def forward(
         self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        native = None
+        native: FastEncoder | GpuEncoder | None = None
         config = self.config
         asks = config.output_attentions or config.output_hidden_states
         asks = asks or kwargs.get("output_attentions") or kwargs.get("output_hidden_states")
         frames = 2 * config.max_source_positions
         if not asks and not torch.is_grad_enabled() and input_features.shape[-1] == frames:
-            native = fast_encoder(self) if input_features.device.type == "cpu" else None
+            graphs = _graphs.get()
+            if graphs is not None and graphs.encoder.encoder is self:
+                native = graphs.encoder
+            elif input_features.device.type == "cpu":
+                native = fast_encoder(self)
         if native is None:
             return super().forward(input_features, attention_mask, **kwargs)
         states = native(input_features, bf16=_rounds.get())
@@ -204,6 +223,22 @@ for _theirs, _mine in _MINE.items():
         setattr(_mine, _name, getattr(_theirs, _name))
 
 
+def _graphs_of(model: Any) -> Graphs | None:
+    """The graphs of a packed model on a GPU: made at the first call, and again when layers change;
+    None elsewhere, and where they do not serve. They live and die with the model."""
+    if not _on_gpu(model) or gpu_uncovered(model):
+        return None
+    key = identity(model)
+    known = model.__dict__.get("_dqw_graphs")
+    if known is None or known[0] != key or known[1] is None:  # None: of a copy
+        known = model.__dict__["_dqw_graphs"] = key, Graphs(model)
+    return known[1]
+
+
+def _on_gpu(model: Any) -> bool:
+    return model.device.type == "cuda"
+
+
 def _is_covered(config: Any, inputs: dict[str, Any], ids: Tensor) -> bool:
     mask = inputs.get("decoder_attention_mask")
     states = inputs.get("encoder_outputs")
@@ -213,7 +248,7 @@ def _is_covered(config: Any, inputs: dict[str, Any], ids: Tensor) -> bool:
         and config.use_cache is not False
         and getattr(config, "prefill_chunk_size", None) is None
         and states is not None
-        and states[0].device.type == ids.device.type == "cpu"
+        and states[0].device == ids.device
         and states[0].shape[0] == ids.shape[0] > 0
         and (mask is None or bool(mask.all()))
         and inputs.get("decoder_inputs_embeds") is None

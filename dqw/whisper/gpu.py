@@ -102,10 +102,13 @@ def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
 
 class Graphs:
     """Both networks of a model that ``gpu_uncovered`` has nothing against; its weights stay where
-    they are from here on."""
+    they are from here on. A copy, or what is unpickled, is None."""
 
     def __init__(self, model: Any) -> None:
         self.encoder, self.decoder = GpuEncoder(model.model.encoder), GpuDecoder(model)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 class GpuEncoder:
@@ -116,10 +119,12 @@ class GpuEncoder:
         self.heads: int = encoder.config.encoder_attention_heads
         self.graphs = _Captures(self._forward)
 
-    @torch.inference_mode()
-    def __call__(self, features: Tensor) -> Tensor:
+    def __call__(self, features: Tensor, bf16: bool = False) -> Tensor:
+        """bf16: as of ``fast.FastEncoder``; nothing here."""
         weight = self.encoder.layer_norm.weight
-        return self.graphs(features.to(weight.device, weight.dtype)).clone()
+        with torch.inference_mode():
+            states = self.graphs(features.to(weight.device, weight.dtype))
+        return states.clone()  # out here: no inference tensor, unless the caller wants one
 
     def _forward(self, features: Tensor) -> Tensor:
         e = self.encoder
@@ -163,7 +168,7 @@ class GpuDecoder:
         count = len(states)
         batch = self._batch(count)
         batch.hear(states)
-        batch.start(prompt, self._bans_of(rules), rules)
+        batch.start(prompt, rules, self._bans_of(rules))
         ids, length = prompt.tolist(), rules.begin
         stops: list[int | None] = [None] * count  # the length at which a sequence has ended
         batch.step(rules.begin - 1)
@@ -179,16 +184,14 @@ class GpuDecoder:
     @torch.inference_mode()
     def detect(self, states: Tensor, start: int, ids: Sequence[int]) -> list[int]:
         """The likeliest of ``ids`` behind the token ``start``, for each clip."""
-        count = len(states)
-        batch = self._batch(count)
-        batch.hear(states)
-        given = torch.full((count, 2), start)
-        rules = Rules(begin=2, longest=2, end=start, first_timestamp=start)  # chooses nothing
-        batch.start(given, self._bans_of(rules), rules)
-        batch.step(1)
-        assert batch.logits is not None
-        choice = torch.tensor(list(ids), device=batch.logits.device)
-        return choice[batch.logits[:count].index_select(1, choice).argmax(1)].tolist()
+        logits = self.session(states).step(torch.full((len(states), 1), start))
+        choice = torch.tensor(list(ids), device=logits.device)
+        return choice[logits.index_select(1, choice).argmax(1)].tolist()
+
+    def session(self, states: Tensor, longest: int = 0, bf16: bool = False) -> GpuSession:
+        """The decoder a step at a time, for a loop that chooses the tokens itself; until the next
+        call of this, ``greedy`` or ``detect``."""
+        return GpuSession(self, states)
 
     def _batch(self, count: int) -> _Batch:
         rows = 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
@@ -216,6 +219,33 @@ def _follow(ids: list[int], new: list[int], rules: Rules) -> int | None:
         if ids[-1] == rules.end:
             return len(ids)
     return None
+
+
+class GpuSession:
+    """Sequences being decoded, one for each clip; as ``fast.Session``, with logits on the GPU."""
+
+    @torch.inference_mode()
+    def __init__(self, decoder: GpuDecoder, states: Tensor) -> None:
+        self.batch = decoder._batch(len(states))
+        self.batch.hear(states)
+        self.batch.start()
+        self.rows = torch.arange(len(states), device=states.device)
+        self.length = 0
+
+    def step(self, ids: Tensor) -> Tensor:
+        """ids (sequences, new tokens) → logits (sequences, vocabulary) float32 of the last."""
+        with torch.inference_mode():
+            for new in ids.to(self.rows.device).unbind(1):
+                self.batch.tokens[self.rows, self.length] = new
+                self.length += 1
+                self.batch.step(1)
+            assert self.batch.logits is not None
+            logits = self.batch.logits[self.rows]
+        return logits.to(torch.float32, copy=True)
+
+    def keep(self, rows: Tensor) -> None:
+        """Only the sequences ``rows`` go on, in this order; each at most once."""
+        self.rows = self.rows[rows]
 
 
 class _Batch:
@@ -258,18 +288,25 @@ class _Batch:
             keys[:, : states.shape[1]] = layer.encoder_attn.k_proj(states)
             values[:, : states.shape[1]] = layer.encoder_attn.v_proj(states)
 
-    def start(self, prompt: Tensor, bans: Tensor, rules: Rules) -> None:
-        """The next step reads the prompt's first token."""
+    def start(
+        self, prompt: Tensor | None = None, rules: Rules | None = None, bans: Tensor | None = None
+    ) -> None:
+        """The next step reads the first token: of ``prompt``, or of what is put in ``tokens`` by
+        someone who chooses them (no rules)."""
         if self.graph is None and self.tokens.is_cuda:
             self.graph, _ = capture(self._step)
-        vocabulary = self.bans.numel()
-        latest = vocabulary - 1 if rules.latest is None else rules.first_timestamp + rules.latest
-        state = [0, rules.begin, int(rules.timestamps), min(latest, vocabulary - 1)]
-        state += [rules.end, rules.first_timestamp, self.heard_positions, 0]
+        last, room = self.bans.numel() - 1, self.tokens.shape[1]
+        state = [0] * gpu_steps.STATE
+        state[gpu_steps.HEARD], state[gpu_steps.BEGIN] = self.heard_positions, room + 1
+        if prompt is not None and rules is not None and bans is not None:
+            state[gpu_steps.BEGIN], state[gpu_steps.TIMES] = rules.begin, int(rules.timestamps)
+            latest = last if rules.latest is None else rules.first_timestamp + rules.latest
+            state[gpu_steps.LATEST] = min(latest, last)
+            state[gpu_steps.END], state[gpu_steps.TIME] = rules.end, rules.first_timestamp
+            self.bans.copy_(bans)
+            self.tokens[:, : rules.begin] = prompt[-1:]
+            self.tokens[: len(prompt), : rules.begin] = prompt
         self.state.copy_(torch.tensor(state))
-        self.bans.copy_(bans)
-        self.tokens[:, : rules.begin] = prompt[-1:]
-        self.tokens[: len(prompt), : rules.begin] = prompt
 
     def step(self, count: int) -> None:
         """``count`` tokens further."""
