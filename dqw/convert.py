@@ -4,6 +4,7 @@ float Whisper → ``quantize`` swaps modules that learn → ``freeze`` turns the
 ``dequantize`` goes back to plain float modules with the quantized weights.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,13 @@ def quantize(
     _tie_projection(model)
     keep_from_broadcasts(model)
     return model
+
+
+def packed_copy(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """A packed model by ``recipe`` beside ``model``, which stays as it is; what is not packed they
+    share, unless it is moved or trained."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return freeze(quantize(copy.deepcopy(model, shared), recipe))
 
 
 def keep_from_broadcasts(model: nn.Module) -> None:

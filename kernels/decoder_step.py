@@ -279,7 +279,8 @@ def _choose(logits_ptr, tokens_ptr, state_ptr, bans_ptr, keys_ptr, sums_ptr, tic
 
 @functools.cache
 def _has_pdl(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _launch(device: torch.device, warps: int) -> dict:

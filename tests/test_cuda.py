@@ -233,9 +233,9 @@ def test_generate_replays_graphs(count: int) -> None:
         want = model(encoder_outputs=(states,), decoder_input_ids=ids).logits.float()
         assert model.generate(features, max_new_tokens=8).shape[0] == count
         graphs = model._dqw_graphs[1]
-        off = (graphs.encoder(features) - states).abs().max()
+        off = (graphs.encode(features) - states).abs().max()
         assert off < 0.02 * states.abs().max()
-        session = graphs.decoder.session(states)
+        session = graphs.session(states)
         for n in (3, 4, 9):
             logits = session.step(ids[:, session.length : n])
             assert (logits - want[:, n - 1]).abs().max() < 0.03 * want.abs().max()

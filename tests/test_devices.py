@@ -13,7 +13,7 @@ from whisper_helpers import run_dqw, save_speech, save_tiny
 
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
 from dqw.whisper.fast import FastDecoder
-from dqw.whisper.gpu import GpuDecoder
+from dqw.whisper.gpu import Graphs
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_gpu_hears_in_float16(packed: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("dqw.devices.fast_precision", lambda *_: "float32")  # a GPU's is not asked
     monkeypatch.setattr("dqw.devices.best_device", lambda: torch.device("cpu"))
     engine = open_engine(packed, device="cuda")
-    assert isinstance(engine, NativeEngine) and isinstance(engine.native(), GpuDecoder)
+    assert isinstance(engine, NativeEngine) and isinstance(engine.native(), Graphs)
     assert engine.model.model.decoder.layer_norm.weight.dtype == torch.float16
     assert engine.model.model.decoder.layers[0].fc1.spec.activations == "float"
     assert isinstance(open_engine(packed).native(), FastDecoder)

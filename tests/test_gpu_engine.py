@@ -4,7 +4,9 @@ reference of their kernels. tests/decoder_step_cases.py holds the kernels to tha
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -14,12 +16,14 @@ from torch import Tensor
 from whisper_helpers import save_tiny, tiny, voices
 
 import dqw
+from dqw.errors import UserError
 from dqw.recipe import Recipe
-from dqw.whisper import fast_model, gpu
+from dqw.whisper import gpu
 from dqw.whisper.checkpoint import load_whisper, save_processor
+from dqw.whisper.coverage import gpu_uncovered
 from dqw.whisper.decoding import Rules
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
-from dqw.whisper.gpu import Graphs, gpu_uncovered
+from dqw.whisper.gpu import Graphs, graphs_of
 from dqw.whisper.transcribe import iter_transcripts, transcribe
 
 
@@ -99,7 +103,7 @@ def test_rules_ends_and_padding(tmp_path, clips, timestamps):
     first, end = settings.no_timestamps_token_id + 1, settings.eos_token_id
     states = 3 * torch.randn(clips, 50, model.config.d_model)
     prompt = torch.tensor([[end + 1, end + 2, end + 5, first - 1][: 4 - timestamps]] * clips)
-    decoder, lengths = Graphs(model).decoder, set()
+    decoder, lengths = Graphs(model), set()
     spoken = first if timestamps else model.config.vocab_size
     few = tuple(i for i in range(spoken) if i not in (5, 6, end))
     for always in ((), tuple(range(0, end, 2)), few):
@@ -127,7 +131,7 @@ def test_a_loop_ends_where_the_guard_ends_it(tmp_path):
     rules = Rules(4, 60, end, first, always=only)
     prompt = torch.tensor([[end + 1, end + 2, end + 5, first - 1]])
     states = torch.randn(1, 50, model.config.d_model)
-    found = Graphs(model.eval()).decoder.greedy(states, prompt, rules)[0].tolist()
+    found = Graphs(model.eval()).greedy(states, prompt, rules)[0].tolist()
     assert found == [*prompt[0].tolist(), *[5] * 36, end]
     assert found == plainly(model, states, prompt, rules)[0]
 
@@ -138,14 +142,94 @@ def test_the_language_is_that_of_transformers(tmp_path):
     wanted = engine.detect(states)
     engine._graphs = Graphs(model)
     assert engine.detect(states) == wanted and len(set(wanted)) > 1
-    decoder = engine.native()
-    made = decoder.batches[8].hearing.function  # of five clips, padded to eight
-    calls = []
-    decoder.batches[8].hearing.function = lambda *s: (calls.append(1), made(*s))
-    engine.detect(states)
-    assert not calls  # their keys are known
-    engine.detect(states.clone())
-    assert calls
+
+
+def test_keys_of_the_audio_are_made_once_for_language_and_text(tmp_path, monkeypatch):
+    """And anew whenever there could be others in the same tensor."""
+    model, _ = attentive(tmp_path)
+    graphs, made, hear = Graphs(model), [], Graphs._hear
+    monkeypatch.setattr(Graphs, "_hear", lambda *a: made.append(1) or hear(*a))
+    states, start = torch.randn(3, 50, model.config.d_model), model.config.decoder_start_token_id
+    prompt = torch.full((3, 1), start)
+    rules = Rules(1, 20, model.generation_config.eos_token_id, 300)
+
+    def decoded():
+        graphs.detect(states, start, [7, 8])
+        return graphs.greedy(states, prompt, rules)
+
+    first = decoded()
+    assert len(made) == 1
+    assert torch.equal(graphs.greedy(states, prompt, rules), first) and len(made) == 2
+    graphs.detect(states, start, [7, 8])
+    states.copy_(torch.randn_like(states))
+    changed = graphs.greedy(states, prompt, rules)
+    assert len(made) == 4 and not torch.equal(changed, first)
+    assert torch.equal(changed, decoded())
+
+
+def test_memory_is_free_when_nobody_refers_to_it(tmp_path, monkeypatch):
+    """Without waiting for Python's search for cycles."""
+    monkeypatch.setattr(gpu, "_on_gpu", lambda model: True)
+    gc.collect()
+    gc.disable()
+    try:
+        model, processor = load_whisper(save_tiny(tmp_path))
+        graphs = graphs_of(model)
+        assert PlainEngine(model, processor)._graphs is graphs is graphs_of(model)
+        states = torch.randn(1, 50, model.config.d_model)
+        for count in (1, 8, 64, 512):  # the first ones make room
+            graphs.session(states.expand(count, -1, -1))
+        assert list(graphs._batches) == [8, 64, 512]
+        graphs.session(states.expand(5, -1, -1))
+        assert list(graphs._batches) == [64, 512, 8]  # a larger one does
+        alive = [weakref.ref(graphs._batches[8]), weakref.ref(graphs), weakref.ref(model)]
+        del graphs
+        model.train()
+        assert graphs_of(model) is None
+        assert alive[0]() is None and alive[1]() is None
+        del model
+        assert alive[2]() is None
+    finally:
+        gc.enable()
+
+
+def test_too_little_memory_is_tried_again_and_then_a_sentence(tmp_path, monkeypatch):
+    model, _ = attentive(tmp_path)
+    graphs, heard = Graphs(model), Graphs._heard
+    states = torch.randn(2, 50, model.config.d_model)
+    graphs.session(states.expand(2, -1, -1))
+    failures = [True]
+
+    def narrow(self, *args, **options):
+        if failures.pop() if failures else False:
+            raise torch.OutOfMemoryError("no room")
+        return heard(self, *args, **options)
+
+    monkeypatch.setattr(Graphs, "_heard", narrow)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert graphs.session(states).step(torch.full((2, 1), 7)).shape[0] == 2
+    failures += [True, True]
+    with pytest.raises(UserError, match="smaller --batch-size"):
+        graphs.session(states)
+
+
+def test_a_session_ends_with_the_positions(tmp_path):
+    model, _ = attentive(tmp_path)
+    session = Graphs(model).session(torch.randn(1, 50, model.config.d_model))
+    session.step(torch.full((1, 24), 7))
+    with pytest.raises(IndexError, match="24 tokens at most"):
+        session.step(torch.full((1, 1), 7))
+
+
+def test_a_packed_folder_with_a_float_vocabulary(tmp_path, monkeypatch):
+    model, processor = tiny(tmp_path)
+    packed(model, embedding_bits=0).save_pretrained(tmp_path)
+    save_processor(processor, tmp_path)
+    monkeypatch.setattr("dqw.whisper.engines.move_to", lambda *_: None)
+    engine = open_engine(tmp_path, device="cuda")
+    assert isinstance(engine.native(), Graphs)
+    wanted = transcribe(*exact(tmp_path), voices(0.4, 0.9))
+    assert dict(iter_transcripts(engine, voices(0.4, 0.9))) == dict(enumerate(wanted))
 
 
 def test_what_graphs_do_not_serve_is_named(tmp_path, folder):
@@ -153,6 +237,13 @@ def test_what_graphs_do_not_serve_is_named(tmp_path, folder):
     assert gpu_uncovered(model) == ""
     model.model.encoder.layers[0].register_forward_hook(lambda *_: None)
     assert "has hooks" in gpu_uncovered(model)
+    model, _ = load_whisper(folder)
+    layer = model.model.decoder.layers[0]
+    layer.forward = layer.forward
+    assert "a forward of its own" in gpu_uncovered(model)
+    del layer.forward
+    layer.fc1 = type("Linear4bit", (torch.nn.Linear,), {})(64, 64).eval()
+    assert "fc1 is a Linear4bit" in gpu_uncovered(model)
     model, _ = load_whisper(save_tiny(tmp_path))
     assert gpu_uncovered(model) == ""
     assert "training mode" in gpu_uncovered(model.train())
@@ -163,10 +254,10 @@ def test_what_graphs_do_not_serve_is_named(tmp_path, folder):
 
 def test_projections_packed_alike_share_a_launch(folder, monkeypatch):
     engine = graphed(folder)
-    assert all(triple.alike for triple in engine.native().triples)
+    assert all(engine.native().same_levels)
     layer = engine.model.model.decoder.layers[0].self_attn
     layer.k_proj.levels = layer.k_proj.levels.flip(0)
-    assert not Graphs(engine.model).decoder.triples[0].alike
+    assert Graphs(engine.model).same_levels[0] is False
 
 
 @pytest.mark.parametrize("options", [
@@ -180,7 +271,7 @@ def test_generate_runs_on_the_graphs(folder, monkeypatch, options):
     ).input_features
     plain = dqw.dequantize(copy.deepcopy(model))
     want = plain.generate(features, **options)
-    monkeypatch.setattr(fast_model, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(gpu, "_on_gpu", lambda model: True)
     steps, step = [], gpu.GpuSession.step
     monkeypatch.setattr(
         gpu.GpuSession, "step", lambda self, ids: steps.append(1) or step(self, ids)
@@ -195,13 +286,15 @@ def test_generate_runs_on_the_graphs(folder, monkeypatch, options):
         assert torch.equal(found.sequences, theirs.sequences) and known is model._dqw_graphs[1]
         for mine, other in zip(found.scores, theirs.scores, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
+    assert model.float() is model and not hasattr(model, "_dqw_graphs")
+    model.generate(features, **options)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert twin._dqw_graphs[1] is None
         assert torch.equal(twin.generate(features, **options), want)
 
 
 def test_generate_makes_graphs_anew_when_layers_change(folder, monkeypatch):
-    monkeypatch.setattr(fast_model, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(gpu, "_on_gpu", lambda model: True)
     model, processor = load_whisper(folder)
     features = processor(voices(0.4), sampling_rate=16_000, return_tensors="pt").input_features
     before = model.generate(features, language="en")
@@ -212,4 +305,4 @@ def test_generate_makes_graphs_anew_when_layers_change(folder, monkeypatch):
     assert torch.equal(after, plain.generate(features, language="en"))
     assert not torch.equal(after, before)
     model.model.decoder.layers[0].fc1.register_forward_hook(lambda *_: None)
-    assert fast_model._graphs_of(model) is None
+    assert graphs_of(model) is None and not hasattr(model, "_dqw_graphs")

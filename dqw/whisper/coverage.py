@@ -1,4 +1,4 @@
-"""Whether the native networks of ``dqw.whisper.fast`` serve a model, and in words why not."""
+"""Whether the native networks of ``dqw.whisper.fast``, or a GPU's, serve a model; why not."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import torch
 from torch import nn
 
 import dqw.ops  # noqa: F401  loads the library
+from dqw import ops_cuda
 from dqw.conv import QuantConv1d
-from dqw.embedding import TiedProjection
+from dqw.embedding import QuantEmbedding, TiedProjection
 from dqw.grids import level_max
-from dqw.linear import QuantModule
+from dqw.linear import QuantLinear, QuantModule
+
+# What the graphs of a GPU call; a subclass might do what can't be captured.
+_KNOWN = (nn.Linear, nn.Conv1d, nn.Embedding, QuantLinear, QuantConv1d, QuantEmbedding)
+_KNOWN += (TiedProjection,)  # type: ignore[assignment]
 
 _DEVICES = ("cpu", "meta")  # meta: a folder that is looked at, not loaded
 _SELF = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -42,6 +47,34 @@ def encoder_uncovered(encoder: Any) -> str:
             return f"{name} is not Whisper's"
     named = [*linears(encoder), *convolutions]
     return _reason(encoder, named, encoder.config.encoder_attention_heads)
+
+
+def gpu_uncovered(model: Any) -> str:
+    """Why the graphs do not serve ``model``, or "" if they do."""
+    config, tensors = model.config, [*model.parameters(), *model.buffers()]
+    if len({t.device for t in tensors}) != 1:
+        return "it is spread over several devices"
+    if tensors[0].is_cuda and ops_cuda.reason:
+        return ops_cuda.reason
+    if config.activation_function != "gelu" or config.scale_embedding:
+        return "its activation function or scaled embedding is not Whisper's"
+    if config.d_model // config.decoder_attention_heads > 256:
+        return "its heads are more than 256 wide"
+    for name, module in model.named_modules():
+        if module.training or has_hooks(module):
+            return f"{name or 'it'} is in training mode or has hooks, and a graph calls none"
+        if "forward" in vars(module) or hasattr(module, "_hf_hook"):
+            return f"{name or 'it'} has a forward of its own, and a graph may not call it"
+        if isinstance(module, QuantModule) and not module.frozen:
+            return f"{name} is not packed yet"
+    encoder, decoder = model.model.encoder, model.model.decoder
+    parts = [*linears(encoder), *linears(decoder), ("proj_out", model.proj_out)]
+    parts += [("conv1", encoder.conv1), ("conv2", encoder.conv2)]
+    parts += [("embed_tokens", decoder.embed_tokens)]
+    for name, module in parts:
+        if type(module) not in _KNOWN:
+            return f"its {name} is a {type(module).__name__}, which a graph may not take"
+    return ""
 
 
 def coverage(config: dict[str, Any]) -> dict[str, str]:

@@ -23,10 +23,10 @@ from dqw.convert import choose_activations, quant_modules
 from dqw.devices import lowered, move_to
 from dqw.whisper.checkpoint import load_whisper, quiet_transformers, read_json, verify_folder
 from dqw.whisper.context import AudioContext, narrowed
-from dqw.whisper.coverage import encoder_uncovered, uncovered
+from dqw.whisper.coverage import encoder_uncovered, gpu_uncovered, uncovered
 from dqw.whisper.fast import FastDecoder, fast_decoder, fast_encoder
 from dqw.whisper.features import LogMel
-from dqw.whisper.gpu import GpuDecoder, Graphs, gpu_uncovered
+from dqw.whisper.gpu import Graphs, graphs_of
 from dqw.whisper.native import Skeleton, load
 from dqw.whisper.tokenizer import Pieces
 
@@ -48,7 +48,7 @@ class Engine(Protocol):
         """Features (clips, mels, frames) → states (clips, frames / 2, width). frames: even, at
         most those of the window."""
 
-    def native(self) -> FastDecoder | GpuDecoder | None:
+    def native(self) -> FastDecoder | Graphs | None:
         """The native decoder, or None where ``generate`` must do."""
 
     def detect(self, states: Tensor) -> list[int]:
@@ -76,11 +76,11 @@ class PlainEngine:
         self.context = AudioContext.of(model.config)
         # A float model stays exact: others are measured against it.
         self._rounds = not on_gpu and bool(quant_modules(model))
-        self._graphs = Graphs(model) if on_gpu and not gpu_uncovered(model) else None
+        self._graphs = graphs_of(model)
 
     def encode(self, features: Tensor) -> Tensor:
         if self._graphs is not None:
-            return self._graphs.encoder(features)
+            return self._graphs.encode(features)
         encoder: Any = self.model.get_encoder()
         # Directly, as forward would keep its products in float32.
         native = fast_encoder(encoder) if self.native() else None
@@ -90,16 +90,16 @@ class PlainEngine:
         with rounding, narrowed(encoder, features.shape[-1] // 2):
             return encoder(features.to(self.model.device, self.model.dtype))[0]
 
-    def native(self) -> FastDecoder | GpuDecoder | None:
+    def native(self) -> FastDecoder | Graphs | None:
         if self._graphs is not None:
-            return self._graphs.decoder
+            return self._graphs
         from dqw.whisper.fast_model import native_decoder
 
         return native_decoder(self.model)
 
     def detect(self, states: Tensor) -> list[int]:
         if self._graphs is not None:
-            return _detected(self._graphs.decoder, states, self.settings)
+            return _detected(self._graphs, states, self.settings)
         from transformers.modeling_outputs import BaseModelOutput
 
         encoded: Any = BaseModelOutput(last_hidden_state=states)
@@ -140,13 +140,13 @@ class NativeEngine:
 
     def encode(self, features: Tensor) -> Tensor:
         if self._graphs is not None:
-            return self._graphs.encoder(features)
+            return self._graphs.encode(features)
         encoder = fast_encoder(self.model.model.encoder)
         assert encoder is not None
         return encoder(features, bf16=True)
 
-    def native(self) -> FastDecoder | GpuDecoder | None:
-        return fast_decoder(self.model) if self._graphs is None else self._graphs.decoder
+    def native(self) -> FastDecoder | Graphs | None:
+        return fast_decoder(self.model) if self._graphs is None else self._graphs
 
     def detect(self, states: Tensor) -> list[int]:
         decoder = self.native()
@@ -160,7 +160,7 @@ class NativeEngine:
         return self.pieces.text(tokens)
 
 
-def _detected(decoder: FastDecoder | GpuDecoder, states: Tensor, settings: Any) -> list[int]:
+def _detected(decoder: FastDecoder | Graphs, states: Tensor, settings: Any) -> list[int]:
     ids = sorted(settings.lang_to_id.values())
     return decoder.detect(states, settings.decoder_start_token_id, ids)
 
@@ -214,7 +214,7 @@ def _open_native(folder: Path, activations: str, device: str) -> NativeEngine | 
     if gpu_uncovered(model) if on_gpu else _cpu_uncovered(model):
         return None
     pieces = Pieces(folder / "tokenizer.json")
-    log_mel = LogMel.of(extractor, str(model.proj_out.embedding.weight.device))
+    log_mel = LogMel.of(extractor, str(next(model.parameters()).device))
     return NativeEngine(model, settings, log_mel, pieces, on_gpu)
 
 

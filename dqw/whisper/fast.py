@@ -192,7 +192,7 @@ def identity(module: nn.Module) -> tuple:
         if isinstance(part, QuantModule):
             found.append(part.spec.activations)
         tensors = (*part._parameters.values(), *part._buffers.values())
-        found += [None if t is None else t.data_ptr() for t in tensors]
+        found += [None if t is None else (t.data_ptr(), t.dtype, t.device) for t in tensors]
         found.append(has_hooks(part))
     return tuple(found)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dqw.whisper.fast import FastDecoder
 
 if TYPE_CHECKING:
-    from dqw.whisper.gpu import GpuDecoder
+    from dqw.whisper.gpu import Graphs
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 """(ids so far, scores (sequences, vocabulary)) → scores."""
@@ -64,7 +64,7 @@ class Decoded:
 
 
 def greedy(
-    decoder: FastDecoder | GpuDecoder,
+    decoder: FastDecoder | Graphs,
     states: Tensor,
     prompt: Tensor,
     processors: Sequence[Processor],
@@ -98,7 +98,7 @@ def greedy(
             found.scores.append(step)
         ids[running, length] = _argmax(step)[running]
         if streamer is not None:
-            streamer.put(ids[:, length])
+            streamer.put(ids[:, length].cpu())
         length += 1
         ended = stop(ids[:, :length], found.scores)[running]
         if bool(ended.all()):

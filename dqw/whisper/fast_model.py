@@ -4,7 +4,7 @@ those are CUDA graphs (``gpu``).
 transformers keeps what it is good at (language, prompts, windows of long audio, thresholds); the
 greedy loop and the encoder are ours. The loop asks the same logits processors and stopping criteria
 and so gives the same tokens; what it does not cover (sampling, attentions asked for, padded
-prompts, other devices and dtypes, layers with hooks, training) runs as it would without it.
+prompts, other dtypes on a CPU, layers with hooks, training) runs as it would without it.
 
 Within ``generate`` many rows are multiplied in bfloat16 where the processor does that faster, as
 `dqw transcribe` does; a model that is called keeps float32.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -29,16 +30,9 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from dqw.whisper.decoding import SuppressTokens
-from dqw.whisper.fast import (
-    FastDecoder,
-    FastEncoder,
-    Session,
-    fast_decoder,
-    fast_encoder,
-    identity,
-)
+from dqw.whisper.fast import FastDecoder, Session, fast_decoder, fast_encoder
 from dqw.whisper.fast_greedy import Stop, greedy
-from dqw.whisper.gpu import GpuDecoder, GpuEncoder, GpuSession, Graphs, gpu_uncovered
+from dqw.whisper.gpu import GpuSession, Graphs, graphs_of
 
 # Whether products of float32 may be rounded to bfloat16: true within generate.
 _rounds: ContextVar[bool] = ContextVar("dqw_rounds", default=False)
@@ -68,12 +62,18 @@ class _FastWhisper(WhisperForConditionalGeneration):
 
     @functools.wraps(WhisperForConditionalGeneration.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        before, graphs_before = _rounds.set(True), _graphs.set(_graphs_of(self))
+        graphs = graphs_of(self)
+        before, graphs_before = _rounds.set(True), _graphs.set(graphs)
         try:
-            return super().generate(*args, **kwargs)
+            with nullcontext() if graphs is None else graphs.lock:
+                return super().generate(*args, **kwargs)
         finally:
             _rounds.reset(before)
             _graphs.reset(graphs_before)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.__dict__.pop("_dqw_graphs", None)  # moved or cast: the memory of a GPU is free at once
+        return super()._apply(*args, **kwargs)
 
     def _sample(
         self,
@@ -85,11 +85,11 @@ class _FastWhisper(WhisperForConditionalGeneration):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        decoder: FastDecoder | GpuDecoder | None = None
+        decoder: FastDecoder | Graphs | None = None
         argmax = not generation_config.do_sample and not synced_gpus
         if argmax and _is_covered(generation_config, model_kwargs, input_ids):
             graphs = _graphs.get()
-            decoder = fast_decoder(self) if graphs is None else graphs.decoder
+            decoder = fast_decoder(self) if graphs is None else graphs
         if decoder is None:
             plain: Any = super()
             return plain._sample(
@@ -167,10 +167,10 @@ class _FastWhisper(WhisperForConditionalGeneration):
         rest = given.keys() - {"decoder_input_ids", "use_cache"}
         if ids is None or ids.shape[1] != 1 or given.get("use_cache") is not False:
             return None
-        if rest not in ({"encoder_outputs"}, {"input_features"}):
+        if rest not in ({"encoder_outputs"}, {"input_features"}) or torch.compiler.is_compiling():
             return None
         graphs = _graphs.get()
-        decoder = fast_decoder(self) if graphs is None else graphs.decoder
+        decoder = fast_decoder(self) if graphs is None else graphs
         if decoder is None:
             return None
         encoded = given.get("encoder_outputs") or self.model.encoder(given["input_features"])
@@ -181,23 +181,27 @@ class _FastEncoder(WhisperEncoder):
     def forward(
         self, input_features: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        native: FastEncoder | GpuEncoder | None = None
+        native = None
         config = self.config
         asks = config.output_attentions or config.output_hidden_states
         asks = asks or kwargs.get("output_attentions") or kwargs.get("output_hidden_states")
         frames = 2 * config.max_source_positions
+        asks = asks or torch.compiler.is_compiling()  # the plain modules are what can be traced
         if not asks and not torch.is_grad_enabled() and input_features.shape[-1] == frames:
             graphs = _graphs.get()
-            if graphs is not None and graphs.encoder.encoder is self:
-                native = graphs.encoder
-            elif input_features.device.type == "cpu":
+            if graphs is not None and graphs.encoder is self:
+                return _encoded(graphs.encode(input_features), kwargs)
+            if input_features.device.type == "cpu":
                 native = fast_encoder(self)
         if native is None:
             return super().forward(input_features, attention_mask, **kwargs)
-        states = native(input_features, bf16=_rounds.get())
-        if kwargs.get("return_dict", True) is False:
-            return (states,)
-        return BaseModelOutput(last_hidden_state=states)
+        return _encoded(native(input_features, bf16=_rounds.get()), kwargs)
+
+
+def _encoded(states: Tensor, asked: dict[str, Any]) -> Any:
+    if asked.get("return_dict", True) is False:
+        return (states,)
+    return BaseModelOutput(last_hidden_state=states)
 
 
 _MINE: dict[type, type] = {
@@ -221,22 +225,6 @@ for _theirs, _mine in _MINE.items():
     copyreg.pickle(_mine, functools.partial(_reduced, _theirs))
     for _name in ("__name__", "__qualname__", "__module__"):
         setattr(_mine, _name, getattr(_theirs, _name))
-
-
-def _graphs_of(model: Any) -> Graphs | None:
-    """The graphs of a packed model on a GPU: made at the first call, and again when layers change;
-    None elsewhere, and where they do not serve. They live and die with the model."""
-    if not _on_gpu(model) or gpu_uncovered(model):
-        return None
-    key = identity(model)
-    known = model.__dict__.get("_dqw_graphs")
-    if known is None or known[0] != key or known[1] is None:  # None: of a copy
-        known = model.__dict__["_dqw_graphs"] = key, Graphs(model)
-    return known[1]
-
-
-def _on_gpu(model: Any) -> bool:
-    return model.device.type == "cuda"
 
 
 def _is_covered(config: Any, inputs: dict[str, Any], ids: Tensor) -> bool:

@@ -60,7 +60,8 @@ class LogMel:
 
     def long(self, audio: np.ndarray) -> Tensor:
         """Features (mels, frames) of audio of any length, as many frames as it has."""
-        return _normalized(self._log_mel(torch.from_numpy(audio)[None]))[0]
+        # Hours of it stay where there is more memory; windows are moved as they are heard.
+        return _normalized(self._log_mel(torch.from_numpy(audio)[None]))[0].cpu()
 
     def _log_mel(self, audio: Tensor) -> Tensor:
         """(clips, samples) → (clips, mels, frames)."""

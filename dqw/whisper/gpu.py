@@ -1,103 +1,67 @@
 """A Whisper on a GPU as CUDA graphs: the encoder, and the decoder a token at a time.
 
-    graphs = Graphs(model)      graphs.encoder(features) → states
-                                graphs.decoder.greedy(states, prompt, rules) → tokens
+    graphs = graphs_of(model)                           or None where they do not serve
+    states = graphs.encode(features)
+    tokens = graphs.greedy(states, prompt, rules)
 
 ``model`` is float or packed, of transformers or ``native.skeleton``, and in any dtype. A step of
-whisper-base is 75 launches that a GPU works through faster than Python starts two of them. So they
-are captured once for a number of sequences and replayed: what changes from token to token (the
+whisper-base is 70 to 82 launches that a GPU works through faster than Python starts two of them. So
+they are captured once for a number of sequences and replayed: what changes from token to token (the
 token, its position, the rules) lies in the GPU's memory, and the token is chosen there too. The
 host looks at the tokens every ``_BURST`` steps to see whether all sequences have ended.
 
 Packed layers multiply float activations here, unless their spec asks for int8: on a GPU those cost
-a launch more and save nothing. The residual stays float32 from layer to layer.
+a launch more and save nothing. The decoder's residual stays float32 from layer to layer.
 
 Without a GPU the same functions run one by one, on the reference of their kernels: that is how they
-are tested. Not for two threads at once.
+are tested. A lock lets one thread at a time decode. Nothing here refers back to its owner: memory
+of a GPU should be free when the model or a batch is gone, not when Python next looks for cycles.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dqw import ops, ops_cuda
-from dqw.linear import QuantLinear, QuantModule
+from dqw import ops
+from dqw.errors import UserError
+from dqw.linear import QuantLinear
 from dqw.whisper import gpu_steps
-from dqw.whisper.coverage import has_hooks
+from dqw.whisper.capture import Captures, captured
+from dqw.whisper.coverage import gpu_uncovered
 from dqw.whisper.decoding import Rules, is_loop
+from dqw.whisper.fast import identity
+from dqw.whisper.gpu_batch import Batch, Shape
 
 _BURST = 4  # tokens between two looks: a look costs 0.03 ms, a token behind the end a step
-_SHAPES = 16  # graphs that a network keeps, each for one shape of its inputs
+_BATCHES = 3  # numbers of sequences that are kept, with their caches and graphs
+_SHARE = 1 / 3  # of the GPU's memory that their caches may take
 
 
-def gpu_uncovered(model: Any) -> str:
-    """Why the graphs do not serve ``model``, or "" if they do."""
-    config, tensors = model.config, [*model.parameters(), *model.buffers()]
-    if len({t.device for t in tensors}) != 1:
-        return "it is spread over several devices"
-    if tensors[0].is_cuda and ops_cuda.reason:
-        return ops_cuda.reason
-    if config.activation_function != "gelu" or config.scale_embedding:
-        return "its activation function or scaled embedding is not Whisper's"
-    if config.d_model // config.decoder_attention_heads > 256:
-        return "its heads are more than 256 wide"
-    for name, module in model.named_modules():
-        if module.training or has_hooks(module):
-            return f"{name or 'it'} is in training mode or has hooks, and a graph calls none"
-        if isinstance(module, QuantModule) and not module.frozen:
-            return f"{name} is not packed yet"
-    return ""
+def graphs_of(model: Any) -> Graphs | None:
+    """The graphs of a model of transformers on a GPU: made at the first call, and again when
+    layers change; None elsewhere, and where they do not serve. They are freed with the model."""
+    if not _on_gpu(model) or gpu_uncovered(model):
+        model.__dict__.pop("_dqw_graphs", None)
+        return None
+    key = identity(model)
+    known = model.__dict__.get("_dqw_graphs")
+    if known is None or known[0] != key or known[1] is None:  # None: of a copy
+        model.__dict__.pop("_dqw_graphs", None)  # its memory first
+        known = model.__dict__["_dqw_graphs"] = key, Graphs(model)
+    return known[1]
 
 
-class _Captures:
-    """A function of tensors, captured for each set of their shapes; the latest ``_SHAPES`` stay.
-
-    What it returns is overwritten by the next call for the same shapes.
-    """
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.known: OrderedDict[tuple, tuple[Any, list[Tensor], Any]] = OrderedDict()
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        if not inputs[0].is_cuda:
-            return self.function(*inputs)
-        key = tuple(t.shape for t in inputs)
-        if key not in self.known:
-            self.known[key] = self._captured(inputs)
-            if len(self.known) > _SHAPES:
-                self.known.popitem(last=False)
-        self.known.move_to_end(key)
-        graph, own, outputs = self.known[key]
-        for mine, given in zip(own, inputs, strict=True):
-            mine.copy_(given)
-        graph.replay()
-        return outputs
-
-    def _captured(self, inputs: Sequence[Tensor]) -> tuple[Any, list[Tensor], Any]:
-        own = [t.clone() for t in inputs]
-        graph, outputs = capture(lambda: self.function(*own))
-        return graph, own, outputs
-
-
-def capture(function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The graph of what ``function`` launches, and what it returned while it was captured."""
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        function()  # libraries and Triton set up here what may not be captured
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
-    return graph, outputs
+def _on_gpu(model: Any) -> bool:
+    return model.device.type == "cuda"
 
 
 class Graphs:
@@ -105,111 +69,200 @@ class Graphs:
     they are from here on. A copy, or what is unpickled, is None."""
 
     def __init__(self, model: Any) -> None:
-        self.encoder, self.decoder = GpuEncoder(model.model.encoder), GpuDecoder(model)
+        config = model.config
+        self.encoder, self.decoder = model.model.encoder, model.model.decoder
+        self.projection = model.proj_out
+        self.encoder_heads: int = config.encoder_attention_heads
+        self.heads: int = config.decoder_attention_heads
+        self.width: int = config.d_model
+        self.positions: int = config.max_target_positions
+        self.audio: int = config.max_source_positions
+        self.vocabulary: int = config.vocab_size
+        self.same_levels = [_same_levels(layer.self_attn) for layer in self.decoder.layers]
+        self.lock = threading.RLock()
+        self._encodings = Captures()
+        self._batches: OrderedDict[int, Batch] = OrderedDict()
+        self._bans: tuple[tuple, Tensor] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
 
+    @property
+    def _norm(self) -> Tensor:
+        return self.decoder.layer_norm.weight
 
-class GpuEncoder:
-    """Features (clips, mels, frames) → states (clips, frames / 2, width), in the model's dtype."""
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """This thread alone, on the model's GPU, with its dtypes."""
+        device = self._norm.device
+        plain = torch.autocast(device.type, enabled=False)
+        with self.lock, torch.inference_mode(), plain, torch.cuda.device_of(self._norm):
+            yield
 
-    def __init__(self, encoder: Any) -> None:
-        self.encoder = encoder
-        self.heads: int = encoder.config.encoder_attention_heads
-        self.graphs = _Captures(self._forward)
+    def _roomy(self, work: Callable[[], Any]) -> Any:
+        """What ``work`` returns; where memory is too small, without what is kept for later."""
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            self._batches.clear()
+            self._encodings.clear()
+        torch.cuda.empty_cache()
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            raise UserError(
+                "the GPU's memory is too small for so many clips at once: give a smaller "
+                "--batch-size (batch_size)."
+            ) from None
 
-    def __call__(self, features: Tensor, bf16: bool = False) -> Tensor:
-        """bf16: as of ``fast.FastEncoder``; nothing here."""
-        weight = self.encoder.layer_norm.weight
-        with torch.inference_mode():
-            states = self.graphs(features.to(weight.device, weight.dtype))
+    # ---- encoder ----
+
+    def encode(self, features: Tensor) -> Tensor:
+        """Features (clips, mels, frames) → states (clips, frames / 2, width), in the model's
+        dtype."""
+        with self._at_work():
+            moved = features.to(self._norm.device, self._norm.dtype)
+            states = self._roomy(lambda: self._encodings(self._encoded, moved))
         return states.clone()  # out here: no inference tensor, unless the caller wants one
 
-    def _forward(self, features: Tensor) -> Tensor:
+    def _encoded(self, features: Tensor) -> Tensor:
         e = self.encoder
         x = F.gelu(e.conv2(F.gelu(e.conv1(features)))).transpose(1, 2)
         # Contiguous, or every sum below would go along the wrong way: a fifth of the time.
         x = x.contiguous() + e.embed_positions.weight[: x.shape[1]]
+        most = torch.finfo(x.dtype).max - 1000
         for layer in e.layers:
             own = layer.self_attn
             h = layer.self_attn_layer_norm(x)
             q, k, v = (
-                p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                p(h).unflatten(-1, (self.encoder_heads, -1)).transpose(1, 2)
                 for p in (own.q_proj, own.k_proj, own.v_proj)
             )
             a = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
             x = x + own.out_proj(a)
             x = x + layer.fc2(F.gelu(layer.fc1(layer.final_layer_norm(x))))
+            if x.dtype == torch.float16:  # as transformers: infinity would become NaN
+                x = x.clamp(-most, most)
         return e.layer_norm(x)
 
+    # ---- decoder ----
 
-class GpuDecoder:
-    """Greedy decoding; see the top of the file."""
-
-    def __init__(self, model: Any) -> None:
-        config = model.config
-        self.model, self.decoder = model, model.model.decoder
-        self.heads: int = config.decoder_attention_heads
-        self.width: int = config.d_model
-        self.positions: int = config.max_target_positions
-        self.audio: int = config.max_source_positions
-        self.triples = [
-            _Together(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
-            for layer in self.decoder.layers
-        ]
-        self.batches: OrderedDict[int, _Batch] = OrderedDict()
-        self._bans: tuple[tuple, Tensor] | None = None
-
-    @torch.inference_mode()
     def greedy(self, states: Tensor, prompt: Tensor, rules: Rules) -> Tensor:
         """The tokens (clips, tokens) of the encoder's ``states`` behind ``prompt`` (clips, begin),
         on the CPU; behind the end of a sequence stands ``rules.end``."""
+        with self._at_work():
+            return self._roomy(lambda: self._greedy(states, prompt, rules))
+
+    def _greedy(self, states: Tensor, prompt: Tensor, rules: Rules) -> Tensor:
         count = len(states)
-        batch = self._batch(count)
-        batch.hear(states)
+        batch = self._heard(states)
         batch.start(prompt, rules, self._bans_of(rules))
         ids, length = prompt.tolist(), rules.begin
         stops: list[int | None] = [None] * count  # the length at which a sequence has ended
-        batch.step(rules.begin - 1)
+        self._steps(batch, rules.begin - 1)
         while length < rules.longest and None in stops:
             known, length = length, min((length // _BURST + 1) * _BURST, rules.longest)
-            batch.step(length - known)
+            self._steps(batch, length - known)
             for row, new in enumerate(batch.tokens[:count, known:length].tolist()):
                 if stops[row] is None:
                     stops[row] = _follow(ids[row], new, rules)
         longest = max(len(row) for row in ids)
         return torch.tensor([row + [rules.end] * (longest - len(row)) for row in ids])
 
-    @torch.inference_mode()
     def detect(self, states: Tensor, start: int, ids: Sequence[int]) -> list[int]:
         """The likeliest of ``ids`` behind the token ``start``, for each clip."""
-        logits = self.session(states).step(torch.full((len(states), 1), start))
+        logits = self.session(states, 1).step(torch.full((len(states), 1), start))
         choice = torch.tensor(list(ids), device=logits.device)
         return choice[logits.index_select(1, choice).argmax(1)].tolist()
 
     def session(self, states: Tensor, longest: int = 0, bf16: bool = False) -> GpuSession:
         """The decoder a step at a time, for a loop that chooses the tokens itself; until the next
-        call of this, ``greedy`` or ``detect``."""
-        return GpuSession(self, states)
+        call of this, ``greedy`` or ``detect``. longest: 1 where a language is detected, and the
+        next call decodes the same ``states``; bf16: as of ``FastDecoder``; nothing here."""
+        with self._at_work():
+            batch = self._roomy(lambda: self._heard(states, again=longest == 1))
+            batch.start()
+            return GpuSession(self, batch, len(states))
 
-    def _batch(self, count: int) -> _Batch:
-        rows = 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
-        if rows not in self.batches:
-            self.batches[rows] = _Batch(self, rows)
-            if len(self.batches) > 4:  # their caches take most of the memory
-                self.batches.popitem(last=False)
-        self.batches.move_to_end(rows)
-        return self.batches[rows]
+    def _heard(self, states: Tensor, again: bool = False) -> Batch:
+        """A batch with the keys and values of ``states``, ready to step."""
+        count = len(states)
+        batch = self._batch(count)
+        version = 0 if states.is_inference() else states._version
+        last, batch.heard = batch.heard, None
+        if last is None or last[0]() is not states or last[1] != version:
+            rest = states[-1:].expand(batch.rows - count, -1, -1)
+            whole = torch.cat([states, rest]) if batch.rows > count else states
+            batch.hearings(lambda t: self._hear(batch.cross, t), whole)
+        batch.positions = states.shape[1]
+        if again:
+            batch.heard = weakref.ref(states), version
+        if batch.graph is None and batch.tokens.is_cuda:
+            batch.graph, _ = captured(lambda: self._step(batch))
+        return batch
+
+    def _batch(self, count: int) -> Batch:
+        """One of ``count`` sequences or more: a larger one of those that are there, if not by much,
+        since a step takes hardly longer for more rows, and to capture one takes a hundred steps."""
+        least = 1 << (count - 1).bit_length() if count <= 16 else -(-count // 16) * 16
+        fitting = [n for n in self._batches if least <= n <= 4 * least]
+        if fitting:
+            self._batches.move_to_end(min(fitting))
+            return self._batches[min(fitting)]
+        norm, layers = self._norm, len(self.decoder.layers)
+        row = 2 * layers * (self.positions + self.audio) * self.width * norm.element_size()
+        most = float("inf")
+        if norm.is_cuda:
+            most = _SHARE * torch.cuda.get_device_properties(norm.device).total_memory
+        while self._batches and (
+            len(self._batches) >= _BATCHES or row * (sum(self._batches) + least) > most
+        ):
+            self._batches.popitem(last=False)
+        shape = Shape(layers, self.heads, self.width, self.positions, self.audio, self.vocabulary)
+        batch = self._batches[least] = Batch(norm, least, shape)
+        return batch
 
     def _bans_of(self, rules: Rules) -> Tensor:
         asked = rules.always, rules.first
         if self._bans is None or self._bans[0] != asked:
-            bans = torch.zeros(self.model.config.vocab_size, dtype=torch.uint8)
+            bans = torch.zeros(self.vocabulary, dtype=torch.uint8)
             bans[list(rules.first)] = gpu_steps.NOT_FIRST
             bans[list(rules.always)] = gpu_steps.NEVER
             self._bans = asked, bans
         return self._bans[1]
+
+    def _steps(self, batch: Batch, count: int) -> None:
+        """``count`` tokens further."""
+        for _ in range(count):
+            if batch.graph is None:
+                self._step(batch)
+            else:
+                batch.graph.replay()
+
+    def _hear(self, cross: Tensor, states: Tensor) -> None:
+        for layer, (keys, values) in zip(self.decoder.layers, cross, strict=True):
+            keys[:, : states.shape[1]] = layer.encoder_attn.k_proj(states)
+            values[:, : states.shape[1]] = layer.encoder_attn.v_proj(states)
+
+    def _step(self, b: Batch) -> None:
+        parts, heads, state = self.decoder, self.heads, b.state
+        x = gpu_steps.begin(b.tokens, state, parts.embed_tokens, parts.embed_positions.weight)
+        y: Tensor | None = None
+        for layer, same, cache, (keys, values) in zip(
+            parts.layers, self.same_levels, b.cache, b.cross, strict=True
+        ):
+            own, other = layer.self_attn, layer.encoder_attn
+            h = gpu_steps.add_norm(x, y, layer.self_attn_layer_norm)
+            q, k, v = _together(h, (own.q_proj, own.k_proj, own.v_proj), same)
+            y = own.out_proj(gpu_steps.attend_past(q, k, v, cache, state, heads))
+            h = gpu_steps.add_norm(x, y, layer.encoder_attn_layer_norm)
+            q = other.q_proj(h)
+            a = gpu_steps.attend_audio(q, keys, values, state, heads, *b.scratch)
+            y = other.out_proj(a)
+            h = gpu_steps.add_norm(x, y, layer.final_layer_norm)
+            y = layer.fc2(_gelu_of(layer.fc1, h))
+        b.logits = self.projection(gpu_steps.add_norm(x, y, parts.layer_norm))
+        gpu_steps.choose(b.logits, b.tokens, state, b.bans, *b.votes)
 
 
 def _follow(ids: list[int], new: list[int], rules: Rules) -> int | None:
@@ -224,21 +277,20 @@ def _follow(ids: list[int], new: list[int], rules: Rules) -> int | None:
 class GpuSession:
     """Sequences being decoded, one for each clip; as ``fast.Session``, with logits on the GPU."""
 
-    @torch.inference_mode()
-    def __init__(self, decoder: GpuDecoder, states: Tensor) -> None:
-        self.batch = decoder._batch(len(states))
-        self.batch.hear(states)
-        self.batch.start()
-        self.rows = torch.arange(len(states), device=states.device)
+    def __init__(self, graphs: Graphs, batch: Batch, count: int) -> None:
+        self.graphs, self.batch = graphs, batch
+        self.rows = torch.arange(count, device=batch.tokens.device)
         self.length = 0
 
     def step(self, ids: Tensor) -> Tensor:
         """ids (sequences, new tokens) → logits (sequences, vocabulary) float32 of the last."""
-        with torch.inference_mode():
+        if self.length + ids.shape[1] > self.graphs.positions:
+            raise IndexError(f"this model decodes {self.graphs.positions} tokens at most")
+        with self.graphs._at_work():
             for new in ids.to(self.rows.device).unbind(1):
                 self.batch.tokens[self.rows, self.length] = new
                 self.length += 1
-                self.batch.step(1)
+                self.graphs._steps(self.batch, 1)
             assert self.batch.logits is not None
             logits = self.batch.logits[self.rows]
         return logits.to(torch.float32, copy=True)
@@ -248,104 +300,21 @@ class GpuSession:
         self.rows = self.rows[rows]
 
 
-class _Batch:
-    """The memory and graph of ``rows`` sequences that are decoded together."""
-
-    def __init__(self, decoder: GpuDecoder, rows: int) -> None:
-        self.decoder, self.rows = decoder, rows
-        norm = decoder.decoder.layer_norm.weight
-        like = {"device": norm.device, "dtype": norm.dtype}
-        layers, width = len(decoder.decoder.layers), decoder.width
-        self.tokens = torch.zeros(rows, decoder.positions + 1, dtype=torch.long, device=norm.device)
-        self.state = torch.zeros(gpu_steps.STATE, dtype=torch.long, device=norm.device)
-        self.bans = torch.zeros(
-            decoder.model.config.vocab_size, dtype=torch.uint8, device=norm.device
-        )
-        self.cache = torch.zeros(layers, 2, rows, decoder.positions, width, **like)
-        self.cross = torch.zeros(layers, 2, rows, decoder.audio, width, **like)
-        self.scratch = gpu_steps.audio_scratch(rows, width, decoder.heads, norm.device)
-        self.votes = gpu_steps.choice_scratch(rows, self.bans.numel(), norm.device)
-        self.logits: Tensor | None = None
-        self.graph: Any = None
-        self.hearing = _Captures(self._hear)
-        self.heard: weakref.ref | None = None
-        self.heard_positions = 0
-
-    def hear(self, states: Tensor) -> None:
-        """Keys and values of the encoder's ``states`` (clips, positions, width)."""
-        if self.heard is not None and self.heard() is states:
-            return  # those that the language was detected from
-        if len(states) < self.rows:
-            rest = states[-1:].expand(self.rows - len(states), -1, -1)
-            self.hearing(torch.cat([states, rest]))
-        else:
-            self.hearing(states)
-        self.heard_positions = states.shape[1]
-        self.heard = weakref.ref(states)
-
-    def _hear(self, states: Tensor) -> None:
-        for layer, (keys, values) in zip(self.decoder.decoder.layers, self.cross, strict=True):
-            keys[:, : states.shape[1]] = layer.encoder_attn.k_proj(states)
-            values[:, : states.shape[1]] = layer.encoder_attn.v_proj(states)
-
-    def start(
-        self, prompt: Tensor | None = None, rules: Rules | None = None, bans: Tensor | None = None
-    ) -> None:
-        """The next step reads the first token: of ``prompt``, or of what is put in ``tokens`` by
-        someone who chooses them (no rules)."""
-        if self.graph is None and self.tokens.is_cuda:
-            self.graph, _ = capture(self._step)
-        last, room = self.bans.numel() - 1, self.tokens.shape[1]
-        state = [0] * gpu_steps.STATE
-        state[gpu_steps.HEARD], state[gpu_steps.BEGIN] = self.heard_positions, room + 1
-        if prompt is not None and rules is not None and bans is not None:
-            state[gpu_steps.BEGIN], state[gpu_steps.TIMES] = rules.begin, int(rules.timestamps)
-            latest = last if rules.latest is None else rules.first_timestamp + rules.latest
-            state[gpu_steps.LATEST] = min(latest, last)
-            state[gpu_steps.END], state[gpu_steps.TIME] = rules.end, rules.first_timestamp
-            self.bans.copy_(bans)
-            self.tokens[:, : rules.begin] = prompt[-1:]
-            self.tokens[: len(prompt), : rules.begin] = prompt
-        self.state.copy_(torch.tensor(state))
-
-    def step(self, count: int) -> None:
-        """``count`` tokens further."""
-        for _ in range(count):
-            if self.graph is None:
-                self._step()
-            else:
-                self.graph.replay()
-
-    def _step(self) -> None:
-        parts, heads, state = self.decoder.decoder, self.decoder.heads, self.state
-        x = gpu_steps.begin(self.tokens, state, parts.embed_tokens, parts.embed_positions.weight)
-        y: Tensor | None = None
-        for layer, project, cache, (keys, values) in zip(
-            parts.layers, self.decoder.triples, self.cache, self.cross, strict=True
-        ):
-            h = gpu_steps.add_norm(x, y, layer.self_attn_layer_norm)
-            q, k, v = project(h)
-            a = gpu_steps.attend_past(q, k, v, cache, state, heads)
-            y = layer.self_attn.out_proj(a)
-            h = gpu_steps.add_norm(x, y, layer.encoder_attn_layer_norm)
-            q = layer.encoder_attn.q_proj(h)
-            a = gpu_steps.attend_audio(q, keys, values, state, heads, *self.scratch)
-            y = layer.encoder_attn.out_proj(a)
-            h = gpu_steps.add_norm(x, y, layer.final_layer_norm)
-            y = layer.fc2(_gelu_of(layer.fc1, h))
-        self.logits = self.decoder.model.proj_out(gpu_steps.add_norm(x, y, parts.layer_norm))
-        gpu_steps.choose(self.logits, self.tokens, state, self.bans, *self.votes)
-
-
-class _Together:
+def _together(x: Tensor, modules: Sequence[Any], same_levels: bool) -> list[Tensor]:
     """Projections of the same input, in one launch where they are packed alike."""
+    alike = same_levels and all(_is_packed_float(m) for m in modules)
+    return _packed(x, modules) if alike else [m(x) for m in modules]
 
-    def __init__(self, *modules: nn.Module) -> None:
-        self.modules = modules
-        self.alike = all(_is_packed_float(m) for m in modules) and _are_alike(modules)
 
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        return _packed(x, self.modules) if self.alike else [m(x) for m in self.modules]
+def _same_levels(attention: Any) -> bool:
+    """Whether query, key and value have one table of levels, and groups of one size."""
+    first, *rest = attention.q_proj, attention.k_proj, attention.v_proj
+    return isinstance(first, QuantLinear) and all(
+        isinstance(m, QuantLinear)
+        and (m.spec.bits, m.group_size) == (first.spec.bits, first.group_size)
+        and torch.equal(m.levels, first.levels)
+        for m in rest
+    )
 
 
 def _gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
@@ -365,12 +334,3 @@ def _packed(x: Tensor, modules: Sequence[Any], gelu: bool = False) -> list[Tenso
 
 def _is_packed_float(module: nn.Module) -> bool:
     return isinstance(module, QuantLinear) and module.spec.activations != "int8"
-
-
-def _are_alike(modules: Sequence[Any]) -> bool:
-    first = modules[0]
-    return all(
-        (m.cols, m.spec.bits, m.group_size) == (first.cols, first.spec.bits, first.group_size)
-        and torch.equal(m.levels, first.levels)
-        for m in modules
-    )
