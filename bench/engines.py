@@ -20,7 +20,6 @@ import numpy as np
 from dqw.errors import UserError
 
 RIVAL_OF = {"dqw-plain": "transformers"}  # the same packed model in transformers' loop and modules
-GENERATES = ("dqw-generate", "transformers")  # on a GPU; on a CPU open_rival has the second
 
 
 class Engine(Protocol):
@@ -93,7 +92,7 @@ def open_any(name: str, path: str, threads: int, kind: str, device: str) -> Engi
 
     if name in ("dqw", "dqw-float"):
         return Dqw(path, threads, kind, device)
-    if name == "dqw-generate" or (device == "cuda" and name in GENERATES):
+    if name == "dqw-generate" or (name == "transformers" and device == "cuda"):
         return Generate(path, threads, kind, device)
     return open_rival(RIVAL_OF.get(name, name), path, threads, kind=kind)
 

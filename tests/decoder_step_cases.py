@@ -102,7 +102,7 @@ def attend_audio(device: str) -> None:
         for heard in (positions, positions - 3, 1) if rows < 40 else (2,):
             scratch, tickets = gpu_steps.audio_scratch(rows, width, heads, torch.device(device))
             if device == "cpu":
-                scratch = torch.empty(rows * heads * splits * (head + 2))
+                scratch = torch.empty(decoder_step.audio_scratch_size(rows * heads, head))
             own = [t.to(device) for t in (q, *audio, _state("cpu", heard=heard))]
             for _ in range(1 + (positions == 30)):  # tickets are zero again behind it
                 found = decoder_step.attend_audio(*own, heads, scratch, tickets)

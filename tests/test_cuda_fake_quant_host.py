@@ -6,14 +6,12 @@ and the choice of kernel and blocks in fake_quant_launch.h, against the referenc
 
 import ctypes
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from kernel_helpers import random_scale
-from test_cuda_host import HOST, SOURCE, aligned, nvcc, sass
+from test_cuda_host import aligned, host_library, nvcc, sass
 from torch import Tensor
 
 from dqw import grids, packing, reference
@@ -30,14 +28,7 @@ DAMPING = 0.25
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("g++ is not installed")
-    file = tmp_path_factory.mktemp("cuda_host") / "fake_quant.so"
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-ffp-contract=off"]
-    include = ["-DDQW_CUDA_ON_HOST", f"-I{SOURCE}", f"-I{HOST}"]
-    subprocess.run([*command, *include, HOST / "fake_quant.cpp", "-o", file], check=True)
-    found = ctypes.CDLL(str(file))
+    found = host_library("fake_quant", tmp_path_factory.mktemp("cuda_host"))
     pointers, sizes = [ctypes.c_void_p] * 8, [ctypes.c_int64] * 5
     found.dqw_fake_quant.argtypes = [*pointers, *sizes, ctypes.c_float, ctypes.c_int, ctypes.c_int]
     found.dqw_fake_quant.restype = ctypes.c_int64

@@ -44,17 +44,21 @@ class Gemv(ctypes.Structure):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def host_library(name: str, folder: Path) -> ctypes.CDLL:
+    """tests/cuda_host/``name``.cpp, compiled over the shim."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed")
-    file = tmp_path_factory.mktemp("cuda_host") / "gemv.so"
-    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", f"-I{SOURCE}"]
-    subprocess.run(
-        [*command, "-DDQW_CUDA_ON_HOST", f"-I{HOST}", HOST / "gemv.cpp", "-o", file], check=True
-    )
-    found = ctypes.CDLL(str(file))
+    file = folder / f"{name}.so"
+    command = [compiler, "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-ffp-contract=off"]
+    include = ["-DDQW_CUDA_ON_HOST", f"-I{SOURCE}", f"-I{HOST}"]
+    subprocess.run([*command, *include, HOST / f"{name}.cpp", "-o", file], check=True)
+    return ctypes.CDLL(str(file))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    found = host_library("gemv", tmp_path_factory.mktemp("cuda_host"))
     assert found.dqw_gemv_size() == ctypes.sizeof(Gemv)
     return found
 

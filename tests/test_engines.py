@@ -11,7 +11,7 @@ import pytest
 import torch
 from kernel_helpers import needs_library
 from speech_helpers import one_thread  # noqa: F401
-from test_fast import packed
+from test_fast import packed, save_packed
 from tokenizers import Tokenizer
 from transformers import WhisperForConditionalGeneration
 from transformers.generation import WhisperTimeStampLogitsProcessor
@@ -37,11 +37,7 @@ RATE = 16_000
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A packed tiny Whisper."""
-    path = tmp_path_factory.mktemp("packed")
-    model, processor = tiny(path)
-    packed(model).save_pretrained(path)
-    save_processor(processor, path)
-    return path
+    return save_packed(tmp_path_factory.mktemp("packed"))
 
 
 @needs_library

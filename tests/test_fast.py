@@ -15,6 +15,7 @@ from whisper_helpers import tiny
 import dqw
 from dqw.convert import set_activations
 from dqw.recipe import Override, QuantConfig, Recipe
+from dqw.whisper.checkpoint import save_processor
 from dqw.whisper.coverage import coverage, uncovered
 from dqw.whisper.fast import CROSS_TYPES, FastDecoder, Session, fast_decoder, fast_encoder
 from dqw.whisper.transcribe import transcribe
@@ -26,6 +27,14 @@ CHECKS = ("test_schema", "test_faketensor")
 def packed(model, **quant):
     """``model``, frozen with 4-bit APoT in groups of 64 unless ``quant`` says otherwise."""
     return dqw.freeze(dqw.quantize(model, Recipe(quant=QuantConfig(**quant))))
+
+
+def save_packed(path, **quant):
+    """``tiny`` packed, as a folder."""
+    model, processor = tiny(path)
+    packed(model, **quant).save_pretrained(path)
+    save_processor(processor, path)
+    return path
 
 
 def plain(model):

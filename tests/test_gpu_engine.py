@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from speech_helpers import one_thread  # noqa: F401
-from test_fast import packed
+from test_fast import save_packed
 from torch import Tensor
 from whisper_helpers import save_tiny, tiny, voices
 
@@ -19,7 +19,7 @@ import dqw
 from dqw.errors import UserError
 from dqw.recipe import Recipe
 from dqw.whisper import gpu
-from dqw.whisper.checkpoint import load_whisper, save_processor
+from dqw.whisper.checkpoint import load_whisper
 from dqw.whisper.coverage import gpu_uncovered
 from dqw.whisper.decoding import Rules
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
@@ -29,11 +29,7 @@ from dqw.whisper.transcribe import iter_transcripts, transcribe
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("packed")
-    model, processor = tiny(path)
-    packed(model).save_pretrained(path)
-    save_processor(processor, path)
-    return path
+    return save_packed(tmp_path_factory.mktemp("packed"))
 
 
 def graphed(folder) -> NativeEngine:
@@ -222,9 +218,7 @@ def test_a_session_ends_with_the_positions(tmp_path):
 
 
 def test_a_packed_folder_with_a_float_vocabulary(tmp_path, monkeypatch):
-    model, processor = tiny(tmp_path)
-    packed(model, embedding_bits=0).save_pretrained(tmp_path)
-    save_processor(processor, tmp_path)
+    save_packed(tmp_path, embedding_bits=0)
     monkeypatch.setattr("dqw.whisper.engines.move_to", lambda *_: None)
     engine = open_engine(tmp_path, device="cuda")
     assert isinstance(engine.native(), Graphs)

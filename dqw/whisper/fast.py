@@ -138,6 +138,7 @@ class FastDecoder:
         return last[2]
 
     def session(self, states: Tensor, longest: int, bf16: bool = False) -> Session:
+        """The decoder a step at a time, for a loop that chooses the tokens itself."""
         return Session(self, states, longest, bf16=bf16)
 
     def greedy(self, states: Tensor, prompt: Tensor, rules: Rules) -> Tensor:

@@ -110,8 +110,7 @@ def audio_scratch(rows: int, width: int, heads: int, device: torch.device) -> tu
         return tickets.float(), tickets
     from dqw_kernels import decoder_step
 
-    pairs, head = rows * heads, decoder_step._wide(width // heads)
-    size = pairs * decoder_step.splits_for(pairs) * (head + 2)
+    size = decoder_step.audio_scratch_size(rows * heads, width // heads)
     return torch.empty(size, dtype=torch.float32, device=device), tickets
 
 
