@@ -41,9 +41,7 @@ from dqw.whisper.decoding import Rules, is_loop
 from dqw.whisper.fast import identity
 from dqw.whisper.gpu_batch import Batch, Shape
 
-_BURST = (
-    4  # tokens between two looks: each waits for the GPU, and each token behind the end is lost
-)
+_BURST = 4  # tokens between two looks: a look waits for the GPU, a token behind the end is lost
 _BATCHES = 3  # numbers of sequences that are kept, with their caches and graphs
 _SHARE = 1 / 3  # of the GPU's memory that their caches may take
 
