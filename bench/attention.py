@@ -20,20 +20,19 @@ HEAD = 64  # the width of a head in every Whisper
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def native(name: str, heads: int) -> Attention:
+def native(name: str) -> Attention:
     """The tier ``name``; it stays in use afterwards."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         torch.ops.dqw_cpu.set_instruction_set(name)
-        return torch.ops.dqw_cpu.encoder_attention(q, k, v, heads)
+        return torch.ops.dqw_cpu.attention(q, k, v, True)
 
     return run
 
 
-def plain(dtype: torch.dtype, heads: int) -> Attention:
+def plain(dtype: torch.dtype) -> Attention:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        split = [x.to(dtype).unflatten(1, (heads, -1)).transpose(0, 1)[None] for x in (q, k, v)]
-        return scaled_dot_product_attention(*split, scale=1.0)[0].transpose(0, 1).flatten(1)
+        return scaled_dot_product_attention(*(x.to(dtype) for x in (q, k, v)), scale=1.0)
 
     return run
 
@@ -41,14 +40,14 @@ def plain(dtype: torch.dtype, heads: int) -> Attention:
 def compare(positions: int, width: int, quick: bool) -> list[tuple[str, float, float, float]]:
     """(name, ms, GFLOP/s, relative error) of each; random q, k and v, scores about 1."""
     heads = width // HEAD
-    q, k, v = (torch.randn(positions, width) for _ in range(3))
+    q, k, v = (torch.randn(1, heads, positions, HEAD) for _ in range(3))
     q = q / HEAD**0.5
-    ways = {"torch float32": plain(torch.float32, heads)}
-    ways["torch bfloat16"] = plain(torch.bfloat16, heads)
+    ways = {"torch float32": plain(torch.float32)}
+    ways["torch bfloat16"] = plain(torch.bfloat16)
     before = torch.ops.dqw_cpu.instruction_set()
     for name in torch.ops.dqw_cpu.instruction_sets().split():
-        ways[f"dqw {name}"] = native(name, heads)
-    exact = plain(torch.float64, heads)(q, k, v)
+        ways[f"dqw {name}"] = native(name)
+    exact = plain(torch.float64)(q, k, v)
     calls: dict[str, Candidate] = {
         name: local(lambda way=way: way(q, k, v)) for name, way in ways.items()
     }
@@ -71,7 +70,7 @@ def main(
     """The encoder's attention of one layer on every instruction set."""
     from dqw import ops  # noqa: F401  loads the library
 
-    if not hasattr(torch.ops.dqw_cpu, "encoder_attention"):
+    if not hasattr(torch.ops.dqw_cpu, "attention"):
         raise UserError("the C++ library is not loaded: see what `dqw info` says.")
     if width % HEAD or width <= 0:
         raise UserError(f"--width {width} is no multiple of {HEAD}, a head's width.")

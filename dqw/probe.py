@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dqw.catch import given_to
 
-Changed = int | None
-"""The first of the encoder's layers that changed (0: that, or what comes before it); None: none."""
+
+class Changed(NamedTuple):
+    """The first layers that are not as they were. encoder: 0 also for what comes before its layers,
+    None if all of it is as it was; decoder: 0 also for the embedding."""
+
+    encoder: int | None
+    decoder: int
+    embedding: bool = False  # whether it, and so the output projection, differs
+
+
+EVERYTHING = Changed(0, 0, True)
+KL_ROWS = 16  # of 51865 numbers, 3 MB
 
 
 def first_changed(names: Iterable[str]) -> Changed:
-    """Where the encoder differs if the layers ``names`` do."""
-    found = list[int]()
+    """Where the model differs if the layers ``names`` do."""
+    found: dict[str, list[int]] = {"encoder": [], "decoder": []}
+    embedding = False
     for name in names:
-        if name.startswith("model.encoder."):
-            layer = re.match(r"model\.encoder\.layers\.(\d+)\.", name)
-            found.append(int(layer[1]) if layer else 0)
-    return min(found, default=None)
+        place = re.match(r"model\.(encoder|decoder)\.layers\.(\d+)\.", name)
+        stack = "encoder" if name.startswith("model.encoder.") else "decoder"
+        found[stack].append(int(place[2]) if place else 0)
+        embedding |= stack == "decoder" and not place
+    encoder = min(found["encoder"], default=None)
+    decoder = 0 if encoder is not None else min(found["decoder"], default=0)
+    return Changed(encoder, decoder, embedding)
 
 
 class Probe:
@@ -32,31 +46,35 @@ class Probe:
     other models. A batch's ``teacher_features``, where it has them, are what the float model hears.
 
     What does not change is not worked out again: encoder outputs are kept, and the states before
-    the encoder layer that was asked for last.
+    the layer of each stack that was asked for last.
     """
 
     def __init__(self, model: Any, batches: Sequence[Mapping[str, Tensor]]) -> None:
         self.model, self.batches = model.eval(), batches
         self.heard = self._hear(model, "teacher_features")
-        self.target = self._predict(model, self.heard)
-        self._before: tuple[int, list[Tensor]] | None = None
+        self.rows = self._decode(model, self.heard)
+        self.target = [_log_probabilities(model, rows) for rows in self.rows]
+        self._before: dict[str, tuple[int, list[Tensor]]] = {}
 
-    def kl(self, encoder: Changed = 0) -> float:
+    def kl(self, first: Changed = EVERYTHING) -> float:
         """Mean KL(float ‖ now) of the model as it is now, in nats a token."""
-        pairs = self.by_batch(encoder=encoder)
+        pairs = self.by_batch(first=first)
         return max(sum(kl for kl, _ in pairs), 0.0) / sum(tokens for _, tokens in pairs)
 
-    def by_batch(self, model: Any = None, encoder: Changed = 0) -> list[tuple[float, int]]:
+    def by_batch(self, model: Any = None, first: Changed = EVERYTHING) -> list[tuple[float, int]]:
         """(sum of KL(float ‖ ``model``) over tokens, tokens) of each batch; None: the own model,
-        whose encoder is the float one's before layer ``encoder``."""
+        which is the float one before the layers ``first``."""
         if model is not None:
             heard = self.heard if self._hears_alike(model) else self._hear(model.eval())
-        elif encoder is None:
-            heard = self.heard
+            rows = self._decode(model, heard)
         else:
-            heard = self._hear_from(encoder)
-        pairs = zip(self.target, self._predict(self.model if model is None else model, heard))
-        return [_kl(target.to(now.device), now) for target, now in pairs]
+            model = self.model
+            heard = self.heard if first.encoder is None else self._hear_from(first.encoder)
+            rows = self._decode(model, heard, first.decoder)
+        if model is self.model and not first.embedding:
+            moved = (now - before for now, before in zip(rows, self.rows))
+            return [_kl_of_shift(t, _shift(model, m)) for t, m in zip(self.target, moved)]
+        return [_kl(t, _log_probabilities(model, r)) for t, r in zip(self.target, rows)]
 
     def _hears_alike(self, model: Any) -> bool:
         """Whether ``model`` is another one with the same encoder, and hears the same features."""
@@ -76,51 +94,92 @@ class Probe:
         features = [b.get(name, b["input_features"]).to(device) for b in self.batches]
         return [encoder(x).last_hidden_state for x in features]
 
-    @torch.no_grad()
     def _hear_from(self, first: int) -> list[Tensor]:
         """What the own model hears, its layers before ``first`` being as they were."""
-        if not first:
-            return self._hear(self.model)
         encoder = self.model.model.encoder
-        if self._before is None or self._before[0] != first:
+        features = [b["input_features"].to(self.model.device) for b in self.batches]
+        return self._resumed("encoder", first, [partial(encoder, x) for x in features])
+
+    @torch.no_grad()
+    def _resumed(self, name: str, first: int, passes: Sequence[Callable[[], Any]]) -> list[Tensor]:
+        """The last states of a stack's ``passes``, one a batch, with the states before its layer
+        ``first`` from an earlier call: they must be what they were."""
+        if not first:
+            return [run().last_hidden_state for run in passes]
+        stack = getattr(self.model.model, name)
+        if self._before.get(name, (0, []))[0] != first:
             # Those layers have not changed, so the states can be had now.
-            layer = encoder.layers[first]
-            features = [b["input_features"].to(self.model.device) for b in self.batches]
-            states = [given_to(layer, partial(encoder, x))[0][0] for x in features]
-            self._before = first, states
+            layer = stack.layers[first]
+            self._before[name] = first, [given_to(layer, run)[0][0] for run in passes]
         found = []
-        with _only(encoder, first):
-            for batch, state in zip(self.batches, self._before[1], strict=True):
+        with _only(stack, first):
+            for run, state in zip(passes, self._before[name][1], strict=True):
 
                 def resume(_: nn.Module, inputs: tuple[Any, ...], state: Tensor = state) -> Any:
                     return (state, *inputs[1:])
 
-                handle = encoder.layers[0].register_forward_pre_hook(resume)
+                handle = stack.layers[0].register_forward_pre_hook(resume)
                 try:
-                    x = batch["input_features"].to(self.model.device)
-                    found.append(encoder(x).last_hidden_state)
+                    found.append(run().last_hidden_state)
                 finally:
                     handle.remove()
         return found
 
     @torch.no_grad()
-    def _predict(self, model: Any, heard: list[Tensor]) -> list[Tensor]:
-        """Log-probabilities of every batch, (tokens, vocabulary) float32."""
-        found = []
-        for batch, states in zip(self.batches, heard):
-            ids, real = batch["decoder_input_ids"], batch.get("decoder_mask")
-            last = model.model.decoder(
-                input_ids=ids.to(states.device), encoder_hidden_states=states, use_cache=False
-            ).last_hidden_state
-            rows = last.flatten(0, 1) if real is None else last[real.to(last.device)]
-            with torch.autocast(rows.device.type, enabled=False):
-                found.append(model.proj_out(rows.float()).log_softmax(-1))
-        return found
+    def _decode(self, model: Any, heard: list[Tensor], first: int = 0) -> list[Tensor]:
+        """The decoder's last states of every batch's tokens, (tokens, width) float32. first: as in
+        ``_resumed``, for the own model."""
+        passes = [
+            partial(
+                model.model.decoder,
+                input_ids=batch["decoder_input_ids"].to(states.device),
+                encoder_hidden_states=states,
+                use_cache=False,
+            )
+            for batch, states in zip(self.batches, heard)
+        ]
+        if first:
+            found = self._resumed("decoder", first, passes)
+        else:
+            found = [run().last_hidden_state for run in passes]
+        masks = [batch.get("decoder_mask") for batch in self.batches]
+        return [
+            (last.flatten(0, 1) if real is None else last[real.to(last.device)]).float()
+            for last, real in zip(found, masks)
+        ]
+
+
+@torch.no_grad()
+def _log_probabilities(model: Any, rows: Tensor) -> Tensor:
+    """(tokens, vocabulary), float32."""
+    with torch.autocast(rows.device.type, enabled=False):
+        logits: Tensor = model.proj_out(rows)
+    return logits.log_softmax(-1)
+
+
+@torch.no_grad()
+def _shift(model: Any, moved: Tensor) -> Tensor:
+    """By how much logits change where the last states have ``moved``; in what autocast says, as a
+    rounding is small beside the change itself, though not beside the logits."""
+    return nn.functional.linear(moved, model.proj_out.weight)
 
 
 def _kl(target: Tensor, now: Tensor) -> tuple[float, int]:
     """Σ KL(target ‖ now) over the rows of log-probabilities, and the rows."""
+    now = now.to(target.device)
     return float((target.exp() * (target - now)).sum(-1).double().sum()), len(target)
+
+
+def _kl_of_shift(target: Tensor, shift: Tensor) -> tuple[float, int]:
+    """The same for logits that differ by ``shift``: Σ log E[e^(shift - E[shift])], by the target's
+    probabilities. As precise as the shift, however small: nothing large is subtracted. Some rows at
+    a time, which stay in the cache."""
+    total = 0.0
+    for some, moved in zip(target.split(KL_ROWS), shift.split(KL_ROWS)):
+        p, moved = some.exp(), moved.float()
+        mean = (p * moved).sum(-1, keepdim=True)
+        total += float((p * (moved - mean).expm1()).sum(-1).log1p().double().sum())
+    return total, len(target)
 
 
 @contextmanager

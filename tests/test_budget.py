@@ -33,7 +33,7 @@ from dqw.devices import lowered
 from dqw.errors import UserError
 from dqw.hf import packed_state
 from dqw.linear import QuantLinear
-from dqw.probe import Probe, changed, first_changed
+from dqw.probe import Changed, Probe, _kl, _kl_of_shift, changed, first_changed
 from dqw.recipe import Override, QuantConfig, QuantSpec, Recipe
 from dqw.whisper.checkpoint import load_whisper
 from dqw.whisper.report import model_bytes
@@ -107,7 +107,7 @@ def test_a_layer_that_matters_costs_more() -> None:
     for choice in found[name][:3]:
         layer = model.get_submodule(name)
         with changed(layer, rounded(layer.weight.detach(), choice.spec)):
-            assert 0.4 < choice.cost / probe.kl(None) < 2.5
+            assert 0.4 < choice.cost / probe.kl(first_changed([name])) < 2.5
     sizes = {c.spec.bits: c.size for c in found[name]}
     assert sizes[2] < sizes[3] < sizes[8]
     assert [s.grid for s in candidates(QuantSpec())] == ["apot"] * 3 + ["uniform"] * 3
@@ -122,28 +122,58 @@ def test_a_layer_that_matters_costs_more() -> None:
 
 
 @pytest.mark.parametrize("low", [False, True])
-def test_the_encoder_is_run_from_the_changed_layer_on(low: bool) -> None:
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_stack_is_run_from_the_changed_layer_on(stack: str, low: bool) -> None:
     """The same numbers, bit for bit, in whatever order layers change; and fewer layers run."""
-    model = make_tiny_whisper(max_source_positions=50, encoder_layers=3)
+    model = make_tiny_whisper(max_source_positions=50, **{f"{stack}_layers": 3})
     ran = []
-    for index, layer in enumerate(model.model.encoder.layers):
+    for index, layer in enumerate(getattr(model.model, stack).layers):
         layer.register_forward_hook(lambda *_, index=index: ran.append(index))
-    names = ["layers.1.fc1", "layers.1.self_attn.v_proj", "layers.2.fc2", "conv1", "layers.1.fc2"]
+    names = ["layers.1.fc1", "layers.1.self_attn.v_proj", "layers.2.fc2", "layers.0.fc1"]
+    names = [f"model.{stack}.{name}" for name in [*names, "layers.1.fc2"]]
+    names.insert(3, "model.encoder.conv1" if stack == "encoder" else "model.decoder.embed_tokens")
     with torch.autocast("cpu", torch.bfloat16, enabled=low, cache_enabled=False):
         probe = Probe(model, windows() + windows())
+        unchanged = probe.by_batch(model)
         for name in names:
-            layer = model.model.encoder.get_submodule(name)
+            layer = model.get_submodule(name)
             with changed(layer, torch.zeros_like(layer.weight)):
-                first = first_changed([f"model.encoder.{name}", "model.decoder.layers.0.fc1"])
                 ran.clear()
-                found = probe.by_batch(encoder=first)
-                assert found == probe.by_batch(model) != probe.by_batch(encoder=None)
-                assert ran.count(2) == 4
+                found = probe.by_batch(first=first_changed([name]))
+                assert ran.count(2) == 2 and ran.count(1) >= 2 * (".2." not in name)
+                assert (0 in ran) == (name != names[1])  # what comes before it is kept
+                again = probe.by_batch(first=Changed(0, 0, "embed" in name))
+                assert found == again != unchanged
+                for (kl, tokens), (whole, _) in zip(found, probe.by_batch()):
+                    assert kl / tokens == pytest.approx(whole / tokens, rel=2e-2, abs=1e-6)
         ran.clear()
-        probe.kl(1)
+        probe.by_batch(first=first_changed(names[:2]))
         assert ran == [1, 2, 1, 2]  # states before layer 1 are those of the last one asked for
-    assert len(model.model.encoder.layers) == 3
-    assert first_changed(["model.decoder.embed_tokens"]) is None
+    assert len(getattr(model.model, stack).layers) == 3
+
+
+def test_what_changed_first() -> None:
+    fc1 = [f"model.decoder.layers.{i}.fc1" for i in range(12)]
+    assert first_changed([]) == (None, 0, False)
+    assert first_changed(["model.decoder.embed_tokens", fc1[3]]) == (None, 0, True)
+    assert first_changed([fc1[11], fc1[3]]) == (None, 3, False)
+    assert first_changed(["model.encoder.layers.2.fc1", fc1[3]]) == (2, 0, False)
+    assert first_changed(["model.encoder.conv1", "model.encoder.layers.2.fc1"]) == (0, 0, False)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
+def test_divergence_of_a_small_change(size: float) -> None:
+    """From how far logits move, as precise as in float64, though the change is tiny; and where it
+    comes in bfloat16 within its rounding."""
+    torch.manual_seed(0)
+    logits, shift = torch.randn(40, 300) * 4, torch.randn(40, 300) * size
+    target = logits.double().log_softmax(-1)
+    wanted, rows = _kl(target, (logits.double() + shift.double()).log_softmax(-1))
+    assert wanted > 0 and rows == 40
+    found, _ = _kl_of_shift(target.float(), shift)
+    assert found == pytest.approx(wanted, rel=1e-3)
+    found, _ = _kl_of_shift(target.float(), shift.bfloat16())
+    assert found == pytest.approx(wanted, rel=2e-2)
 
 
 def test_another_model_with_the_same_encoder_is_not_asked_what_it_hears(

@@ -1,4 +1,4 @@
-"""The encoder's attention alone: every tier against float64."""
+"""Attention alone, as an operator: every tier against float64."""
 
 import math
 
@@ -29,9 +29,10 @@ def plain(q: Tensor, k: Tensor, v: Tensor, heads: int, dtype: torch.dtype) -> Te
 
 
 def native(tier: str, q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    scaled = q / math.sqrt(q.shape[1] / heads)
+    split = [t.unflatten(1, (heads, -1)).transpose(0, 1) for t in (q, k, v)]
+    split[0] = split[0] / math.sqrt(q.shape[1] / heads)
     with instruction_set(tier):
-        return torch.ops.dqw_cpu.encoder_attention(scaled, k, v, heads).double()
+        return torch.ops.dqw_cpu.attention(*split, True).double().transpose(0, 1).flatten(1)
 
 
 def rms(x: Tensor) -> float:
@@ -151,14 +152,35 @@ def test_a_nan_stays_in_its_head(tier: str) -> None:
     assert torch.equal(found[:, 32:], whole[:, 32:])
 
 
+@pytest.mark.parametrize("tier", INSTRUCTION_SETS)
+@pytest.mark.parametrize(("queries", "positions"), [(1, 40), (7, 1500), (30, 33), (60, 1)])
+def test_queries_may_be_others_than_the_positions(tier: str, queries: int, positions: int) -> None:
+    """Two clips of two heads, as a decoder attends to the audio."""
+    torch.manual_seed(queries)
+    q, k, v = (torch.randn(2, 2, n, 32) for n in (queries, positions, positions))
+    wanted = scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=1.0)
+    with instruction_set(tier):
+        found = torch.ops.dqw_cpu.attention(q, k, v, True)
+        exact = torch.ops.dqw_cpu.attention(q, k, v)
+    usual = scaled_dot_product_attention(*(t.bfloat16() for t in (q, k, v)), scale=1.0)
+    assert found.shape == q.shape
+    limit = 3 * float((usual - wanted).abs().max()) if tier in HALF else 1e-5
+    assert (found - wanted).abs().max() < limit
+    assert (exact - wanted).abs().max() < 1e-5  # without the flag, every tier is exact
+
+
 def test_unfit_arguments_are_refused() -> None:
-    operator = torch.ops.dqw_cpu.encoder_attention
-    x = torch.randn(5, 64)
-    with pytest.raises(RuntimeError, match="shape of q"):
-        operator(x, x[:4], x, 1)
+    operator = torch.ops.dqw_cpu.attention
+    x = torch.randn(2, 5, 64)
+    with pytest.raises(RuntimeError, match="width of q"):
+        operator(x, x[:, :4], x)
+    with pytest.raises(RuntimeError, match="heads"):
+        operator(x, x[:1], x[:1])
+    with pytest.raises(RuntimeError, match="one position or more"):
+        operator(x, x[:, :0], x[:, :0])
     with pytest.raises(RuntimeError, match="multiples of 16"):
-        operator(x, x, x, 8)
-    assert operator(x[:0], x[:0], x[:0], 1).shape == (0, 64)
+        operator(x[..., :8], x[..., :8], x[..., :8])
+    assert operator(x[:, :0], x, x).shape == (2, 0, 64)
 
 
 def test_the_benchmark_compares_every_tier() -> None:

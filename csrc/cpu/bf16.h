@@ -79,6 +79,14 @@ struct Bf16Kernels {
                    float* scales, uint16_t* out);
     void (*convert)(const Bf16Rows&, int64_t row_begin, int64_t row_end);
     void (*multiply)(const Bf16Block&);
+    // Columns [column, column + 32) of x (rows, cols) as pairs of rows: (pairs, 32, 2), zeros
+    // outside.
+    void (*pack_pairs)(const uint16_t* x, int64_t rows, int64_t cols, int64_t column,
+                       uint16_t* out);
+    // sum (rows, columns), at most 32 by 32, whose rows lie `stride` apart, += yT x of so many
+    // pairs. Null where torch's product is faster.
+    void (*add_moment)(const uint16_t* y, const uint16_t* x, int64_t pairs, int64_t rows,
+                       int64_t columns, float* sum, int64_t stride);
     int64_t cycles;       // of multiply for 32 rows, 32 outputs and 64 columns
     int64_t panel_bytes;  // of W that stay in the second cache, with room for x beside them
     int64_t few;          // up to so many rows of x the other kernels are faster,
@@ -93,5 +101,8 @@ void convert_bf16(const Bf16Rows&, int64_t row_begin, int64_t row_end);
 void finish_bf16(const Bf16Block&, int64_t strip);
 void multiply_avx512_bf16(const Bf16Block&);
 void multiply_amx(const Bf16Block&);
+void pack_pairs_bf16(const uint16_t* x, int64_t rows, int64_t cols, int64_t column, uint16_t* out);
+void add_moment_bf16(const uint16_t* y, const uint16_t* x, int64_t pairs, int64_t rows,
+                     int64_t columns, float* sum, int64_t stride);
 
 }  // namespace dqw

@@ -42,6 +42,8 @@ constexpr Bf16Kernels bf16_with(void (*multiply)(const Bf16Block&), int64_t cycl
     return {.decode = decode_bf16,
             .convert = convert_bf16,
             .multiply = multiply,
+            .pack_pairs = pack_pairs_bf16,
+            .add_moment = tiles ? nullptr : add_moment_bf16,
             .cycles = cycles,
             .panel_bytes = panel,
             .few = 16,

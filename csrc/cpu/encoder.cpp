@@ -5,10 +5,9 @@
 //   weights                 for each layer q k v out fc1 fc2, then the two convolutions (rows of
 //                           in x 3), whose steps are 1 and 2
 //
-// A convolution is a matrix product of neighbouring columns; attention is the tier's own
-// (EncoderAttention), one block of queries of one head at a time.
+// A convolution is a matrix product of neighbouring columns; attention is attention.h's.
 
-#include "network.h"
+#include "attention.h"
 
 namespace dqw {
 namespace {
@@ -35,44 +34,6 @@ void check_encoder(const Network& net, int64_t mels, int64_t positions) {
     DQW_CHECK(net.sizes.back() >= positions * net.width, "features are longer than the ",
               net.sizes.back() / net.width, " positions of the encoder");
 }
-
-// Every position attends to every other, in `heads` heads, by the threads of a team.
-struct Attention {
-    const EncoderAttention& kernel;
-    int64_t heads, positions, width;  // width of all heads
-    const float *q, *k, *v;           // (positions, width), q scaled
-    char* packed;                     // packed_bytes() a head
-
-    int64_t packed_bytes() const {
-        return round_up(kernel.packed_bytes(positions, width / heads), 64);
-    }
-    int64_t scratch_bytes() const {
-        return round_up(kernel.scratch_bytes(positions, width / heads), 64);
-    }
-
-    // out (positions, width); scratch: scratch_bytes() of each thread. q, k and v must be written
-    // by all (a barrier) before, out is after the next barrier.
-    void operator()(Member& me, char* scratch, float* out) const {
-        const int64_t head_dim = width / heads;
-        const auto head_of = [&](int64_t i) {
-            const int64_t at = i * head_dim;
-            char* own = packed + i * packed_bytes();
-            return EncoderHead{q + at, k + at, v + at, width, positions, head_dim, own};
-        };
-        me.share(heads, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) kernel.pack(head_of(i));
-        });
-        me.barrier();
-        const int64_t rows = kernel.rows, blocks = (positions + rows - 1) / rows;
-        me.share(heads * blocks, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; i++) {
-                const int64_t t = i % blocks * rows, head = i / blocks;
-                kernel.attend(head_of(head), t, std::min(t + rows, positions), scratch,
-                              out + head * head_dim);
-            }
-        });
-    }
-};
 
 struct Encoder {
     const Network& net;
@@ -103,7 +64,7 @@ struct Encoder {
             own_product_bytes = std::max(own_product_bytes, product_own_bytes(w, m, linear));
         }
         own_product_bytes = round_up(own_product_bytes, 64);
-        const Attention attention{attends, net.heads, positions, d};
+        const Attention attention = attention_of(nullptr, nullptr, nullptr, nullptr);
         own_bytes = own_product_bytes + attention.scratch_bytes();
         own_area = p.take<char>(own_bytes * torch::stable::get_num_threads());
         product_area = p.take<char>(shared);
@@ -122,6 +83,13 @@ struct Encoder {
         v = p.take<float>(positions * d);
         packed = p.take<char>(attention.packed_bytes() * net.heads);
         return std::max({p.used, mlp.used, convolutions.used});
+    }
+
+    // Every position attends to every other; heads lie side by side in the rows.
+    Attention attention_of(const float* q, const float* k, const float* v, char* packed) const {
+        const int64_t head_dim = net.head_dim();
+        return {attends,  net.heads, positions, positions, head_dim, net.width,
+                head_dim, head_dim,  q,         k,         v,        packed};
     }
 
     void operator()(Member& me) const {
@@ -212,8 +180,7 @@ struct Encoder {
         product(me, w[1], linear, area, normed, positions, k, nothing);
         product(me, w[2], linear, area, normed, positions, v, nothing);
         me.barrier();
-        Attention{attends, net.heads, positions, d, q, k, v, packed}(me, area.own + area.own_bytes,
-                                                                     normed);
+        attention_of(q, k, v, packed)(me, area.own + area.own_bytes, normed);
         me.barrier();
 
         float* y = q;
@@ -259,37 +226,11 @@ Tensor encoder(int64_t handle, const Tensor& features_, bool bf16) {
     return out;
 }
 
-// The encoder's attention alone: q, k, v (positions, width), q scaled → softmax(q kT) v by heads.
-Tensor attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, int64_t heads) {
-    const Tensor q = as_float(q_), k = as_float(k_), v = as_float(v_);
-    DQW_CHECK(q.dim() == 2, "q must be (positions, width)");
-    const int64_t positions = q.size(0), width = q.size(1);
-    for (const Tensor& t : {k, v}) {
-        DQW_CHECK(t.dim() == 2 && t.size(0) == positions && t.size(1) == width,
-                  "k and v must have the shape of q");
-    }
-    check_heads(width, heads);
-    Tensor out = new_tensor({positions, width}, ScalarType::Float);
-    if (out.numel() == 0) return out;
-    const auto data = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
-    Attention a{*tier().attention, heads, positions, width, data(q), data(k), data(v)};
-    const int64_t slots = torch::stable::get_num_threads();
-    const int64_t packed = heads * a.packed_bytes(), own = a.scratch_bytes();
-    a.packed = static_cast<char*>(scratch<2>(packed + slots * own));
-    float* to = static_cast<float*>(out.mutable_data_ptr());
-    run_team(slots, [&](Member& me) { a(me, a.packed + packed + me.index() * own, to); });
-    return out;
-}
-
 }  // namespace
 }  // namespace dqw
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dqw_cpu, m) {
     m.def("encoder(int network, Tensor features, bool bf16=False) -> Tensor");
-    m.def("encoder_attention(Tensor q, Tensor k, Tensor v, int heads) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dqw_cpu, CPU, m) {
-    m.impl("encoder", TORCH_BOX(&dqw::encoder));
-    m.impl("encoder_attention", TORCH_BOX(&dqw::attention));
-}
+STABLE_TORCH_LIBRARY_IMPL(dqw_cpu, CPU, m) { m.impl("encoder", TORCH_BOX(&dqw::encoder)); }

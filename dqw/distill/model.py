@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dqw.attention import native_attention
 from dqw.convert import keep_from_broadcasts
 from dqw.distill.config import DistillConfig
 from dqw.distill.layers import STACKS, LayerTap, stack_layers
@@ -309,7 +310,8 @@ def teacher_pass(
     wanted: dict[str, set[int]], logits: bool,
 ) -> TeacherOutput:  # fmt: skip
     """The frozen teacher on a batch, in its own dtype, without a graph."""
-    rows, states = forward_pass(teacher, features.to(teacher.dtype), batch, taps, wanted)
+    with native_attention(teacher):
+        rows, states = forward_pass(teacher, features.to(teacher.dtype), batch, taps, wanted)
     return TeacherOutput(vocabulary_logits(teacher, rows) if logits else None, states)
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dqw.attention import native_attention
 from dqw.digest import weights_digest
 from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig
 from dqw.distill.data import Collator, SpeechDataset
@@ -116,7 +117,11 @@ def keep_states(
         item = dataset[index]  # outside autocast: the mel filters must not run in bf16
         inputs = {name: value.to(device) for name, value in collate([item]).items()}
         batch = Batch.of(inputs)
-        with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        with (
+            torch.no_grad(),
+            torch.autocast(device.type, autocast, enabled=autocast is not None),
+            native_attention(pupil, teacher),
+        ):
             heard = {}
             if not pupil.encoder_learns:
                 state = pupil.student.model.encoder(batch.features).last_hidden_state[0]

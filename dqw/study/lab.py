@@ -272,7 +272,7 @@ class Lab:
                 spec = layer_spec(self.recipe, self.student, name, bits)
                 layer = self.student.get_submodule(name)
                 stack.enter_context(changed(layer, rounded(self._matrix(name), spec)))
-            return probe.by_batch(encoder=first_changed(names))
+            return probe.by_batch(first=first_changed(names))
 
 
 def cell_name(setting: Setting, seed: int) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 from dqw.bars import Bar, progress_bar
 from dqw.digest import weights_digest
 from dqw.errors import UserError
-from dqw.probe import first_changed
+from dqw.probe import Changed, first_changed
 from dqw.recipe import Recipe
 from dqw.speech import spread
 from dqw.study.lab import Lab, Say, cell_name, forget_checkpoints, with_changes
@@ -269,8 +269,8 @@ def run_cells(lab: Lab, cells: list[tuple[Setting, int]], say: Callable[[str], o
         say(f"{len(cells) - len(todo)} of {len(cells)} cells are there already")
     if not todo:
         return
-    # One after the other where the encoder is changed alike: the states before that layer are kept.
-    todo.sort(key=lambda cell: first_changed(cell[0].layers) or 0)
+    # One after the other where the model is changed alike: the states before that layer are kept.
+    todo.sort(key=lambda cell: _place(first_changed(cell[0].layers)))
     with progress_bar("", len(todo), "cells") as bar:
         for setting, seed in todo:
             with claimed(cell_path(lab.out, setting, seed)) as free:
@@ -282,6 +282,10 @@ def run_cells(lab: Lab, cells: list[tuple[Setting, int]], say: Callable[[str], o
             bar()
     if all(cell_path(lab.out, *cell).exists() for cell in cells):
         shutil.rmtree(lab.states, ignore_errors=True)
+
+
+def _place(first: Changed) -> tuple[int, int]:
+    return -1 if first.encoder is None else first.encoder, first.decoder
 
 
 @contextmanager

@@ -1,0 +1,108 @@
+"""Attention of float Whispers on the kernel: where it serves, and that it leaves no trace."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import make_tiny_whisper
+from kernel_helpers import BF16_SETS, needs_library
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.whisper.modeling_whisper import WhisperAttention
+
+from dqw import attention
+from dqw.attention import attend, native_attention
+
+pytestmark = needs_library
+POSITIONS = 50
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Of every call of ``attend``, whether the kernel serves it."""
+    seen: list[bool] = []
+    serves = attention._serves
+
+    def note(*given: torch.Tensor) -> bool:
+        seen.append(serves(*given))
+        return seen[-1]
+
+    monkeypatch.setattr(attention, "_serves", note)
+    return seen
+
+
+def hear(model: torch.nn.Module, low: bool) -> torch.Tensor:
+    torch.manual_seed(0)
+    features, ids = torch.randn(2, 80, 2 * POSITIONS), torch.randint(0, 120, (2, 7))
+    with torch.autocast("cpu", torch.bfloat16, enabled=low, cache_enabled=False):
+        logits: torch.Tensor = model(input_features=features, decoder_input_ids=ids).logits
+    return logits
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not BF16_SETS, reason="this machine multiplies no bfloat16")
+def test_a_model_in_bfloat16_runs_on_the_kernel(asked: list[bool]) -> None:
+    model = make_tiny_whisper(max_source_positions=POSITIONS, d_model=64).eval()
+    exact, plain = hear(model, False), hear(model, True)
+    with native_attention(model):
+        found = hear(model, True)
+    layers = model.config.encoder_layers + model.config.decoder_layers
+    assert asked == [True] * layers  # the decoder's own tokens have a mask
+    assert not torch.equal(found, plain)
+    assert (found - exact).norm() < 2 * (plain - exact).norm()
+    asked.clear()
+    assert torch.equal(hear(model, True), plain) and not asked
+
+
+@torch.no_grad()
+def test_float32_stays_exact(asked: list[bool]) -> None:
+    model = make_tiny_whisper(max_source_positions=POSITIONS).eval()
+    plain = hear(model, False)
+    with native_attention(model):
+        assert torch.equal(hear(model, False), plain)
+    assert asked and not any(asked)
+
+
+def test_learning_goes_through_torch(asked: list[bool]) -> None:
+    model = make_tiny_whisper(max_source_positions=POSITIONS)
+    hear(model, True).sum().backward()
+    wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    with native_attention(model):
+        hear(model, True).sum().backward()
+    assert asked and not any(asked)
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+
+
+def test_models_are_as_before() -> None:
+    model, eager = (make_tiny_whisper(max_source_positions=POSITIONS) for _ in range(2))
+    eager.set_attn_implementation("eager")
+
+    def ways(m: torch.nn.Module) -> list[str]:
+        return [
+            str(part.config._attn_implementation)  # type: ignore[union-attr]
+            for part in m.modules()
+            if isinstance(part, WhisperAttention)
+        ]
+
+    with pytest.raises(ValueError, match="stop"), native_attention(model, eager):
+        assert ways(model).count("dqw") == 4 and ways(model).count("sdpa") == 2
+        assert set(ways(eager)) == {"eager"}
+        assert model.config._attn_implementation == "sdpa"
+        raise ValueError("stop")
+    assert set(ways(model)) == {"sdpa"}
+    assert all(p.config is model.config for p in model.modules() if isinstance(p, WhisperAttention))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scaling", [None, 1.0, 0.3])
+def test_scaling_and_masks_are_those_of_torch(scaling: float | None) -> None:
+    module = make_tiny_whisper().model.encoder.layers[0].self_attn
+    q, k, v = (torch.randn(1, 2, n, 16).bfloat16() for n in (5, 9, 9))
+    mask = torch.zeros(1, 1, 5, 9, dtype=torch.bfloat16)
+    mask[..., 4:] = -1e9
+    for given in (None, mask):
+        found, weights = attend(module, q, k, v, given, scaling=scaling)
+        wanted = scaled_dot_product_attention(q, k, v, given, scale=scaling).transpose(1, 2)
+        assert weights is None and found.shape == wanted.shape and found.dtype == q.dtype
+        assert (found - wanted).abs().max() < 0.03
