@@ -71,14 +71,18 @@ def embedding(p: Problem) -> tuple[Builder, int]:
 
 
 def fake_quant(p: Problem) -> tuple[Builder, int]:
-    from dqw import grids, ops
+    """What a learning layer runs, from the clip."""
+    from dqw import grids
+    from dqw.fake_quant import Rounded
 
-    top, bucket = grids.level_max(p.grid, p.bits), grids.bucket(p.grid, p.bits).to(p.device)
+    bucket = grids.bucket(p.grid, p.bits).to(p.device)
+
+    def rounded(x: Tensor, clip: Tensor) -> Tensor:
+        result: Tensor = Rounded.apply(x, clip, bucket, None, p.group_size, 1.0, x.dtype)
+        return result
 
     def make() -> Call:
-        call, _ = fake_quant_call(
-            p, top, lambda x, scale: ops.fake_quant(x, scale, bucket, p.group_size)
-        )
+        call, _ = fake_quant_call(p, 1, rounded)
         return call
 
     return make, p.N * p.K * getattr(torch, p.dtype).itemsize
@@ -87,7 +91,8 @@ def fake_quant(p: Problem) -> tuple[Builder, int]:
 def fake_quant_call(
     p: Problem, level_max: int, function: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Call, Tensor]:
-    """``function(x, scale)``, forward or with gradients of both, and the x it works on."""
+    """``function(x, scale)``, forward or with gradients of both, and the x it works on; with a
+    level_max of 1 the scale is the clip."""
     backward = p.variant != "forward"
     dtype = getattr(torch, p.dtype)
     x = torch.randn(p.N, p.K, device=p.device).to(dtype).requires_grad_(backward)

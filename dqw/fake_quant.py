@@ -12,7 +12,7 @@ from dqw.recipe import QuantSpec
 _CHUNK_ROWS = 4096  # the clip search works on slices, to bound its temporaries
 
 
-class _Rounded(torch.autograd.Function):
+class Rounded(torch.autograd.Function):
     """From weight and clip to the fake-quantized weight, and both gradients in closed form.
 
     One operator each way, since a step on a GPU waits for Python.
@@ -106,7 +106,7 @@ class FakeQuantize(nn.Module):
         rows: which rows these are. The values are those that a cast of the result would have;
         on a GPU float32 weights are written so at once.
         """
-        rounded = _Rounded.apply(
+        rounded = Rounded.apply(
             weight.flatten(1),
             self._clip_of_weights(rows),
             self.bucket,

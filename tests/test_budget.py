@@ -18,6 +18,7 @@ from dqw.budget import (
     Choice,
     allocate,
     candidates,
+    few,
     fit_budget,
     float_bytes,
     model_size,
@@ -263,3 +264,21 @@ def test_compress_keeps_within_the_budget(tmp_path: Path) -> None:
     code, output = run("220KiB", tmp_path / "trained", "--steps", "1", "--batch-size", "2")
     assert code == 0, output
     assert model_bytes(tmp_path / "trained") / 1024 <= 220
+
+
+def test_few_windows_are_spread_and_padded() -> None:
+    batches = [
+        {
+            "input_features": torch.full((2, 80, 10), float(i)),
+            "decoder_input_ids": torch.full((2, 3 + i), i),
+            "decoder_mask": torch.ones(2, 3 + i, dtype=torch.bool),
+        }
+        for i in range(4)
+    ]
+    (batch,) = few(batches, 4)
+    assert batch["input_features"][:, 0, 0].tolist() == [0, 1, 2, 3]
+    assert batch["decoder_mask"].sum(1).tolist() == [3, 4, 5, 6]
+    assert batch["decoder_mask"].dtype == torch.bool
+    assert batch["decoder_input_ids"].shape == (4, 6)
+    assert (batch["decoder_input_ids"].float().mean(1) * 6).tolist() == [0, 4, 10, 18]
+    assert few(batches, 99)[0]["input_features"].shape[0] == 8
