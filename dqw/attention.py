@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,31 +19,45 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention
 from dqw import ops  # noqa: F401 (loads the kernels)
 
 NAME = "dqw"  # among transformers' attention functions
+_native: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()  # attention → configs
 
 
 @contextmanager
 def native_attention(*models: Any) -> Iterator[None]:
     """Within the block attention of the encoders, and of the decoders to them, is the kernel's
-    where that serves; elsewhere torch's, as before. Models that do not run torch's stay as they
-    are."""
+    where that serves; elsewhere torch's, as before. Models on a GPU, and those that do not run
+    torch's attention, stay as they are."""
     found: list[Any] = [
         module
         for model in models
         for module in model.modules()
-        if isinstance(module, WhisperAttention) and not module.is_causal and _runs_torch(module)
+        if isinstance(module, WhisperAttention) and not module.is_causal and _may_serve(module)
     ]
-    if not hasattr(torch.ops.dqw_cpu, "attention"):
-        found = []
     kept = [module.config for module in found]
     for module in found:
-        # Its own: the stack's would change what masks are made for the decoder's tokens.
-        module.config = copy.copy(module.config)
-        module.config._attn_implementation = NAME
+        module.config = _config_of(module)
     try:
         yield
     finally:
         for module, config in zip(found, kept, strict=True):
             module.config = config
+
+
+def _may_serve(module: Any) -> bool:
+    on_cpu = all(t.device.type == "cpu" for t in (*module.parameters(), *module.buffers()))
+    implementation = getattr(module.config, "_attn_implementation", None)
+    return on_cpu and implementation == "sdpa" and hasattr(torch.ops.dqw_cpu, "attention")
+
+
+def _config_of(module: Any) -> Any:
+    """Its own copy, always the same one: the stack's would change what masks are made for the
+    decoder's tokens, and a new one would have a compiled model compiled again."""
+    before, made = _native.get(module, (None, None))
+    if before is not module.config:
+        made = copy.copy(module.config)
+        made._attn_implementation = NAME
+        _native[module] = module.config, made
+    return made
 
 
 def attend(
@@ -62,10 +77,6 @@ def attend(
         found = torch.ops.dqw_cpu.attention(q, key, value, True)
         return found.to(query.dtype).transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **given)
-
-
-def _runs_torch(module: Any) -> bool:
-    return getattr(module.config, "_attn_implementation", None) == "sdpa"
 
 
 def _serves(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -11,6 +11,7 @@ from transformers.models.whisper.modeling_whisper import WhisperAttention
 
 from dqw import attention
 from dqw.attention import attend, native_attention
+from dqw.devices import lowered
 
 pytestmark = needs_library
 POSITIONS = 50
@@ -54,6 +55,16 @@ def test_a_model_in_bfloat16_runs_on_the_kernel(asked: list[bool]) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.skipif(not BF16_SETS, reason="this machine multiplies no bfloat16")
+def test_lowered_models_do(asked: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dqw.devices.fast_precision", lambda *_: "bf16")
+    model = make_tiny_whisper(max_source_positions=POSITIONS).eval()
+    with lowered(model):
+        model.model.encoder(torch.randn(1, 80, 2 * POSITIONS))
+    assert asked == [True] * model.config.encoder_layers
+
+
+@torch.no_grad()
 def test_float32_stays_exact(asked: list[bool]) -> None:
     model = make_tiny_whisper(max_source_positions=POSITIONS).eval()
     plain = hear(model, False)
@@ -89,8 +100,12 @@ def test_models_are_as_before() -> None:
         assert ways(model).count("dqw") == 4 and ways(model).count("sdpa") == 2
         assert set(ways(eager)) == {"eager"}
         assert model.config._attn_implementation == "sdpa"
+        own = [p.config for p in model.modules() if isinstance(p, WhisperAttention)]
         raise ValueError("stop")
     assert set(ways(model)) == {"sdpa"}
+    with native_attention(model):  # the same copies, or a compiled model would be compiled again
+        again = [p.config for p in model.modules() if isinstance(p, WhisperAttention)]
+    assert all(a is b for a, b in zip(own, again, strict=True))
     assert all(p.config is model.config for p in model.modules() if isinstance(p, WhisperAttention))
 
 
