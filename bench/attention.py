@@ -67,7 +67,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
     quick: Annotated[bool, typer.Option(help="Fewer rounds.")] = False,
 ) -> None:
-    """The encoder's attention of one layer on every instruction set."""
+    """The encoder's attention of one layer on every instruction set, heads one after the other."""
     from dqw import ops  # noqa: F401  loads the library
 
     if not hasattr(torch.ops.dqw_cpu, "attention"):

@@ -236,11 +236,16 @@ def _as_told(model: Any, name: str, spec: QuantSpec) -> Choice:
 
 def few(batches: Sequence[Mapping[str, Tensor]], windows: int) -> list[dict[str, Tensor]]:
     """At most ``windows`` windows, evenly spaced over all, as one batch."""
-    chosen = spread([(b, i) for b in batches for i in range(len(b["decoder_mask"]))], windows)
-    longest = max(batch["decoder_mask"].shape[1] for batch, _ in chosen)
+    places = [(b, i) for b in batches for i in range(len(b["decoder_input_ids"]))]
+    chosen = [
+        {"decoder_mask": torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool), **batch}
+        | {"window": i}
+        for batch, i in spread(places, windows)
+    ]
+    longest = max(batch["decoder_input_ids"].shape[1] for batch in chosen)
 
     def joined(name: str) -> Tensor:
-        rows = [batch[name][i] for batch, i in chosen]
+        rows = [batch[name][batch["window"]] for batch in chosen]
         if name == "input_features":
             return torch.stack(rows)
         return torch.stack([nn.functional.pad(row, (0, longest - len(row))) for row in rows])

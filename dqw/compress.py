@@ -211,7 +211,7 @@ def heal_student(pair: Pair, batches: list[dict[str, Tensor]], say: Say) -> None
     start = time.monotonic()
     config = pair.student.config
     layers = config.encoder_layers + config.decoder_layers
-    with progress_bar("healing", layers, "layers") as advance, lowered(pair.teacher):
+    with progress_bar("healing", layers, "layers") as advance, lowered(pair.teacher, pair.student):
         heal(pair.student, pair.teacher, batches, advance)
     clips = sum(len(batch["decoder_input_ids"]) for batch in batches)
     say(f"healed {layers} layers on {clips} windows of speech in {time.monotonic() - start:.0f} s")

@@ -45,9 +45,9 @@ def fast_precision(device: str = "") -> str:
 
 
 @contextmanager
-def lowered(model: Any) -> Iterator[None]:
+def lowered(model: Any, *others: Any) -> Iterator[None]:
     """bfloat16 matrix products within the block, where the model's device has them in hardware;
-    on a CPU attention runs on dqw's kernel.
+    on a CPU attention of ``model`` and ``others`` runs on dqw's kernel.
 
     Weights may change within it: autocast's own copies, which would be those of the first use, are
     switched off.
@@ -59,7 +59,7 @@ def lowered(model: Any) -> Iterator[None]:
     lowers = fast_precision(model.device.type) == "bf16"
     with (
         torch.autocast(model.device.type, torch.bfloat16, enabled=lowers, cache_enabled=False),
-        native_attention(model),
+        native_attention(model, *others),
     ):
         yield
 

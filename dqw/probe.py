@@ -54,6 +54,7 @@ class Probe:
         self.heard = self._hear(model, "teacher_features")
         self.rows = self._decode(model, self.heard)
         self.target = [_log_probabilities(model, rows) for rows in self.rows]
+        self._spread: Tensor | None = None
         self._before: dict[str, tuple[int, list[Tensor]]] = {}
 
     def kl(self, first: Changed = EVERYTHING) -> float:
@@ -69,11 +70,12 @@ class Probe:
             rows = self._decode(model, heard)
         else:
             model = self.model
+            same = first.encoder is None
             heard = self.heard if first.encoder is None else self._hear_from(first.encoder)
-            rows = self._decode(model, heard, first.decoder)
+            rows = self._decode(model, heard, first.decoder if same and not first.embedding else 0)
         if model is self.model and not first.embedding:
             moved = (now - before for now, before in zip(rows, self.rows))
-            return [_kl_of_shift(t, _shift(model, m)) for t, m in zip(self.target, moved)]
+            return [_kl_of_shift(t, self._shift(m)) for t, m in zip(self.target, moved)]
         return [_kl(t, _log_probabilities(model, r)) for t, r in zip(self.target, rows)]
 
     def _hears_alike(self, model: Any) -> bool:
@@ -148,6 +150,20 @@ class Probe:
             for last, real in zip(found, masks)
         ]
 
+    @torch.no_grad()
+    def _shift(self, moved: Tensor) -> Tensor:
+        """By how much logits change, but for what all of a token's have in common, where the last
+        states have ``moved``; in what autocast says, as its rounding is small beside the change
+        itself, though not beside the logits."""
+        if self._spread is None:
+            weight = self.model.proj_out.weight.float()
+            kind = weight.device.type
+            lower = torch.is_autocast_enabled(kind)
+            spread = weight - weight.mean(0)
+            self._spread = spread.to(torch.get_autocast_dtype(kind)) if lower else spread
+        with torch.autocast(moved.device.type, enabled=False):
+            return nn.functional.linear(moved.to(self._spread.dtype), self._spread)
+
 
 @torch.no_grad()
 def _log_probabilities(model: Any, rows: Tensor) -> Tensor:
@@ -155,13 +171,6 @@ def _log_probabilities(model: Any, rows: Tensor) -> Tensor:
     with torch.autocast(rows.device.type, enabled=False):
         logits: Tensor = model.proj_out(rows)
     return logits.log_softmax(-1)
-
-
-@torch.no_grad()
-def _shift(model: Any, moved: Tensor) -> Tensor:
-    """By how much logits change where the last states have ``moved``; in what autocast says, as a
-    rounding is small beside the change itself, though not beside the logits."""
-    return nn.functional.linear(moved, model.proj_out.weight)
 
 
 def _kl(target: Tensor, now: Tensor) -> tuple[float, int]:
@@ -172,13 +181,17 @@ def _kl(target: Tensor, now: Tensor) -> tuple[float, int]:
 
 def _kl_of_shift(target: Tensor, shift: Tensor) -> tuple[float, int]:
     """The same for logits that differ by ``shift``: Σ log E[e^(shift - E[shift])], by the target's
-    probabilities. As precise as the shift, however small: nothing large is subtracted. Some rows at
-    a time, which stay in the cache."""
+    probabilities. Nothing large is subtracted, so a tiny change is as precise as its shift. Some
+    rows at a time, which stay in the cache."""
     total = 0.0
     for some, moved in zip(target.split(KL_ROWS), shift.split(KL_ROWS)):
         p, moved = some.exp(), moved.float()
-        mean = (p * moved).sum(-1, keepdim=True)
-        total += float((p * (moved - mean).expm1()).sum(-1).log1p().double().sum())
+        whole = p.sum(-1, keepdim=True)  # 1 but for rounding
+        moved = moved - (p * moved).sum(-1, keepdim=True) / whole
+        rows = ((p * moved.expm1()).sum(-1) / whole[:, 0]).log1p()
+        if not rows.isfinite().all():  # beyond e^88
+            rows = (some + moved).logsumexp(-1) - some.logsumexp(-1)
+        total += float(rows.double().sum())
     return total, len(target)
 
 

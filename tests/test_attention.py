@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from conftest import make_tiny_whisper
-from kernel_helpers import BF16_SETS, needs_library
+from kernel_helpers import BF16_SETS, instruction_set, needs_library
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
@@ -40,11 +40,11 @@ def hear(model: torch.nn.Module, low: bool) -> torch.Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not BF16_SETS, reason="this machine multiplies no bfloat16")
-def test_a_model_in_bfloat16_runs_on_the_kernel(asked: list[bool]) -> None:
+@pytest.mark.parametrize("tier", BF16_SETS)
+def test_a_model_in_bfloat16_runs_on_the_kernel(tier: str, asked: list[bool]) -> None:
     model = make_tiny_whisper(max_source_positions=POSITIONS, d_model=64).eval()
     exact, plain = hear(model, False), hear(model, True)
-    with native_attention(model):
+    with instruction_set(tier), native_attention(model):
         found = hear(model, True)
     layers = model.config.encoder_layers + model.config.decoder_layers
     assert asked == [True] * layers  # the decoder's own tokens have a mask
@@ -55,13 +55,24 @@ def test_a_model_in_bfloat16_runs_on_the_kernel(asked: list[bool]) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not BF16_SETS, reason="this machine multiplies no bfloat16")
-def test_lowered_models_do(asked: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tier", BF16_SETS)
+def test_lowered_models_do(tier: str, asked: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dqw.devices.fast_precision", lambda *_: "bf16")
+    model, other = (make_tiny_whisper(max_source_positions=POSITIONS).eval() for _ in range(2))
+    with instruction_set(tier), lowered(model, other):
+        for either in (model, other):
+            either.model.encoder(torch.randn(1, 80, 2 * POSITIONS))
+    assert asked == [True] * 2 * model.config.encoder_layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tier", ["avx512", "avx2", "scalar"])
+def test_others_go_through_torch(tier: str, asked: list[bool]) -> None:
     model = make_tiny_whisper(max_source_positions=POSITIONS).eval()
-    with lowered(model):
-        model.model.encoder(torch.randn(1, 80, 2 * POSITIONS))
-    assert asked == [True] * model.config.encoder_layers
+    plain = hear(model, True)
+    with instruction_set(tier), native_attention(model):
+        assert torch.equal(hear(model, True), plain)
+    assert asked and not any(asked)
 
 
 @torch.no_grad()

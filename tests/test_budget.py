@@ -177,6 +177,38 @@ def test_divergence_of_a_small_change(size: float) -> None:
     assert found == pytest.approx(wanted, rel=2e-2)
 
 
+def test_divergence_where_all_logits_move_together() -> None:
+    torch.manual_seed(0)
+    logits, shift = torch.randn(32, 51865) * 4, torch.randn(32, 51865) * 0.02 + 10.0
+    target = logits.double().log_softmax(-1)
+    wanted, _ = _kl(target, (logits.double() + shift.double()).log_softmax(-1))
+    found, _ = _kl_of_shift(logits.log_softmax(-1), shift)
+    assert found == pytest.approx(wanted, rel=2e-3)
+
+
+def test_divergence_of_a_model_that_is_broken() -> None:
+    """Shifts beyond e^88, and where their probability is 0 in float32."""
+    shift = torch.tensor([[-60.0, 50.0, 0.0]])
+    for low in (-60.0, -110.0):
+        logits = torch.tensor([[0.0, low, -3.0]])
+        target = logits.double().log_softmax(-1)
+        wanted, _ = _kl(target, (logits.double() + shift.double()).log_softmax(-1))
+        assert wanted > 10
+        found, _ = _kl_of_shift(target.float(), shift)
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_shift_that_all_logits_share_is_left_out() -> None:
+    model = make_tiny_whisper(max_source_positions=50)
+    with torch.no_grad():
+        model.proj_out.weight += 3.0  # so that logits go up and down together
+    probe = Probe(model, windows())
+    moved = torch.randn(5, model.config.d_model)
+    shift = probe._shift(moved)
+    plain = moved @ model.proj_out.weight.T
+    assert (shift - (plain - plain.mean(-1, keepdim=True))).abs().max() < 1e-4
+
+
 def test_another_model_with_the_same_encoder_is_not_asked_what_it_hears(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -282,3 +314,6 @@ def test_few_windows_are_spread_and_padded() -> None:
     assert batch["decoder_input_ids"].shape == (4, 6)
     assert (batch["decoder_input_ids"].float().mean(1) * 6).tolist() == [0, 4, 10, 18]
     assert few(batches, 99)[0]["input_features"].shape[0] == 8
+    for own in batches:
+        del own["decoder_mask"]
+    assert torch.equal(few(batches, 4)[0]["decoder_mask"], batch["decoder_mask"])

@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_tiny_whisper
+from kernel_helpers import BF16_SETS, instruction_set, needs_library
 from torch import nn
 
 import dqw.heal as healing
 from dqw.calls import Call
+from dqw.compress import heal_student
+from dqw.distill.pair import Pair
 from dqw.heal import heal
 from dqw.probe import Probe
 from dqw.whisper.student import cut_student
@@ -110,6 +113,19 @@ def test_a_whole_copy_stays_as_it_is() -> None:
     teacher = tiny(2, 2)
     student = cut_student(teacher, 2, 2)
     heal(student, teacher, speech(1))
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, teacher.state_dict()[name]), name
+
+
+@needs_library
+@pytest.mark.parametrize("tier", BF16_SETS)
+def test_a_whole_copy_stays_so_in_bfloat16(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are heard by the same kernels: what these differ by is nothing to heal."""
+    monkeypatch.setattr("dqw.devices.fast_precision", lambda *_: "bf16")
+    teacher = tiny(2, 2)
+    student = cut_student(teacher, 2, 2)
+    with instruction_set(tier):
+        heal_student(Pair(teacher, student, None, None), speech(1), print)
     for name, value in student.state_dict().items():
         assert torch.equal(value, teacher.state_dict()[name]), name
 

@@ -101,7 +101,7 @@ bool add_moment(const Tensor& sum, const Tensor& x_, const std::optional<Tensor>
                       y_->scalar_type() == ScalarType::BFloat16),
               "y must be what x is");
     if (rows == 0 || cols == 0) return true;
-    const Tensor x = dense(x_), y = dense(y_.value_or(x_));
+    const Tensor x = dense(x_), y = y_ ? dense(*y_) : x;
     const auto data = [](const Tensor& t) {
         return static_cast<const uint16_t*>(t.const_data_ptr());
     };

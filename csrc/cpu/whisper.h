@@ -45,11 +45,11 @@ struct SelfAttention {
     float* out;
 };
 
-// One head of the encoder: every position attends to every other.
+// One head: queries attend to every position of the audio; in the encoder these are their own.
 struct EncoderHead {
-    const float *q, *k, *v;  // this head's columns of (positions, stride); q scaled
-    int64_t stride, positions, head_dim;
-    char* packed;  // packed_bytes of it, aligned to a cache line, by pack
+    const float *q, *k, *v;               // this head's columns of rows `stride` apart; q scaled
+    int64_t stride, positions, head_dim;  // positions: rows of k and v
+    char* packed;                         // packed_bytes of it, aligned to a cache line, by pack
 };
 
 // How a tier does it: keys and values are packed once, then blocks of queries attend in any order.
@@ -58,7 +58,7 @@ struct EncoderAttention {
     int64_t (*packed_bytes)(int64_t positions, int64_t head_dim);
     int64_t (*scratch_bytes)(int64_t positions, int64_t head_dim);  // of a thread
     void (*pack)(const EncoderHead&);
-    // Queries [begin, end), at most `rows`, to the same rows of out (positions, stride).
+    // Queries [begin, end), at most `rows`, to the same rows of out, `stride` apart.
     void (*attend)(const EncoderHead&, int64_t begin, int64_t end, char* scratch, float* out);
 };
 
