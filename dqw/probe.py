@@ -70,9 +70,9 @@ class Probe:
             rows = self._decode(model, heard)
         else:
             model = self.model
-            same = first.encoder is None
             heard = self.heard if first.encoder is None else self._hear_from(first.encoder)
-            rows = self._decode(model, heard, first.decoder if same and not first.embedding else 0)
+            begins = first.encoder is None and not first.embedding  # as it did
+            rows = self._decode(model, heard, first.decoder if begins else 0)
         if model is self.model and not first.embedding:
             moved = (now - before for now, before in zip(rows, self.rows))
             return [_kl_of_shift(t, self._shift(m)) for t, m in zip(self.target, moved)]
@@ -98,6 +98,8 @@ class Probe:
 
     def _hear_from(self, first: int) -> list[Tensor]:
         """What the own model hears, its layers before ``first`` being as they were."""
+        if not first:
+            return self._hear(self.model)
         encoder = self.model.model.encoder
         features = [b["input_features"].to(self.model.device) for b in self.batches]
         return self._resumed("encoder", first, [partial(encoder, x) for x in features])
@@ -105,9 +107,7 @@ class Probe:
     @torch.no_grad()
     def _resumed(self, name: str, first: int, passes: Sequence[Callable[[], Any]]) -> list[Tensor]:
         """The last states of a stack's ``passes``, one a batch, with the states before its layer
-        ``first`` from an earlier call: they must be what they were."""
-        if not first:
-            return [run().last_hidden_state for run in passes]
+        ``first``, 1 or more, from an earlier call: they must be what they were."""
         stack = getattr(self.model.model, name)
         if self._before.get(name, (0, []))[0] != first:
             # Those layers have not changed, so the states can be had now.
