@@ -37,10 +37,13 @@ def plain(dtype: torch.dtype) -> Attention:
     return run
 
 
-def compare(positions: int, width: int, quick: bool) -> list[tuple[str, float, float, float]]:
-    """(name, ms, GFLOP/s, relative error) of each; random q, k and v, scores about 1."""
-    heads = width // HEAD
-    q, k, v = (torch.randn(1, heads, positions, HEAD) for _ in range(3))
+def compare(
+    positions: int, width: int, quick: bool, queries: int = 0
+) -> list[tuple[str, float, float, float]]:
+    """(name, ms, GFLOP/s, relative error) of each; random q, k and v, scores about 1. queries: 0
+    for as many as positions."""
+    heads, queries = width // HEAD, queries or positions
+    q, k, v = (torch.randn(1, heads, n, HEAD) for n in (queries, positions, positions))
     q = q / HEAD**0.5
     ways = {"torch float32": plain(torch.float32)}
     ways["torch bfloat16"] = plain(torch.bfloat16)
@@ -55,7 +58,7 @@ def compare(positions: int, width: int, quick: bool) -> list[tuple[str, float, f
     found = []
     for name, way in ways.items():
         error = float((way(q, k, v).double() - exact).norm() / exact.norm())
-        work = 4.0 * positions**2 * width
+        work = 4.0 * queries * positions * width
         found.append((name, times[name].p50 * 1e3, work / times[name].p50 / 1e9, error))
     torch.ops.dqw_cpu.set_instruction_set(before)
     return found
@@ -64,6 +67,7 @@ def compare(positions: int, width: int, quick: bool) -> list[tuple[str, float, f
 def main(
     positions: Annotated[str, typer.Option(help="Positions: 1500 are 30 s.")] = "1500,500",
     width: Annotated[int, typer.Option(help="Of the model: base 512, small 768.")] = 512,
+    queries: Annotated[int, typer.Option(help="A decoder's tokens; 0: the positions.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
     quick: Annotated[bool, typer.Option(help="Fewer rounds.")] = False,
 ) -> None:
@@ -78,7 +82,7 @@ def main(
     torch.manual_seed(0)
     for n in positions.split(","):
         table = Table("", "ms", "GFLOP/s", "error", title=f"{n} positions, width {width}")
-        for name, ms, rate, error in compare(int(n), width, quick):
+        for name, ms, rate, error in compare(int(n), width, quick, queries):
             table.add_row(name, f"{ms:.2f}", f"{rate:.0f}", f"{error:.1e}")
         Console().print(table)
 

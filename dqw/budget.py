@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dqw import grids, ops
 from dqw.bars import progress_bar
@@ -38,7 +39,8 @@ PROBE = 3  # bits at which a layer's KL is measured
 # ratios of base are off by 0.6 % on average, 8 % at most.
 ROWS = 128
 # Windows of speech, for the KL. base at 27 to 39.4 MiB: a plan by 4, 6 or 8 of 24 windows costs 3.0
-# to 4.8, 2.5 to 4.3 or 1.8 to 2.9 % more, by the others, than theirs (mean of 40 draws).
+# to 4.8, 2.5 to 4.3 or 1.8 to 2.9 % more, by the others, than theirs
+# (mean of 40 draws; a one-off program).
 WINDOWS = 6
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -235,22 +237,23 @@ def _as_told(model: Any, name: str, spec: QuantSpec) -> Choice:
 
 
 def few(batches: Sequence[Mapping[str, Tensor]], windows: int) -> list[dict[str, Tensor]]:
-    """At most ``windows`` windows, evenly spaced over all, as one batch."""
-    places = [(b, i) for b in batches for i in range(len(b["decoder_input_ids"]))]
-    chosen = [
-        {"decoder_mask": torch.ones_like(batch["decoder_input_ids"], dtype=torch.bool), **batch}
-        | {"window": i}
-        for batch, i in spread(places, windows)
+    """At most ``windows`` windows, evenly spaced over all, as one batch: input_features (n, mels,
+    frames), decoder_input_ids and decoder_mask (n, longest)."""
+
+    def window(batch: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids = batch["decoder_input_ids"]
+        mask = batch.get("decoder_mask", torch.ones_like(ids, dtype=torch.bool))
+        return batch["input_features"][i], ids[i], mask[i]
+
+    places = [(batch, i) for batch in batches for i in range(len(batch["decoder_input_ids"]))]
+    features, ids, masks = zip(*(window(batch, i) for batch, i in spread(places, windows)))
+    return [
+        {
+            "input_features": torch.stack(features),
+            "decoder_input_ids": pad_sequence(list(ids), batch_first=True),
+            "decoder_mask": pad_sequence(list(masks), batch_first=True),
+        }
     ]
-    longest = max(batch["decoder_input_ids"].shape[1] for batch in chosen)
-
-    def joined(name: str) -> Tensor:
-        rows = [batch[name][batch["window"]] for batch in chosen]
-        if name == "input_features":
-            return torch.stack(rows)
-        return torch.stack([nn.functional.pad(row, (0, longest - len(row))) for row in rows])
-
-    return [{n: joined(n) for n in ("input_features", "decoder_input_ids", "decoder_mask")}]
 
 
 def kind_of(name: str) -> str:

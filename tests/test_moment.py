@@ -5,6 +5,7 @@ import torch
 from kernel_helpers import INSTRUCTION_SETS, instruction_set, needs_library
 from torch import Tensor
 
+from bench import moment
 from dqw.compensate import Moment, add_product
 
 pytestmark = needs_library
@@ -105,18 +106,26 @@ def test_products_where_there_is_no_kernel(tier: str, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("low", [False, True])
 def test_weighted_moments(low: bool) -> None:
     x, y, weight = rows(50, 16, 1).float(), rows(50, 16, 2).float(), torch.rand(50) + 0.1
-    moment = Moment.empty(16)
+    sums = Moment.empty(16)
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
-        moment.add(x, weight, y)
-        moment.add(x, weight, y)
+        sums.add(x, weight, y)
+        sums.add(x, weight, y)
     w = weight.double()[:, None]
     limit = 3e-2 if low else 1e-5  # a bfloat16 is off by 2^-9, of sums about 30
     for found, wanted in (
-        (moment.second, 2 * (w * x.double()).T @ x.double()),
-        (moment.cross, 2 * (w * y.double()).T @ x.double()),
-        (moment.first, 2 * (w * x.double()).sum(0)),
-        (moment.first_float, 2 * (w * y.double()).sum(0)),
+        (sums.second, 2 * (w * x.double()).T @ x.double()),
+        (sums.cross, 2 * (w * y.double()).T @ x.double()),
+        (sums.first, 2 * (w * x.double()).sum(0)),
+        (sums.first_float, 2 * (w * y.double()).sum(0)),
     ):
         assert found is not None and found.dtype == torch.float32
         assert (found - wanted).abs().max() < limit * wanted.abs().max()
-    assert moment.count == pytest.approx(2 * float(weight.sum()), rel=1e-6)
+    assert sums.count == pytest.approx(2 * float(weight.sum()), rel=1e-6)
+
+
+def test_the_benchmark_compares_with_torch() -> None:
+    with instruction_set(TIER):
+        found = moment.compare(40, 33, quick=True)
+    names = ["dqw X^T X", "dqw Y^T X", "torch float32", "torch bfloat16"]
+    assert [name for name, _, _ in found] == names
+    assert all(ms > 0 and rate > 0 for _, ms, rate in found)

@@ -1,4 +1,4 @@
-// Attention without a mask as an operator: torch.ops.dqw_cpu.attention, for float models whose
+// Attention without a mask as an operator: torch.ops.dqw_cpu.attention, for models whose
 // layers run one by one (dqw/attention.py). The encoder's own is encoder.cpp's.
 
 #include "attention.h"
@@ -30,18 +30,17 @@ Tensor attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool bf16
     if (out.numel() == 0) return out;
     const int64_t positions = k.size(dims - 2);
     const auto data = [](const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); };
-    Attention a{*tier(bf16).attention,
-                heads,
-                queries,
-                positions,
-                head_dim,
-                head_dim,
-                positions * head_dim,
-                queries * head_dim,
-                data(q),
-                data(k),
-                data(v),
-                nullptr};
+    Attention a{.kernel = *tier(bf16).attention,
+                .heads = heads,
+                .queries = queries,
+                .positions = positions,
+                .head_dim = head_dim,
+                .stride = head_dim,
+                .step = positions * head_dim,
+                .query_step = queries * head_dim,
+                .q = data(q),
+                .k = data(k),
+                .v = data(v)};
     const int64_t slots = torch::stable::get_num_threads();
     const int64_t packed = heads * a.packed_bytes(), own = a.scratch_bytes();
     a.packed = static_cast<char*>(scratch<2>(packed + slots * own));

@@ -11,10 +11,10 @@ namespace dqw {
 struct Attention {
     const EncoderAttention& kernel;
     int64_t heads, queries, positions, head_dim;
-    int64_t stride, step;    // from row to row of q, k, v and out; from head to head of k and v,
-    int64_t query_step;      // and of q and out
-    const float *q, *k, *v;  // (queries), (positions) and (positions) rows a head, q scaled
-    char* packed;            // packed_bytes() a head
+    int64_t stride;            // from row to row of q, k, v and out
+    int64_t step, query_step;  // from head to head: of k and v; of q and out
+    const float *q, *k, *v;    // q scaled; heads of `queries`, `positions` and `positions` rows
+    char* packed = nullptr;    // packed_bytes() a head
 
     int64_t packed_bytes() const { return round_up(kernel.packed_bytes(positions, head_dim), 64); }
     int64_t scratch_bytes() const {

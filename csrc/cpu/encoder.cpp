@@ -88,8 +88,18 @@ struct Encoder {
     // Every position attends to every other; heads lie side by side in the rows.
     Attention attention_of(const float* q, const float* k, const float* v, char* packed) const {
         const int64_t head_dim = net.head_dim();
-        return {attends,  net.heads, positions, positions, head_dim, net.width,
-                head_dim, head_dim,  q,         k,         v,        packed};
+        return {.kernel = attends,
+                .heads = net.heads,
+                .queries = positions,
+                .positions = positions,
+                .head_dim = head_dim,
+                .stride = net.width,
+                .step = head_dim,
+                .query_step = head_dim,
+                .q = q,
+                .k = k,
+                .v = v,
+                .packed = packed};
     }
 
     void operator()(Member& me) const {

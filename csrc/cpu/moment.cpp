@@ -33,7 +33,7 @@ struct Moment {
         });
     }
 
-    // The tiles of a group of y's strips: their first strip of x, and how many.
+    // The first strip of x that a group of y's strips is multiplied by.
     int64_t start(int64_t group) const { return y == nullptr ? group * kGroup : 0; }
 
     void multiply(Member& me, int64_t pairs) const {
