@@ -1,9 +1,7 @@
 """Bits for each layer under a size: ``dqw compress --budget 32MiB``, or that of a recipe.
 
-What a layer's rounding costs is measured: the layer alone is rounded to 3 bits, and the mean KL of
-the next-token distributions from those of the float model is taken on speech. That is quadratic in
-small errors, so at other widths and group sizes it goes with the squared error of the weights. The
-costs of layers add up; which choices cost least in all and fit the budget is then found exactly.
+The costs of the layers' choices (``dqw.choices``) add up; which of them cost least in all and fit
+the budget is found exactly.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,25 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from dqw import grids, ops
 from dqw.bars import progress_bar
+from dqw.choices import Choice, sensitivities, stored_bytes
 from dqw.devices import lowered
 from dqw.errors import UserError
-from dqw.fake_quant import least_squares_scale
 from dqw.hf import POSITIONS, sinusoidal_positions
-from dqw.packing import packed_bytes, packed_scale_bytes
-from dqw.probe import Probe, changed, first_changed
-from dqw.recipe import GROUP_SIZES, Override, QuantSpec, Recipe
+from dqw.probe import Probe
+from dqw.recipe import Override, QuantSpec, Recipe
 from dqw.speech import spread
 
-WIDTHS = (2, 3, 4, 5, 6, 8)
-# Larger groups take fewer scales. Base on lloyd, about 3 bits a weight in all: 2 bits in groups of
-# 16 (2.5 bits) leave more error than 2 and 3 bits in groups of 64, mixed to the same size.
-LARGEST_GROUP = 64
-PROBE = 3  # bits at which a layer's KL is measured
-# Rows of a matrix, evenly spaced, that stand for all where errors of other widths are compared:
-# ratios of base are off by 0.6 % on average, 8 % at most.
-ROWS = 128
 # Windows of speech, for the KL. base at 27 to 39.4 MiB: a plan by 4, 6 or 8 of 24 windows costs 3.0
 # to 4.8, 2.5 to 4.3 or 1.8 to 2.9 % more, by the others, than theirs
 # (mean of 40 draws; a one-off program).
@@ -52,74 +40,6 @@ def parse_bytes(text: str) -> int:
     if not found or float(found[1]) == 0:
         raise UserError(f"--budget is {text!r}: give a size, like 32MiB or 34MB.")
     return int(float(found[1]) * _UNITS[found[2] or ""])
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One way to store a layer: its spec, the bytes it takes, and the KL it costs."""
-
-    spec: QuantSpec
-    size: int
-    cost: float
-
-
-def candidates(spec: QuantSpec, widths: Sequence[int] = WIDTHS) -> list[QuantSpec]:
-    """``spec`` at every width, and in groups of its size to ``LARGEST_GROUP``.
-
-    From 5 bits on, with groups, uniform has less error than APoT and PoT (``bench.grids``); from 6
-    on there is no lloyd.
-    """
-    last = 4 if spec.group_size and spec.grid in ("apot", "pot") else grids.widths(spec.grid)[-1]
-    own = spec.group_size
-    groups = [own, *(g for g in GROUP_SIZES if own and own < g <= LARGEST_GROUP)]
-    return [
-        replace(spec, bits=b, grid=spec.grid if b <= last else "uniform", group_size=group)
-        for b in widths
-        for group in groups
-    ]
-
-
-def stored_bytes(rows: int, cols: int, spec: QuantSpec) -> int:
-    """Bytes of a packed layer: codes, scales and table."""
-    scales = 4 if spec.per_tensor else 4 * rows
-    if spec.group_size:
-        scales = packed_scale_bytes(rows, -(-cols // spec.group_size))
-    return packed_bytes(rows, cols, spec.bits) + scales + 2 * 2**spec.bits
-
-
-def rounded(matrix: Tensor, spec: QuantSpec) -> Tensor:
-    """``matrix`` (rows, cols) on the grid of ``spec``, float32, with the clips of least error."""
-    bucket = grids.bucket(spec.grid, spec.bits).to(matrix.device)
-    scale = least_squares_scale(matrix, spec, bucket)
-    return ops.fake_quant(matrix.float(), scale, bucket, spec.group_size or 0)
-
-
-def sensitivities(
-    model: Any,
-    plan: Mapping[str, QuantSpec],
-    probe: Probe,
-    progress: Callable[[str], object] | None = None,
-) -> dict[str, list[Choice]]:
-    """Layer name → its choices, one for each of ``WIDTHS``. The float ``model`` stays as it is."""
-    found = {}
-    for name, spec in plan.items():
-        if progress is not None:
-            progress(name)
-        layer = model.get_submodule(name)
-        matrix = layer.weight.detach().flatten(1).float()
-        some = matrix[:: max(len(matrix) // ROWS, 1)]
-        errors, cost = {}, 0.0
-        for option in candidates(spec):
-            errors[option] = float((rounded(some, option) - some).square().sum())
-            probed = option.bits == PROBE and option.group_size == spec.group_size
-            if probed and errors[option]:  # weights of zeros cost nothing
-                with changed(layer, rounded(matrix, option)):
-                    cost = probe.kl(first_changed([name])) / errors[option]
-        found[name] = [
-            Choice(option, stored_bytes(matrix.shape[0], matrix.shape[1], option), cost * error)
-            for option, error in errors.items()
-        ]
-    return found
 
 
 def allocate(choices: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
@@ -148,7 +68,7 @@ def allocate(choices: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
         picks.append(pick)
     if not len(cost) or not np.isfinite(cost[-1]):
         raise UserError(
-            f"the layers take {least / 2**20:.1f} MiB at 2 bits, and the budget leaves "
+            f"the layers take {least / 2**20:.1f} MiB at the least, and the budget leaves "
             f"{budget / 2**20:.1f} MiB for them: give a larger --budget, or a smaller student."
         )
     at, chosen = units, []
@@ -178,8 +98,8 @@ def float_bytes(model: nn.Module, plan: Mapping[str, QuantSpec]) -> int:
 
 
 def model_size(model: nn.Module, plan: Mapping[str, QuantSpec]) -> int:
-    """Bytes of the model in a folder packed as ``plan`` says: codes, scales and tables, float16 for
-    the rest."""
+    """Bytes of the model packed as ``plan`` says, before entropy coding: codes, scales and tables,
+    float16 for the rest."""
     packed = 0
     for name, spec in plan.items():
         weight: Any = model.get_submodule(name).weight
@@ -212,7 +132,8 @@ def fit_budget(
     with lowered(model):
         probe = Probe(model, few(batches, WINDOWS))
         with progress_bar("sensitivities", len(free)) as advance:
-            measured = sensitivities(model, free, probe, advance)
+            by_steps = recipe.quant.allocate == "steps"
+            measured = sensitivities(model, free, probe, by_steps, advance)
     found = {name: measured.get(name) or [_as_told(model, name, plan[name])] for name in plan}
     rest = float_bytes(model, plan) + overhead(plan)
     chosen = dict(zip(found, allocate(list(found.values()), budget - rest)))
@@ -222,18 +143,22 @@ def fit_budget(
     total = rest + sum(choice.size for choice in chosen.values())
     cost = sum(choice.cost for choice in chosen.values())
     say(f"plan: {total / 2**20:.2f} of {budget / 2**20:.2f} MiB, KL of about {cost:.4f} expected")
-    overrides = [
-        Override(match=name, bits=c.spec.bits, grid=c.spec.grid, group_size=c.spec.group_size or 0)
-        for name, c in chosen.items()
-    ]
+    overrides = [_override(name, choice.spec) for name, choice in chosen.items()]
     quant = replace(recipe.quant, override=[*recipe.quant.override, *overrides])
     return replace(recipe, quant=quant)
+
+
+def _override(name: str, spec: QuantSpec) -> Override:
+    if spec.step is not None:
+        return Override(match=name, bits=spec.bits, step=spec.step)
+    return Override(name, bits=spec.bits, grid=spec.grid, group_size=spec.group_size or 0)
 
 
 def _as_told(model: Any, name: str, spec: QuantSpec) -> Choice:
     """The one choice of a layer whose bits the recipe's own override gives."""
     weight = model.get_submodule(name).weight
-    return Choice(spec, stored_bytes(len(weight), weight.numel() // len(weight), spec), 0.0)
+    size = stored_bytes(len(weight), weight.numel() // len(weight), spec)
+    return Choice(spec, size, 0.0, 8 * size / weight.numel())
 
 
 def few(batches: Sequence[Mapping[str, Tensor]], windows: int) -> list[dict[str, Tensor]]:
@@ -264,7 +189,7 @@ def kind_of(name: str) -> str:
 
 def described(chosen: Mapping[str, Choice]) -> list[str]:
     """One line for each kind of layer: the bits of its layers, first to last, and the columns that
-    share a scale: "3/16"."""
+    share a scale, "3/16"; with steps, the bits a weight takes in the folder, "3.2"."""
     kinds: dict[str, list[Choice]] = {}
     for name, choice in chosen.items():
         kinds.setdefault(kind_of(name), []).append(choice)
@@ -275,5 +200,7 @@ def described(chosen: Mapping[str, Choice]) -> list[str]:
 
 
 def _width(choice: Choice) -> str:
+    if choice.spec.step is not None:
+        return f"{choice.rate:.1f}"
     group = choice.spec.group_size
     return f"{choice.spec.bits}/{group}" if group else str(choice.spec.bits)

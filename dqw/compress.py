@@ -89,7 +89,8 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     if heals and not items:
         say("without --data nothing makes up for the layers that were cut")
     began = resumed_plan(job, recipe) if job.resume else None
-    allocates = began is None and bool(job.budget or (recipe.quant.allocate and items))
+    shared_out = recipe.quant.allocate != "none"
+    allocates = began is None and bool(job.budget or (shared_out and items))
     recipe = began or recipe
     batches: list[dict[str, Tensor]] = []
     if items and (job.ptq_only or allocates or heals):

@@ -6,6 +6,7 @@ float Whisper → ``quantize`` swaps modules that learn → ``freeze`` turns the
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -99,12 +100,15 @@ def _input_embedding(model: nn.Module) -> nn.Module | None:
     return get() if get is not None else None
 
 
-def swap_empty(model: nn.Module, plan: dict[str, QuantSpec]) -> None:
+def swap_empty(
+    model: nn.Module, plan: dict[str, QuantSpec], coded: dict[str, int] | None = None
+) -> None:
     """Swap every layer of ``plan`` for an empty packed module on the same device, in place.
 
-    For loading: the folder's tensors are put into them afterwards. Raises UserError for a layer
-    the model does not have.
+    For loading: the folder's tensors are put into them afterwards, and those that ``coded`` gives
+    the bytes of are for ``decode``. Raises UserError for a layer the model does not have.
     """
+    coded = coded or {}
     for name, spec in plan.items():
         try:
             module = model.get_submodule(name)
@@ -120,8 +124,17 @@ def swap_empty(model: nn.Module, plan: dict[str, QuantSpec]) -> None:
             ) from error
         empty = _empty(module, spec)
         empty.dtype = next(module.parameters()).dtype
+        empty.await_coded({p: coded.get(f"{name}.{p}") for p in ("weight", "scale")})
         model.set_submodule(name, empty)
     _tie_projection(model)
+
+
+def decode(model: nn.Module) -> None:
+    """Decode what a folder's coded tensors were put into, in place; some at once."""
+    modules = [module for module in quant_modules(model).values() if module.coded]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for module, tensors in zip(modules, pool.map(QuantModule.decoded, modules)):
+            module.take(tensors)
 
 
 def _empty(module: nn.Module, spec: QuantSpec) -> QuantModule:

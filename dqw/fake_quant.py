@@ -73,7 +73,7 @@ class FakeQuantize(nn.Module):
         clip = scale * self.level_max
         if self.deviation is not None:
             clip = clip / self.deviation
-        self.clip = nn.Parameter(clip)
+        self.clip = nn.Parameter(clip, requires_grad=spec.step is None)
         per_clip = matrix.numel() / clip.numel()
         self.gradient_scale = float((per_clip * self.level_max) ** -0.5)
 
@@ -138,14 +138,23 @@ def _deviation(matrix: Tensor) -> Tensor:
     return matrix.float().std().clamp(min=1e-12).view(1, 1)
 
 
+def root_mean_square(matrix: Tensor) -> Tensor:
+    """The unit of ``QuantSpec.step``, float32 of no dimension, above 0."""
+    total = matrix.float().square().sum() / max(matrix.numel(), 1)
+    return total.sqrt().clamp(min=SMALLEST_SCALE)
+
+
 @torch.no_grad()
 def least_squares_scale(matrix: Tensor, spec: QuantSpec, bucket: Tensor) -> Tensor:
-    """The scale of least squared error, float32: (1, 1), (rows, 1) or (rows, groups).
+    """The scale of least squared error, float32: (1, 1), (rows, 1) or (rows, groups); of a spec
+    with a step, that step.
 
     Clips from 0.3 to 1.1 of the largest magnitude are tried, 4 % apart (APoT of 6 bits and more
     has few levels near its top and goes on to 4 times); then the best is refined twice by the
     closed form <w, level> / <level, level>, kept where it lowers the error.
     """
+    if spec.step is not None:
+        return (spec.step * root_mean_square(matrix)).view(1, 1)
     if spec.per_tensor:
         return _search(matrix.float().view(1, -1), 0, spec, bucket)
     size = spec.group_size or 0

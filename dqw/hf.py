@@ -1,9 +1,10 @@
 """transformers reads and writes packed folders through this quantizer, registered as "dqw".
 
-config.json carries ``quantization_config``: quant_method "dqw", format_version, and the plan,
-layer name → spec. On load the layers of the plan become empty packed modules and the folder's
-tensors fill them; on save the same tensors go back, the float rest as float16. The encoder's
-positions are a formula and are not stored (1.5 MiB of whisper-base's 39).
+config.json carries ``quantization_config``: quant_method "dqw", format_version, the plan, layer
+name → spec, and which tensors are entropy-coded, name → bytes. On load the layers of the plan
+become empty packed modules and the folder's tensors fill them; on save the same tensors go back,
+the float rest as float16. The encoder's positions are a formula and are not stored (1.5 MiB of
+whisper-base's 39).
 """
 
 import re
@@ -15,8 +16,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from dqw.errors import UserError
-from dqw.packing import FORMAT_VERSION, pack_scales
+from dqw.coding import encoded, encoded_weight
+from dqw.packing import FORMAT_VERSION, check_format, pack_scales
 from dqw.recipe import QuantSpec
 
 POSITIONS = "model.encoder.embed_positions.weight"
@@ -26,27 +27,25 @@ POSITIONS = "model.encoder.embed_positions.weight"
 class DqwConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed folder.
 
-    plan: layer name → ``QuantSpec.to_dict()``. Raises UserError for a format this version of dqw
-    does not read.
+    plan: layer name → ``QuantSpec.to_dict()``. coded: tensor → bytes, of those that are
+    entropy-coded. Raises UserError for a format this version of dqw does not read.
     """
 
     def __init__(
         self,
         plan: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
+        coded: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         self.quant_method = "dqw"  # type: ignore[assignment]
         self.plan = plan or {}
         self.format_version = format_version
+        self.coded = coded or {}
         for key, value in kwargs.items():  # e.g. how the model was trained; kept as it is
             if key != "quant_method":
                 setattr(self, key, value)
-        if format_version != FORMAT_VERSION:
-            raise UserError(
-                f"the folder is in packed format {format_version}, and this dqw reads format "
-                f"{FORMAT_VERSION}: install the dqw that wrote it."
-            )
+        check_format(format_version)
 
     def specs(self) -> dict[str, QuantSpec]:
         return {name: QuantSpec.from_dict(spec) for name, spec in self.plan.items()}
@@ -62,7 +61,7 @@ class DqwQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from dqw.convert import swap_empty
 
-        swap_empty(model, self.quantization_config.specs())
+        swap_empty(model, self.quantization_config.specs(), self.quantization_config.coded)
         # Not stored: transformers fills it by its formula, as it does for every new model.
         ignored = list(model._keys_to_ignore_on_load_missing or [])
         model._keys_to_ignore_on_load_missing = [*ignored, re.escape(POSITIONS)]
@@ -74,8 +73,9 @@ class DqwQuantizer(HfQuantizer):
         return dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from dqw.convert import quant_modules
+        from dqw.convert import decode, quant_modules
 
+        decode(model)
         for module in quant_modules(model).values():
             module.unpack_scales()
         _speed_up(model)
@@ -87,8 +87,10 @@ class DqwQuantizer(HfQuantizer):
         # config.json is written after this: what it says of the layers is to be what they are now,
         # and a checksum of other bytes would have the folder refused (save.py seals its own).
         self.quantization_config.plan = stored_plan(model)
+        self.quantization_config.format_version = FORMAT_VERSION
         vars(self.quantization_config).pop("weights_sha256", None)
-        return packed_state(model), {}
+        state, self.quantization_config.coded = coded_state(model)
+        return state, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -123,6 +125,23 @@ def packed_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
     state = model.state_dict().items()
     return {name: stored(name, tensor) for name, tensor in state if name not in left_out}
+
+
+def coded_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """``packed_state`` with the tensors entropy-coded that are smaller so, and their bytes."""
+    from dqw.convert import quant_modules
+
+    state, coded = packed_state(model), {}
+    for layer, module in quant_modules(model).items():
+        size = module.rows, module.cols, module.spec.bits
+        for name in (f"{layer}.weight", f"{layer}.scale"):
+            tensor = state[name]
+            if tensor.dtype != torch.uint8:
+                continue  # scales of rows
+            stream = encoded_weight(tensor, *size) if "weight" in name else encoded(tensor)
+            if len(stream) < len(tensor):
+                state[name], coded[name] = stream, len(stream)
+    return state, coded
 
 
 def sinusoidal_positions(model: Any) -> torch.Tensor | None:

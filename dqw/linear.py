@@ -6,13 +6,14 @@ rounds it on the way through. After ``freeze`` the same module holds packed code
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqw import grids, ops
+from dqw.coding import decoded, decoded_weight
 from dqw.fake_quant import FakeQuantize
 from dqw.packing import pack, packed_bytes, packed_scale_bytes, unpack_scales
 from dqw.recipe import QuantSpec
@@ -34,6 +35,7 @@ class QuantModule(nn.Module):
         super().__init__()
         self.rows, self.cols, self.spec = rows, cols, spec
         self.frozen = False
+        self.coded = set[str]()  # buffers that hold a folder's streams, not yet decoded
         self.chosen = True
         self.dtype = torch.get_default_dtype()  # what the layer computes in, once packed
         self.quantizer: FakeQuantize | None = None
@@ -61,7 +63,8 @@ class QuantModule(nn.Module):
             self.rest_quantizer = FakeQuantize(rest_spec, weight)
 
     def _allocate(self, device: torch.device | str | None = None) -> None:
-        """Empty packed buffers, to be filled from a folder; then ``unpack_scales``."""
+        """Empty packed buffers, to be filled from a folder; then ``dqw.convert.decode`` and
+        ``unpack_scales``."""
         self.frozen = True
         size = packed_bytes(self.rows, self.cols, self.spec.bits)
         make = {"device": device}
@@ -76,6 +79,31 @@ class QuantModule(nn.Module):
             "levels",
             torch.empty(2**self.spec.bits, dtype=torch.int16, **make),  # type: ignore[arg-type]
         )
+
+    def await_coded(self, sizes: Mapping[str, int | None]) -> None:
+        """Have the folder's streams of so many bytes come into ``weight`` and ``scale``."""
+        for part, size in sizes.items():
+            if size is not None:
+                setattr(self, part, getattr(self, part).new_empty(size, dtype=torch.uint8))
+                self.coded.add(part)
+
+    def decoded(self) -> dict[str, Tensor]:
+        """What the streams in ``weight`` and ``scale`` stand for, packed, flat uint8 on the CPU."""
+        size = self.rows, self.cols, self.spec.bits
+        found = {}
+        if "weight" in self.coded:
+            found["weight"] = decoded_weight(self.weight, *size)
+        if "scale" in self.coded:
+            found["scale"] = decoded(self.scale, packed_scale_bytes(self.rows, self.groups))
+        return found
+
+    def take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put ``tensors`` in the place of the streams they were decoded from."""
+        for part, tensor in tensors.items():
+            setattr(self, part, tensor.to(getattr(self, part).device))
+        self.coded.clear()
+        if "weight" in tensors:
+            _wait_until_written(self.weight)
 
     def unpack_scales(self) -> None:
         """Scales as they are stored → as the kernels read them; nothing to do a second time."""

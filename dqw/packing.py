@@ -1,4 +1,4 @@
-"""Codes to bytes and back: the packed format, version 2; weights lie in memory as on disk.
+"""Codes to bytes and back: the packed format, as weights lie in memory and, coded or not, on disk.
 
 Rows follow each other; a row is padded with code 0 to a multiple of 64 codes, and every block of
 64 codes takes 8 × bits bytes, with no bit unused. Inside a block the code's bits are split into
@@ -18,13 +18,30 @@ upper 12 bits of the float32 exceed those of 2^(byte 0 - 127) by. Modules hold t
 which is exact; the CPU's operators take either. Against exact scales the squared error of normal
 weights at 4 bits in groups of 16 grows by 3 %; groups of 32, which take as many bytes with float16
 scales, would add 25 %.
+
+Format 3 holds a tensor entropy-coded (``dqw.coding``) where that takes fewer bytes; the name and
+the bytes of such a tensor are listed in ``quantization_config.coded``. Format 2 had none.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-FORMAT_VERSION = 2
+from dqw.errors import UserError
+
+FORMAT_VERSION = 3
+READABLE: Sequence[int] = (2, 3)
 BLOCK = 64  # codes
+
+
+def check_format(version: int) -> None:
+    """Raise UserError for a format that this version of dqw does not read."""
+    if version not in READABLE:
+        raise UserError(
+            f"the folder is in packed format {version}, and this dqw reads format "
+            f"{' and '.join(map(str, READABLE))}: install the dqw that wrote it."
+        )
 
 
 def padded(cols: int) -> int:

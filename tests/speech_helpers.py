@@ -72,3 +72,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def random_windows() -> list[dict[str, torch.Tensor]]:
+    """A batch of two windows of a tiny Whisper of 50 positions."""
+    return [
+        {
+            "input_features": torch.randn(2, 80, 100),
+            "decoder_input_ids": torch.randint(0, 120, (2, 9)),
+            "decoder_mask": torch.ones(2, 9, dtype=torch.bool),
+        }
+    ]

@@ -236,7 +236,7 @@ def test_a_killed_compression_resumes_to_the_same_folder(
 ) -> None:
     """SIGKILL after some checkpoint, --resume: the same weights, byte for byte, as without."""
     recipe = tmp_path / "recipe.toml"
-    settings = "[quant]\nallocate = true\n[train]\nsteps = 12\nbatch_size = 2\nsave_steps = 2\n"
+    settings = '[quant]\nallocate = "bits"\n[train]\nsteps = 12\nbatch_size = 2\nsave_steps = 2\n'
     recipe.write_text(settings)
 
     def command(out: Path, *more: str) -> list[str]:

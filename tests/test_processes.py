@@ -14,7 +14,7 @@ from whisper_helpers import run_dqw, save_speech, save_tiny
 
 from dqw.whisper.checkpoint import load_whisper
 
-RECIPE = "[quant]\nallocate = true\n[train]\nsteps = 2\nlr = 1e-3\nlog_steps = 1\nbatch_size = "
+RECIPE = '[quant]\nallocate = "bits"\n[train]\nsteps = 2\nlr = 1e-3\nlog_steps = 1\nbatch_size = '
 
 
 AGREE = """

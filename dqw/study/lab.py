@@ -18,8 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dqw.budget import PROBE, float_bytes, rounded, stored_bytes
+from dqw.budget import float_bytes
 from dqw.calibrate import calibrate
+from dqw.choices import PROBE, rounded, stored_bytes
 from dqw.convert import quant_modules, quantize
 from dqw.devices import lowered
 from dqw.distill.pair import Pair, is_copy

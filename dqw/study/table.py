@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dqw.budget import candidates, kind_of
+from dqw.budget import kind_of
+from dqw.choices import candidates
 from dqw.grids import GRIDS, widths
 from dqw.recipe import QuantSpec, Recipe
 

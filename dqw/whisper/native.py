@@ -2,8 +2,8 @@
 
 ``skeleton(config)`` has the modules, names and shapes of transformers' Whisper and nothing that
 computes: the native networks (``fast``) read their tensors from it. ``load(folder)`` fills it from
-model.safetensors, which stays mapped into memory: packed tensors are never copied, and the networks
-read scales of groups as they are stored.
+model.safetensors: coded tensors are decoded, the others stay mapped into memory, and the networks
+read scales of groups as bytes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqw.convert import swap_empty
+from dqw.convert import decode, swap_empty
 from dqw.errors import UserError
-from dqw.packing import FORMAT_VERSION
+from dqw.packing import FORMAT_VERSION, check_format
 from dqw.recipe import QuantSpec
 
 POSITIONS = "model.encoder.embed_positions.weight"
@@ -93,21 +93,16 @@ def skeleton(config: dict[str, Any]) -> Skeleton:
     Raises UserError if its plan does not fit it or is of another format.
     """
     stored = config["quantization_config"]
-    version = stored.get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"the folder is in packed format {version}, and this dqw reads format "
-            f"{FORMAT_VERSION}: install the dqw that wrote it."
-        )
+    check_format(stored.get("format_version", FORMAT_VERSION))
     plan = {name: QuantSpec.from_dict(spec) for name, spec in stored["plan"].items()}
     with torch.device("meta"):
         model = Skeleton(config)
-        swap_empty(model, plan)
+        swap_empty(model, plan, stored.get("coded"))
     return model.eval()
 
 
 def load(folder: Path, config: dict[str, Any]) -> Skeleton:
-    """The tree of a packed folder, filled: packed tensors as they lie in the file, the float rest
+    """The tree of a packed folder, filled: packed tensors as the networks read them, the float rest
     as float32. Raises UserError if the file's tensors are not those of config.json."""
     from safetensors import safe_open
 
@@ -130,6 +125,7 @@ def load(folder: Path, config: dict[str, Any]) -> Skeleton:
             f"missing, unknown or of another shape, such as {faults[0]}); copy the folder again"
         )
     model.load_state_dict(state, assign=True)
+    decode(model)
     return model.requires_grad_(False)
 
 

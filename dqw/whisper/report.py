@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dqw.convert import quant_modules
 from dqw.errors import UserError
 from dqw.whisper.checkpoint import safetensors_header, verify_folder, weight_files
 from dqw.whisper.ct2 import is_ct2_folder, read_model_bin
+from dqw.whisper.native import skeleton
 
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass
 class Part:
-    """One kind of layer. `parameters` (packed rows are padded to 64 codes), the rest in bytes."""
+    """One kind of layer: its `parameters`, and bytes in the folder."""
 
     kind: str
     parameters: int = 0
@@ -119,7 +121,7 @@ def inspect_folder(folder: str | Path) -> Report:
         tensors = {}
         for name in weights:
             tensors |= _safetensors(folder / name)
-    parts = _parts(tensors, plan)
+    parts = _parts(tensors, plan, _packed_weights(config) if plan else {})
     layers = {name: _spec_words(spec) for name, spec in plan.items()}
     all_bytes = sum(_file_sizes(folder).values())
     return Report(form, parts, model_bytes(folder), all_bytes, config, layers)
@@ -151,7 +153,15 @@ def _ct2_tensors(folder: Path) -> _Tensors:
     return out
 
 
-def _parts(tensors: _Tensors, plan: dict[str, dict[str, Any]]) -> list[Part]:
+def _packed_weights(config: dict[str, Any]) -> dict[str, int]:
+    """Layer → weights, of the packed layers of this config.json: no size in bytes tells it."""
+    modules = quant_modules(skeleton(config))
+    return {name: module.rows * module.cols for name, module in modules.items()}
+
+
+def _parts(
+    tensors: _Tensors, plan: dict[str, dict[str, Any]], weights: dict[str, int]
+) -> list[Part]:
     parts: dict[str, Part] = {}
     for name, (dtype, count, size) in tensors.items():
         owner, _, leaf = name.rpartition(".")
@@ -160,9 +170,8 @@ def _parts(tensors: _Tensors, plan: dict[str, dict[str, Any]]) -> list[Part]:
         if name.endswith("_scale") or (owner in plan and leaf in ("scale", "levels")):
             part.scales += size
         elif owner in plan and leaf == "weight":
-            bits = int(plan[owner]["bits"])
             part.codes += size
-            part.parameters += size * 8 // bits
+            part.parameters += weights[owner]
             part.formats[_spec_words(plan[owner])] += 1
         elif dtype.startswith("int"):
             part.codes += size

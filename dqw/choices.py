@@ -1,0 +1,163 @@
+"""The ways to store a layer, and what each takes and costs.
+
+A layer may have bits on the recipe's grid, with scales that some columns share, or a step of the
+uniform grid: one scale in all, where entropy coding makes bytes of it (``dqw.coding``). With steps
+the error of base's weights is that of a Lloyd grid in groups of 16 at 0.4 to 0.8 bits a weight
+less: likely codes are short, and there are no scales to store.
+
+What a layer's rounding costs is measured: the layer alone is rounded, and the mean KL of the
+next-token distributions from those of the float model is taken on speech. That is quadratic in
+small errors, so for other choices it goes with the squared error of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqw import grids, ops
+from dqw.coding import ONE_PLANE, encoded
+from dqw.fake_quant import least_squares_scale, root_mean_square
+from dqw.packing import pack, packed_bytes, packed_scale_bytes
+from dqw.probe import Probe, changed, first_changed
+from dqw.recipe import GROUP_SIZES, QuantSpec, stepped
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+# Larger groups take fewer scales. Base on lloyd, about 3 bits a weight in all: 2 bits in groups of
+# 16 (2.5 bits) leave more error than 2 and 3 bits in groups of 64, mixed to the same size.
+LARGEST_GROUP = 64
+PROBE = 3  # bits at which a layer's KL is measured
+# Rows of a matrix, evenly spaced, that stand for all where errors of other widths are compared:
+# ratios of base are off by 0.6 % on average, 8 % at most.
+ROWS = 128
+# Of the weights' root mean square, a sixth of a bit apart: normal weights take 1.1 to 6.4 bits.
+STEPS = tuple(round(2 ** (k / 6), 4) for k in range(6, -27, -1))
+PROBE_STEP = 0.5  # that a layer's KL is measured at
+# Bits that hold a step's codes: the fewest whose error is at most LOSS times that of the most. What
+# lies beyond them, a few weights of 10 deviations, is clipped, and compensated as all errors are.
+# Limits of 8 bits would make folders 0.07 bits a weight smaller at most, and memory a third larger.
+BOUNDS = (4, 5, 6, 8)
+LOSS = 1.1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to store a layer: its spec, the bytes it takes, the KL it costs, and its rate, bits a
+    weight in all."""
+
+    spec: QuantSpec
+    size: int
+    cost: float
+    rate: float
+
+
+def candidates(spec: QuantSpec, widths: Sequence[int] = WIDTHS) -> list[QuantSpec]:
+    """``spec`` at every width, and in groups of its size to ``LARGEST_GROUP``.
+
+    From 5 bits on, with groups, uniform has less error than APoT and PoT (``bench.grids``); from 6
+    on there is no lloyd.
+    """
+    last = 4 if spec.group_size and spec.grid in ("apot", "pot") else grids.widths(spec.grid)[-1]
+    own = spec.group_size
+    groups = [own, *(g for g in GROUP_SIZES if own and own < g <= LARGEST_GROUP)]
+    return [
+        replace(spec, bits=b, grid=spec.grid if b <= last else "uniform", group_size=group)
+        for b in widths
+        for group in groups
+    ]
+
+
+def stored_bytes(rows: int, cols: int, spec: QuantSpec) -> int:
+    """Bytes of a packed layer, not entropy-coded: codes, scales and table."""
+    scales = 4 if spec.per_tensor else 4 * rows
+    if spec.group_size:
+        scales = packed_scale_bytes(rows, -(-cols // spec.group_size))
+    return packed_bytes(rows, cols, spec.bits) + scales + 2 * 2**spec.bits
+
+
+def rounded(matrix: Tensor, spec: QuantSpec) -> Tensor:
+    """``matrix`` (rows, cols) on the grid of ``spec``, float32, with the clips of least error."""
+    bucket = _bucket(spec, matrix.device)
+    scale = least_squares_scale(matrix, spec, bucket)
+    return ops.fake_quant(matrix.float(), scale, bucket, spec.group_size or 0)
+
+
+def sensitivities(
+    model: Any,
+    plan: Mapping[str, QuantSpec],
+    probe: Probe,
+    steps: bool = False,
+    progress: Callable[[str], object] | None = None,
+) -> dict[str, list[Choice]]:
+    """Layer name → its choices: the ``candidates`` of its spec, or with ``steps`` one for each of
+    ``STEPS``. The float ``model`` stays as it is."""
+    found = {}
+    for name, spec in plan.items():
+        if progress is not None:
+            progress(name)
+        layer = model.get_submodule(name)
+        matrix = layer.weight.detach().flatten(1).float()
+        some = matrix[:: max(len(matrix) // ROWS, 1)].contiguous()
+        options = _stepped(matrix, some, spec) if steps else _searched(some, candidates(spec))
+        share = len(matrix) / max(len(some), 1)
+        row, cost = [], 0.0
+        for option, scale in options.items():
+            codes, error = _tried(some, option, scale)
+            if error and _probed(option, spec):  # weights of zeros cost nothing
+                with changed(layer, rounded(matrix, option)):
+                    cost = probe.kl(first_changed([name])) / error
+            rows, cols = matrix.shape
+            beside = stored_bytes(rows, cols, option) - packed_bytes(rows, cols, option.bits)
+            row.append((option, round(codes * share) + beside, error))
+        found[name] = [
+            Choice(option, size, cost * error, 8 * size / max(matrix.numel(), 1))
+            for option, size, error in row
+        ]
+    return found
+
+
+def _probed(option: QuantSpec, spec: QuantSpec) -> bool:
+    """Whether a layer of ``spec`` is rounded to ``option`` to measure its KL."""
+    if option.step is not None:
+        return option.step == PROBE_STEP
+    return option.bits == PROBE and option.group_size == spec.group_size
+
+
+def _bucket(spec: QuantSpec, device: torch.device) -> Tensor:
+    return grids.bucket(spec.grid, spec.bits).to(device)
+
+
+def _searched(rows: Tensor, options: Sequence[QuantSpec]) -> dict[QuantSpec, Tensor]:
+    """Option → the scales of least error."""
+    return {o: least_squares_scale(rows, o, _bucket(o, rows.device)) for o in options}
+
+
+def _stepped(matrix: Tensor, rows: Tensor, spec: QuantSpec) -> dict[QuantSpec, Tensor]:
+    """Spec → scale for each of ``STEPS``, with the bits that ``rows`` of the matrix need."""
+    found, unit = {}, root_mean_square(matrix)
+    for step in STEPS:
+        scale = (step * unit).view(1, 1)
+        errors = {}
+        for bits in BOUNDS:
+            bucket = grids.bucket("uniform", bits).to(rows.device)
+            errors[bits] = ops.fake_quant(rows, scale, bucket, 0).sub_(rows).square_().sum()
+        most = LOSS * errors[BOUNDS[-1]]
+        bits = next(bits for bits in BOUNDS if errors[bits] <= most)
+        found[stepped(spec, step, bits)] = scale
+    return found
+
+
+def _tried(rows: Tensor, spec: QuantSpec, scale: Tensor) -> tuple[int, float]:
+    """Bytes that a folder holds ``rows``' codes in, and the squared error."""
+    bucket, group = _bucket(spec, rows.device), spec.group_size or 0
+    level = ops.quantize(rows, scale, bucket, group)
+    table = grids.code_of_level(spec.grid, spec.bits).to(rows.device)
+    codes = table[level.long() + grids.level_max(spec.grid, spec.bits)]
+    packed = pack(codes, spec.bits)
+    coded = encoded(packed if spec.bits in ONE_PLANE else codes)
+    error = ops.fake_quant(rows, scale, bucket, group).sub_(rows).square_().sum()
+    return min(len(packed), len(coded)), float(error)
