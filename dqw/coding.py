@@ -10,6 +10,7 @@ are, any other as one byte a code: its planes apart say less than all of a code 
 """
 
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from dqw.errors import UserError
 from dqw.packing import pack, packed_bytes, unpack
 
 ONE_PLANE = (2, 4, 8)
+PIECE = 2**21  # codes unpacked at once: of base's embedding all would take 115 MB more
 
 
 def encoded(values: Tensor) -> Tensor:
@@ -33,15 +35,28 @@ def decoded(stream: Tensor, size: int) -> Tensor:
 
     Raises UserError for a stream that is damaged or holds another number.
     """
-    try:
-        values = zlib.decompress(stream.cpu().numpy().tobytes(), -zlib.MAX_WBITS, bufsize=size or 1)
-    except zlib.error as error:
-        raise UserError(f"a coded tensor is damaged ({error}): copy the folder again.") from error
-    if len(values) != size:
-        raise UserError(
-            f"a coded tensor holds {len(values)} values instead of {size}: copy the folder again."
-        )
-    return torch.frombuffer(bytearray(values), dtype=torch.uint8) if size else stream.new_empty(0)
+    parts = list(_pieces(stream, size, max(size, 1)))
+    return parts[0] if parts else torch.empty(0, dtype=torch.uint8)
+
+
+def _pieces(stream: Tensor, size: int, piece: int) -> Iterator[Tensor]:
+    """The same in pieces of ``piece`` values, and what is left."""
+    coder, rest, found = zlib.decompressobj(-zlib.MAX_WBITS), stream.cpu().numpy().tobytes(), 0
+    while True:
+        try:
+            values = coder.decompress(rest, piece)
+        except zlib.error as error:
+            raise UserError(
+                f"a coded tensor is damaged ({error}): copy the folder again."
+            ) from error
+        found, rest = found + len(values), coder.unconsumed_tail
+        if found > size or (found < size and len(values) < piece):
+            raise UserError(
+                f"a coded tensor holds {found} values instead of {size}: copy the folder again."
+            )
+        if not values:
+            return
+        yield torch.frombuffer(bytearray(values), dtype=torch.uint8)
 
 
 def encoded_weight(weight: Tensor, rows: int, cols: int, bits: int) -> Tensor:
@@ -53,4 +68,6 @@ def decoded_weight(stream: Tensor, rows: int, cols: int, bits: int) -> Tensor:
     """The packed weight, flat uint8 on the CPU; the inverse of ``encoded_weight``."""
     if bits in ONE_PLANE:
         return decoded(stream, packed_bytes(rows, cols, bits))
-    return pack(decoded(stream, rows * cols).view(rows, cols), bits)
+    piece = max(PIECE // max(cols, 1), 1) * cols
+    parts = [pack(p.view(-1, cols), bits) for p in _pieces(stream, rows * cols, max(piece, 1))]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)

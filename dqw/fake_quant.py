@@ -69,7 +69,7 @@ class FakeQuantize(nn.Module):
         matrix = weight.detach().flatten(1)
         self.register_buffer("deviation", _deviation(matrix) if spec.weight_norm else None)
         scale = least_squares_scale(matrix, spec, bucket)
-        self.register_buffer("window", _window(scale))
+        self.register_buffer("window", scale_window(scale))
         clip = scale * self.level_max
         if self.deviation is not None:
             clip = clip / self.deviation
@@ -123,7 +123,7 @@ class FakeQuantize(nn.Module):
         return f"{s.bits} bits {s.grid}, per {where}"
 
 
-def _window(scale: Tensor) -> Tensor:
+def scale_window(scale: Tensor) -> Tensor:
     """From 12 octaves below the largest scale's to 3 above it, float32 (2,)."""
     largest = scale.amax() if scale.numel() else scale.new_ones(())
     octave = torch.exp2(largest.log2().floor())

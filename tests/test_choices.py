@@ -88,7 +88,9 @@ def test_sizes_are_those_of_the_folder(steps: bool) -> None:
         own.freeze()
         state, _ = coded_state(torch.nn.Sequential(own))
         size = sum(tensor.nbytes for key, tensor in state.items() if key != "0.bias")
-        assert size <= 1.02 * choice.size and (size > 0.97 * choice.size or not steps)
+        # Before compensation, which is expected to add some.
+        least = 0.97 if not steps else 0.97 - 0.1 * choice.spec.step
+        assert least * choice.size < size <= 1.02 * choice.size, choice
 
 
 def test_steps_take_the_bits_that_they_need() -> None:
