@@ -143,9 +143,25 @@ def fit_budget(
     total = rest + sum(choice.size for choice in chosen.values())
     cost = sum(choice.cost for choice in chosen.values())
     say(f"plan: {total / 2**20:.2f} of {budget / 2**20:.2f} MiB, KL of about {cost:.4f} expected")
-    overrides = [_override(name, choice.spec) for name, choice in chosen.items()]
+    specs = one_table({name: choice.spec for name, choice in chosen.items()})
+    overrides = [_override(name, spec) for name, spec in specs.items()]
     quant = replace(recipe.quant, override=[*recipe.quant.override, *overrides])
     return replace(recipe, quant=quant)
+
+
+def one_table(specs: Mapping[str, QuantSpec]) -> dict[str, QuantSpec]:
+    """``specs`` with the most bits of query, key and value for all three in self-attention, where
+    they have steps: a GPU then multiplies them in one launch. Steps, and errors, stay."""
+    found = dict(specs)
+    for name in specs:
+        attention, _, own = name.rpartition(".")
+        if own != "q_proj" or not attention.endswith("self_attn"):
+            continue
+        names = [f"{attention}.{p}_proj" for p in "qkv"]
+        if all(n in specs and specs[n].step is not None for n in names):
+            bits = max(specs[n].bits for n in names)
+            found |= {n: replace(specs[n], bits=bits) for n in names}
+    return found
 
 
 def _override(name: str, spec: QuantSpec) -> Override:

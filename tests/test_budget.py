@@ -21,6 +21,7 @@ from dqw.budget import (
     fit_budget,
     float_bytes,
     model_size,
+    one_table,
     overhead,
     parse_bytes,
 )
@@ -30,7 +31,7 @@ from dqw.convert import quant_modules
 from dqw.devices import lowered
 from dqw.errors import UserError
 from dqw.probe import Changed, Probe, _kl, _kl_of_shift, changed, first_changed
-from dqw.recipe import Override, QuantConfig, QuantSpec, Recipe
+from dqw.recipe import Override, QuantConfig, QuantSpec, Recipe, stepped
 from dqw.whisper.checkpoint import load_whisper
 from dqw.whisper.report import model_bytes
 
@@ -248,6 +249,16 @@ def test_compress_keeps_within_the_budget(tmp_path: Path) -> None:
     code, output = run("220KiB", tmp_path / "trained", "--steps", "1", "--batch-size", "2")
     assert code == 0, output
     assert model_bytes(tmp_path / "trained") / 1024 <= 220
+
+
+def test_query_key_and_value_have_one_table() -> None:
+    """Of self-attention, and where all have steps; cross-attention's queries come alone."""
+    bits = {"self_attn.q": 4, "self_attn.k": 6, "self_attn.v": 5, "encoder_attn.q": 4}
+    specs = {f"layers.0.{n}_proj": stepped(QuantSpec(), 0.1 * b, b) for n, b in bits.items()}
+    specs |= {f"layers.1.{n}_proj": QuantSpec(bits=b) for n, b in bits.items()}
+    found = one_table(specs)
+    assert [spec.bits for spec in found.values()] == [6, 6, 6, 4, 4, 6, 5, 4]
+    assert [s.step for s in found.values()] == [s.step for s in specs.values()]
 
 
 def test_few_windows_are_spread_and_padded() -> None:

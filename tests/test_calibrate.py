@@ -18,7 +18,6 @@ from dqw.calibrate import calibrate, layer_count
 from dqw.compensate import (
     DAMPING,
     EMBEDDING_DAMPING,
-    FINE,
     Curvature,
     Moment,
     carried_over,
@@ -30,7 +29,7 @@ from dqw.distill.config import GuidanceConfig
 from dqw.embedding import QuantEmbedding
 from dqw.fake_quant import FakeQuantize
 from dqw.linear import QuantLinear
-from dqw.recipe import QuantConfig, QuantSpec, Recipe
+from dqw.recipe import QuantConfig, QuantSpec, Recipe, stepped
 from dqw.speech import balanced
 
 
@@ -229,18 +228,27 @@ def test_what_is_not_chosen_stays_float() -> None:
 
 
 @pytest.mark.parametrize("off_grid", [False, True])
-@pytest.mark.parametrize(("grid", "bits"), [("lloyd", 4), ("apot", 6), ("uniform", 8)])
+@pytest.mark.parametrize(
+    ("spec", "fine"),
+    [
+        (QuantSpec(4, "lloyd", 16), False),
+        (QuantSpec(6, "apot", 16), True),
+        (QuantSpec(8, "uniform", 16), True),
+        (stepped(QuantSpec(), 0.1, 6), True),
+        (stepped(QuantSpec(), 0.4, 8), False),  # few levels are in use
+    ],
+)
 def test_training_starts_off_a_fine_grid_and_rounds_to_what_was_found(
-    grid: str, bits: int, off_grid: bool
+    spec: QuantSpec, fine: bool, off_grid: bool
 ) -> None:
     """Weights on the grid would have half a step to go before any of them changes."""
-    layer = QuantLinear.from_linear(nn.Linear(128, 64), QuantSpec(bits, grid, 16))
+    layer = QuantLinear.from_linear(nn.Linear(128, 64), spec)
     assert layer.quantizer is not None
     before, x = layer.weight.detach().clone(), inputs(512, 128)
     round_layers({"fc1": layer}, Moment(x.T @ x, x.sum(0), len(x)), off_grid)
     after = layer.fake_quantized_weight().detach()
     assert torch.equal(layer.quantizer(after), after)
-    if bits < FINE and not off_grid:
+    if not fine and not off_grid:
         assert torch.equal(layer.weight, after)
         return
     kept = layer.weight == before  # rounded as if alone: nothing pulls them from where they were
