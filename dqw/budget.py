@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dqw.bars import progress_bar
-from dqw.choices import Choice, sensitivities, stored_bytes
+from dqw.choices import ONE_TABLE, Choice, sensitivities, stored_bytes, told
 from dqw.devices import lowered
 from dqw.errors import UserError
 from dqw.hf import POSITIONS, sinusoidal_positions
@@ -45,10 +45,10 @@ def parse_bytes(text: str) -> int:
 def allocate(choices: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:
     """One choice of each layer: the least cost in all that fits ``budget`` bytes.
 
-    Exact, by dynamic programming over sizes in units of 256 bytes (rounded up, so the budget
-    holds). Raises UserError if even the smallest do not fit.
+    Exact, by dynamic programming over sizes in units of 256 bytes, or of 1/131072 of the budget
+    (rounded up, so the budget holds). Raises UserError if even the smallest do not fit.
     """
-    unit = 256
+    unit = max(256, budget >> 17)
     least = sum(min(c.size for c in layer) for layer in choices)
     units = budget // unit
     cost = np.zeros(units + 1 if units >= 0 else 0)
@@ -109,8 +109,8 @@ def model_size(model: nn.Module, plan: Mapping[str, QuantSpec]) -> int:
 
 def overhead(plan: Mapping[str, QuantSpec]) -> int:
     """Bytes of config.json with its plan, of the other small files and of the header: 89 kB for
-    whisper-base, about 900 a layer."""
-    return 8192 + 900 * len(plan)
+    whisper-base, and 100 kB where its layers have steps, about 950 a layer."""
+    return 8192 + 1000 * len(plan)
 
 
 def fit_budget(
@@ -154,10 +154,9 @@ def one_table(specs: Mapping[str, QuantSpec]) -> dict[str, QuantSpec]:
     they have steps: a GPU then multiplies them in one launch. Steps, and errors, stay."""
     found = dict(specs)
     for name in specs:
-        attention, _, own = name.rpartition(".")
-        if own != "q_proj" or not attention.endswith("self_attn"):
+        if not name.endswith(ONE_TABLE[0]):
             continue
-        names = [f"{attention}.{p}_proj" for p in "qkv"]
+        names = [name.removesuffix(ONE_TABLE[0]) + own for own in ONE_TABLE]
         if all(n in specs and specs[n].step is not None for n in names):
             bits = max(specs[n].bits for n in names)
             found |= {n: replace(specs[n], bits=bits) for n in names}
@@ -171,10 +170,8 @@ def _override(name: str, spec: QuantSpec) -> Override:
 
 
 def _as_told(model: Any, name: str, spec: QuantSpec) -> Choice:
-    """The one choice of a layer whose bits the recipe's own override gives."""
-    weight = model.get_submodule(name).weight
-    size = stored_bytes(len(weight), weight.numel() // len(weight), spec)
-    return Choice(spec, size, 0.0, 8 * size / weight.numel())
+    """The one choice of a layer whose bits or step the recipe's own override gives."""
+    return told(model.get_submodule(name).weight.detach().flatten(1), spec)
 
 
 def few(batches: Sequence[Mapping[str, Tensor]], windows: int) -> list[dict[str, Tensor]]:

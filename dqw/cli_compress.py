@@ -159,6 +159,10 @@ def load_recipe(name: str, **overrides: dict[str, Any]) -> Any:
 
     recipe = Recipe.named(name)
     data = recipe.to_dict()
+    on_grid = overrides.get("quant", {})
+    wants_grid = any(on_grid.get(key) is not None for key in ("grid", "group_size"))
+    if wants_grid and recipe.quant.allocate == "steps":  # which are of the uniform grid, ungrouped
+        data["quant"]["allocate"] = "bits"
     together = recipe.quant.embedding_bits == recipe.quant.bits
     for table, values in overrides.items():
         given = {key: value for key, value in values.items() if value is not None}

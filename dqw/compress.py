@@ -117,7 +117,10 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
         save_student(pair.student, pair.processor, job.out, provenance(job, recipe))
         if not job.ptq_only:
             finish(job)
-        say(f"wrote {job.out}: {model_bytes(job.out) / 2**20:.1f} MiB without the tokenizer")
+        size = model_bytes(job.out)
+        say(f"wrote {job.out}: {size / 2**20:.1f} MiB without the tokenizer")
+        if job.budget and size > job.budget:
+            say(f"that is {size - job.budget} bytes over --budget: training has spread the codes")
     return job.out
 
 

@@ -130,9 +130,10 @@ def swap_empty(
 
 
 def decode(model: nn.Module) -> None:
-    """Decode what a folder's coded tensors were put into, in place; some at once."""
+    """Decode what a folder's coded tensors were put into, in place; two at once, as each thread
+    has torch's own beside it."""
     modules = [module for module in quant_modules(model).values() if module.coded]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(min(torch.get_num_threads(), 2)) as pool:
         for module, tensors in zip(modules, pool.map(QuantModule.decoded, modules)):
             module.take(tensors)
 

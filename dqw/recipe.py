@@ -4,6 +4,7 @@ A ``Recipe`` says in a few lines which layers get which bits; ``Recipe.plan(mode
 as a plan, layer name → ``QuantSpec``. The plan is what a packed folder's config.json carries.
 """
 
+import math
 import tomllib
 from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -61,7 +62,8 @@ class QuantSpec:
             raise UserError(f"activations is {self.activations!r}: choose 'float' or 'int8'.")
 
     def _check_step(self, step: object) -> None:
-        if not isinstance(step, int | float) or not step > 0:
+        number = isinstance(step, int | float) and not isinstance(step, bool)
+        if not number or not 0 < step < math.inf:  # type: ignore[operator]
             raise UserError(f"step is {step!r}: give a positive number, or leave it out.")
         if self.grid != "uniform" or not self.per_tensor or self.weight_norm:
             raise UserError(
@@ -89,7 +91,7 @@ class Override:
     bits: int | None = None
     grid: str | None = None
     group_size: int | None = None  # 0: one scale a row
-    step: float | None = None  # of the uniform grid, with one scale in all
+    step: float | None = None  # of the uniform grid, one scale in all; 8 bits unless bits are given
 
 
 @dataclass
@@ -237,8 +239,8 @@ class Recipe:
         return plan
 
     def sets_bits(self, name: str) -> bool:
-        """Whether an override gives this layer's bits."""
-        rules = [rule for rule in self.quant.override if rule.bits is not None]
+        """Whether an override gives this layer's bits or step."""
+        rules = [rule for rule in self.quant.override if rule.bits or rule.step]
         return any(fnmatchcase(name, rule.match) for rule in rules)
 
     def rest_spec(self) -> QuantSpec | None:
@@ -277,7 +279,13 @@ def _overridden(spec: QuantSpec, rule: Override) -> QuantSpec:
     if rule.group_size is not None:
         changes["group_size"] = rule.group_size or None
     if rule.step is not None:
-        return stepped(spec, rule.step, rule.bits or spec.bits)
+        if rule.grid is not None or rule.group_size is not None:
+            raise UserError(
+                f"the override of {rule.match!r} has a step and a grid or group_size: give either."
+            )
+        return stepped(spec, rule.step, rule.bits or 8)
+    if changes:  # of an earlier rule's step nothing is left
+        spec = replace(spec, step=None, per_tensor=False)
     return replace(spec, **changes)
 
 
@@ -290,7 +298,8 @@ def _known(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
         default = known[key].default
         if isinstance(default, bool | int | float | str) and not _same_kind(default, value):
             raise UserError(
-                f"{where}: {key} is {value!r}, but a {type(default).__name__} is needed."
+                f"{where}: {key} is {value!r}, but a {type(default).__name__} is needed, like "
+                f"{default!r}."
             )
     return values
 

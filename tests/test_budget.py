@@ -6,6 +6,7 @@ import copy
 import itertools
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from conftest import make_tiny_whisper
 from speech_helpers import random_windows
 from typer.testing import CliRunner
-from whisper_helpers import save_tiny, write_tone
+from whisper_helpers import save_tiny, tiny, write_tone
 
 from dqw.budget import (
     allocate,
@@ -27,11 +28,13 @@ from dqw.budget import (
 )
 from dqw.choices import Choice
 from dqw.cli import app
-from dqw.convert import quant_modules
+from dqw.convert import quant_modules, quantize
 from dqw.devices import lowered
 from dqw.errors import UserError
+from dqw.hf import coded_state
 from dqw.probe import Changed, Probe, _kl, _kl_of_shift, changed, first_changed
 from dqw.recipe import Override, QuantConfig, QuantSpec, Recipe, stepped
+from dqw.save import save_student
 from dqw.whisper.checkpoint import load_whisper
 from dqw.whisper.report import model_bytes
 
@@ -206,6 +209,16 @@ def test_what_is_set_aside_holds_all_but_the_layers(tmp_path: Path) -> None:
     rule = {"skip": False, "bits": 4, "grid": "lloyd", "group_size": 16}
     overrides = json.dumps([{"match": name, **rule} for name in plan], indent=2)
     assert model_bytes(out) + len(overrides) <= model_size(model, plan) + overhead(plan)
+
+
+def test_so_it_does_where_layers_have_steps(tmp_path: Path) -> None:
+    model, processor = tiny(tmp_path / "float")
+    names = Recipe().plan(model)
+    quant = QuantConfig(override=[Override(match=n, bits=6, step=0.3536) for n in names])
+    student = quantize(model, Recipe(quant=quant))
+    out = save_student(student, processor, tmp_path / "out", {"quant": asdict(quant)})
+    tensors = sum(tensor.nbytes for tensor in coded_state(student)[0].values())
+    assert model_bytes(out) <= tensors + overhead(names)
 
 
 def test_bits_that_an_override_gives_are_kept() -> None:

@@ -131,7 +131,37 @@ def test_a_recipe_may_give_steps() -> None:
     dqw.quantize(model, Recipe(quant=QuantConfig(weight_norm=True, override=rules)))
     specs = {name: module.spec for name, module in quant_modules(model).items()}
     assert specs["model.decoder.layers.0.fc1"] == stepped(QuantSpec(), 0.4, 5)
-    assert specs["model.decoder.layers.0.fc2"] == stepped(QuantSpec(), 0.8, 4)
+    assert specs["model.decoder.layers.0.fc2"] == stepped(QuantSpec(), 0.8, 8)
+
+
+def test_a_later_rule_takes_the_place_of_a_step() -> None:
+    rules = [Override(match="*", step=0.4), Override(match="*fc1", bits=3, group_size=16)]
+    recipe = Recipe(quant=QuantConfig(override=rules))
+    plan = recipe.plan(make_tiny_whisper())
+    wanted = QuantSpec(bits=3, grid="uniform", group_size=16)
+    assert plan["model.decoder.layers.0.fc1"] == wanted
+    assert plan["model.decoder.layers.0.fc2"].step == 0.4
+    assert recipe.sets_bits("model.decoder.layers.0.fc2")
+    with pytest.raises(UserError, match="a step and a grid"):
+        QuantConfig(override=[Override(match="*", step=0.4, grid="uniform")])
+
+
+def test_large_weights_are_not_clipped_unseen() -> None:
+    """Few rows stand for all where errors are compared, not where bits are chosen."""
+    model = make_tiny_whisper(max_source_positions=50)
+    name = "model.decoder.layers.0.fc1"
+    layer = torch.nn.Linear(64, 2048)
+    torch.nn.init.normal_(layer.weight, std=0.05)
+    layer.weight.data[3, 5] = 2.0  # 40 deviations, in a row that is not looked at
+    model.model.decoder.layers[0].fc1 = layer
+    probe = Probe(make_tiny_whisper(max_source_positions=50), random_windows())
+    probe.kl = lambda first: 1.0  # type: ignore[method-assign]
+    found = sensitivities(model, {name: QuantSpec()}, probe, True)[name]
+    bits = {choice.spec.step: choice.spec.bits for choice in found}
+    assert bits[0.5] == 8 and bits[2.0] == 5
+    assert float(layer.weight.abs().max()) < 127.5 * 0.5 * float(
+        root_mean_square(layer.weight.detach())
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,6 +170,8 @@ def test_a_recipe_may_give_steps() -> None:
         ({"step": 0.0}, "positive"),
         ({"step": float("nan")}, "positive"),
         ({"step": "wide"}, "positive"),
+        ({"step": float("inf")}, "positive"),
+        ({"step": True}, "positive"),
         ({"step": 0.5, "grid": "apot", "per_tensor": True}, "uniform grid"),
         ({"step": 0.5, "grid": "uniform"}, "per_tensor"),
     ],

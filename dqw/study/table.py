@@ -5,6 +5,7 @@ A cell is a setting and a seed. Settings that train are run with every seed, the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,7 +200,19 @@ def _grids(scope: Scope) -> list[Setting]:
                 found.append(
                     Setting(f"{grid} {bits} bits, {shared}", factors, changes={"quant": quant})
                 )
-    return found
+    return found + [_by_step(bits) for bits in ((4,) if scope.quick else WIDTHS[:-1])]
+
+
+def _by_step(bits: int) -> Setting:
+    """The step at which normal weights have an entropy of ``bits``: log2 of the root of 2 pi e
+    deviations, less log2 of the step."""
+    step = round(math.sqrt(2 * math.pi * math.e) / 2**bits, 4)
+    rules = [
+        {"match": match, "bits": 8, "step": step}
+        for match in ("model.*coder.layers.*", "model.decoder.embed_tokens")
+    ]
+    factors: dict[str, str | int] = {"bits": bits, "scales": "one step", "grid": "uniform"}
+    return Setting(f"step {step}, {bits} bits", factors, changes={"quant": {"override": rules}})
 
 
 _LABELS_ALONE = {"distill": {"ce": 1.0, "kl": 0.0, "hidden": 0.0, "matching": "none"}}
@@ -313,7 +326,8 @@ STUDIES = {
             "grids",
             "Which grid is best at which width?",
             "Calibrated rounding on 64 windows, no training, one grid for all weights but the "
-            "convolutions. APoT and PoT at 2 bits are the uniform grid.",
+            "convolutions. APoT and PoT at 2 bits are the uniform grid. With one step a layer, "
+            "bits are the entropy of normal weights' codes: what they take in the folder.",
             _grids,
             within=("bits", "scales"),
             base=_FEWER_WINDOWS,
