@@ -79,7 +79,9 @@ def compress(
     ] = False,
     budget: Annotated[
         str | None,
-        typer.Option(help="Bytes of the folder, like 32MiB: bits are chosen layer by layer."),
+        typer.Option(
+            help="Bytes of the folder, like 32MiB: bits or steps are chosen layer by layer."
+        ),
     ] = None,
     calibration_clips: Annotated[
         int | None, typer.Option(help="Windows of speech that rounding errors are measured on.")

@@ -48,8 +48,8 @@ class Job:
     the teacher, or ``student_layers`` of it, healed on the data. data: manifest, audio folder or
     dataset name; not needed with ``ptq_only``, where some of it calibrates. language: only clips in
     it, and those that name none. ptq_only: no training, whatever the recipe says. budget: bytes of
-    the whole folder without the tokenizer; widths are then chosen layer by layer on calibration
-    speech.
+    the whole folder without the tokenizer; bits or steps are then chosen layer by layer on
+    calibration speech.
     """
 
     teacher: str
@@ -235,8 +235,8 @@ def quantize_student(student: WhisperForConditionalGeneration, recipe: Recipe, s
 
 
 def resumed_plan(job: Job, recipe: Recipe) -> Recipe | None:
-    """``recipe`` with the layers' widths that the run to be resumed began with; None: it has none
-    that belong to this recipe."""
+    """``recipe`` with the layers' bits or steps that the run to be resumed began with; None: it has
+    none that belong to this recipe."""
     path = job.run / _SETTINGS
     if not path.exists():
         return None

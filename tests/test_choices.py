@@ -159,6 +159,11 @@ def test_large_weights_are_not_clipped_unseen() -> None:
     found = sensitivities(model, {name: QuantSpec()}, probe, True)[name]
     bits = {choice.spec.step: choice.spec.bits for choice in found}
     assert bits[0.5] == 8 and bits[2.0] == 5
+    assert min(bits) > 0.3  # beyond, 8 bits would clip it
+    layer.weight.data[3, 5] = 60.0  # so that no step holds it
+    only = sensitivities(model, {name: QuantSpec()}, probe, True)[name]
+    assert len(only) == 1 and only[0].spec.bits == 8 and only[0].cost > 0
+    layer.weight.data[3, 5] = 2.0
     assert float(layer.weight.abs().max()) < 127.5 * 0.5 * float(
         root_mean_square(layer.weight.detach())
     )
