@@ -1,4 +1,4 @@
-"""Bits for each layer under a size: ``dqw compress --budget 32MiB``, or that of a recipe.
+"""Bits or a step for each layer under a size: ``dqw compress --budget 32MiB``, or that of a recipe.
 
 The costs of the layers' choices (``dqw.choices``) add up; which of them cost least in all and fit
 the budget is found exactly.

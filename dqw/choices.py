@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dqw import grids, ops
-from dqw.coding import ONE_PLANE, encoded
+from dqw.coding import encoded, encoded_weight
 from dqw.fake_quant import least_squares_scale, root_mean_square, scale_window
 from dqw.packing import pack, pack_scales, packed_bytes, packed_scale_bytes
 from dqw.probe import Probe, changed, first_changed
@@ -77,10 +77,8 @@ def candidates(spec: QuantSpec, widths: Sequence[int] = WIDTHS) -> list[QuantSpe
 
 def stored_bytes(rows: int, cols: int, spec: QuantSpec) -> int:
     """Bytes of a packed layer, not entropy-coded: codes, scales and table."""
-    scales = 4 if spec.per_tensor else 4 * rows
-    if spec.group_size:
-        scales = packed_scale_bytes(rows, -(-cols // spec.group_size))
-    return packed_bytes(rows, cols, spec.bits) + scales + 2 * 2**spec.bits
+    groups = packed_scale_bytes(rows, -(-cols // spec.group_size)) if spec.group_size else 0
+    return packed_bytes(rows, cols, spec.bits) + groups + _beside(rows, spec)
 
 
 def rounded(matrix: Tensor, spec: QuantSpec) -> Tensor:
@@ -115,7 +113,7 @@ def sensitivities(
             if error and option == probed:  # weights of zeros cost nothing
                 with changed(layer, rounded(matrix, option)):
                     cost = probe.kl(first_changed([name])) / error
-            row.append((option, round(size * share) + _beside(option, scale), error))
+            row.append((option, round(size * share) + _beside(len(matrix), option), error))
         found[name] = [
             Choice(option, size, cost * error, 8 * size / max(matrix.numel(), 1))
             for option, size, error in row
@@ -127,19 +125,21 @@ def told(matrix: Tensor, spec: QuantSpec) -> Choice:
     """The one choice of a weight (rows, cols) whose spec is given; its cost counts for nothing."""
     matrix = matrix.float()
     scale = least_squares_scale(matrix, spec, _bucket(spec, matrix.device))
-    size = round(_tried(matrix, spec, scale)[0]) + _beside(spec, scale)
+    size = round(_tried(matrix, spec, scale)[0]) + _beside(len(matrix), spec)
     return Choice(spec, size, 0.0, 8 * size / max(matrix.numel(), 1))
 
 
-def _beside(spec: QuantSpec, scale: Tensor) -> int:
+def _beside(rows: int, spec: QuantSpec) -> int:
     """Bytes of the table of levels, and of scales that are not a group's."""
-    return 2 * 2**spec.bits + (0 if spec.group_size else 4 * scale.numel())
+    scales = 0 if spec.group_size else 1 if spec.per_tensor else rows
+    return 2 * 2**spec.bits + 4 * scales
 
 
 def _growth(spec: QuantSpec) -> float:
     """Bits that compensation adds to a code, as it makes the weights more spread: by about the
     variance of rounding, step² / 12. base at 27 and 24 MiB grew by step² / 11 (0.01, 0.04 and 0.08
-    bits at steps of 0.5, 0.8 and 1; 0.6 and 1.0 % of all), and at 33 MiB on lloyd by 0.03 bits."""
+    bits at steps of 0.5, 0.8 and 1; 0.6 and 1.0 % of all), and at 33 MiB on lloyd by 0.03 bits (a
+    one-off program). Counted as step² / 9, as budgets are to hold."""
     return 0.03 if spec.step is None else 0.5 * math.log2(1 + spec.step**2 / 9)
 
 
@@ -195,12 +195,13 @@ def _tried(
     error before compensation. paired: 4 bits are coded two by two; not if more will be given."""
     bucket, group = _bucket(spec, rows.device), spec.group_size or 0
     level = ops.quantize(rows, scale, bucket, group)
-    table = grids.code_of_level(spec.grid, spec.bits).to(rows.device)
-    codes = table[level.long() + grids.level_max(spec.grid, spec.bits)]
+    codes = grids.codes(level, spec.grid, spec.bits)
     packed = pack(codes, spec.bits)
-    together = spec.bits in ONE_PLANE and (paired or spec.step is None)
-    coded = len(encoded(packed if together else codes))
-    size = min(coded + _growth(spec) * codes.numel() / 8, len(packed))
+    alone = spec.step is not None and not paired
+    coded = (
+        encoded(codes) if alone else encoded_weight(packed, rows.shape[0], rows.shape[1], spec.bits)
+    )
+    size = min(len(coded) + _growth(spec) * codes.numel() / 8, len(packed))
     if group:
         stored = pack_scales(stored_scale(scale, scale_window(scale)).half())
         size += min(len(encoded(stored)), len(stored))

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from dqw.errors import UserError
-from dqw.packing import pack, packed_bytes, unpack
+from dqw.packing import pack, packed_bytes, planes, unpack
 
-ONE_PLANE = (2, 4, 8)
 PIECE = 2**21  # codes unpacked at once: of base's embedding all would take 115 MB more
 
 
@@ -61,12 +60,12 @@ def _pieces(stream: Tensor, size: int, piece: int) -> Iterator[Tensor]:
 
 def encoded_weight(weight: Tensor, rows: int, cols: int, bits: int) -> Tensor:
     """A packed ``weight`` (flat uint8) as a flat stream."""
-    return encoded(weight if bits in ONE_PLANE else unpack(weight, rows, cols, bits))
+    return encoded(weight if len(planes(bits)) == 1 else unpack(weight, rows, cols, bits))
 
 
 def decoded_weight(stream: Tensor, rows: int, cols: int, bits: int) -> Tensor:
     """The packed weight, flat uint8 on the CPU; the inverse of ``encoded_weight``."""
-    if bits in ONE_PLANE:
+    if len(planes(bits)) == 1:
         return decoded(stream, packed_bytes(rows, cols, bits))
     piece = max(PIECE // max(cols, 1), 1) * cols
     parts = [pack(p.view(-1, cols), bits) for p in _pieces(stream, rows * cols, max(piece, 1))]

@@ -135,6 +135,11 @@ def rounding_table(values: tuple[int, ...]) -> Tensor:
     return levels[index].to(torch.int16)
 
 
+def codes(level: Tensor, grid: str, bits: int) -> Tensor:
+    """The code, uint8, of each of ``level`` (int16, any shape), all levels of the grid."""
+    return code_of_level(grid, bits).to(level.device)[level.long() + level_max(grid, bits)]
+
+
 @lru_cache(maxsize=None, typed=True)
 def code_of_level(grid: str, bits: int) -> Tensor:
     """The code of every level, uint8 of (2 × level_max + 1,), indexed by level + level_max.

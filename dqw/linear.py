@@ -140,8 +140,7 @@ class QuantModule(nn.Module):
         scale = quantizer.scale()
         matrix = self.weight.detach().flatten(1)
         level = ops.quantize(matrix, scale, quantizer.bucket, self.group_size)
-        table = grids.code_of_level(self.spec.grid, self.spec.bits).to(level.device)
-        packed = pack(table[level.long() + quantizer.level_max], self.spec.bits)
+        packed = pack(grids.codes(level, self.spec.grid, self.spec.bits), self.spec.bits)
         del self.weight, self.quantizer, self.rest_quantizer
         self.quantizer = self.rest_quantizer = None
         self.chosen, self.frozen = True, True

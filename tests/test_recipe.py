@@ -92,3 +92,12 @@ def test_the_embedding_follows_bits_where_the_recipe_has_it_so(tmp_path) -> None
     ):  # fmt: skip
         quant = load_recipe(name, quant={"bits": 5, **given}).quant
         assert (quant.bits, quant.embedding_bits) == (5, wanted)
+
+
+@pytest.mark.parametrize(("option", "value"), [("grid", "apot"), ("group_size", 64)])
+def test_a_grid_that_is_asked_for_is_not_replaced_by_steps(option: str, value: object) -> None:
+    from dqw.cli_compress import load_recipe
+
+    assert load_recipe("default", quant={"bits": 3}).quant.allocate == "steps"
+    found = load_recipe("default", quant={option: value}).quant
+    assert found.allocate == "bits" and getattr(found, option) == value
