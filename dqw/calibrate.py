@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dqw.calls import Call, decoder_call, decoding, first_call, hearing
+from dqw.calls import Call, decoder_call, decoding, first_call, hearing, padding_of
 from dqw.catch import given_to
 from dqw.compensate import Moment, round_layers
 from dqw.embedding import TiedProjection
@@ -48,8 +48,8 @@ def calibrate(
     encoder, decoder = model.model.encoder, model.model.decoder
     given = [{k: v.to(model.device) for k, v in batch.items()} for batch in batches]
     with _as_float(encoder):
-        heard = [first_call(encoder, hearing(batch)) for batch in given]
-    now = [first_call(encoder, hearing(batch)) for batch in given]
+        heard = [_hearing(encoder, batch) for batch in given]
+    now = [_hearing(encoder, batch) for batch in given]
     _walk("model.encoder.layers", encoder.layers, heard, now, say, off_grid)
     told = list[Call]()
     moments = _output_moments(model)
@@ -66,6 +66,11 @@ def calibrate(
         round_layers({name: holder}, moment, off_grid, say)
     now = [decoder_call(model.model, b, call) for b, call in zip(given, now, strict=True)]
     _walk("model.decoder.layers", decoder.layers, told, now, say, off_grid)
+
+
+def _hearing(encoder: Any, batch: dict[str, Tensor]) -> Call:
+    padding = padding_of(batch["input_features"])
+    return first_call(encoder, hearing(batch), padding=padding)
 
 
 def _output_moments(model: nn.Module) -> dict[str, tuple[nn.Module, QuantModule, Moment]]:
@@ -126,15 +131,18 @@ def _walk(
         stages, inputs = _float_layer(layer, floats)
         for stage, rows in zip(stages, inputs, strict=True):
             name, matrix, holder = stage[0]
-            moment = Moment.empty(holder.cols, rows[0].device)
+            moment, given = Moment.empty(holder.cols, rows[0].device), list[Tensor]()
             for call, y in zip(now, rows, strict=True):
                 (x, *_), _ = given_to(matrix, partial(call.run, layer))
                 moment.add(call.rows(x, holder.cols), y=y)
                 if name.endswith("attn.out_proj"):
-                    call.attended.append((layer.get_submodule(name.rpartition(".")[0]), x))
+                    given.append(x)
             rows.clear()
             shared = {f"{stack}.{index}.{own}": holder for own, _, holder in stage}
             round_layers(shared, moment, off_grid, say)
+            attention = layer.get_submodule(name.rpartition(".")[0])
+            for call in now[: len(given)]:  # of an out_proj: all
+                call.attended.append((attention, matrix(given.pop(0))))
         for call in now:
             call.hidden = call.run(layer)
             call.attended.clear()

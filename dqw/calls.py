@@ -8,49 +8,74 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dqw.catch import given_to
 
 ROWS = 4096  # at most this many rows of one input are taken, evenly spaced
+# Of the encoder's positions that hear only padding, one in so many is taken: they are alike, and a
+# third of windows that whole clips fill. base at 27 MiB, KL on 64 held-out clips, one run each:
+# 0.0640 with all, 0.0581 with every 4th, 0.0623 with every 16th; 0.0602 with every 4th also of what
+# cross-attention hears.
+PADDING = 4
+REACH = 8  # positions behind a clip that count as heard
 
 
 @dataclass
 class Call:
     """What a transformer layer is called with; hidden: its first argument, (batch, length, width).
 
-    real: which positions are no padding, (batch, length) bool. attended: attention modules of the
-    layer with what their out_proj is given, known already and not worked out again.
+    real: which positions are no padding, (batch, length) bool; padding: which hear nothing else.
+    Both None: all count. attended: attention modules of the layer with what they give, known
+    already and not worked out again.
     """
 
     hidden: Tensor
     rest: tuple[Any, ...]
     named: dict[str, Any]
     real: Tensor | None = None
+    padding: Tensor | None = None
     attended: list[tuple[Any, Tensor]] = field(default_factory=list)
 
     def run(self, layer: nn.Module) -> Tensor:
-        for attention, x in self.attended:
-            attention.forward = lambda *_, last=attention.out_proj, x=x, **__: (last(x), None)
+        for attention, output in self.attended:
+            attention.forward = lambda *_, output=output, **__: (output, None)
         try:
-            output = layer(self.hidden, *self.rest, **self.named)
+            result = layer(self.hidden, *self.rest, **self.named)
         finally:
             for attention, _ in self.attended:
                 del attention.forward
-        return output[0] if isinstance(output, tuple) else output
+        return result[0] if isinstance(result, tuple) else result
 
     def rows(self, x: Tensor, cols: int) -> Tensor:
-        """Rows (n, cols) of a matrix's input that are no padding, evenly spaced."""
+        """Rows (n, cols) of a matrix's input, evenly spaced, with little or no padding."""
+        every = max(-(-x.shape[:-1].numel() // ROWS), 1)
         if self.real is not None and x.shape[:-1] == self.real.shape:
             x = x[self.real]
-        x = x.reshape(-1, cols)
-        return x[:: max(-(-len(x) // ROWS), 1)]
+        elif self.padding is not None and x.shape[:-1] == self.padding.shape:
+            x = torch.cat([x[~self.padding], x[self.padding][::PADDING]])
+        return x.reshape(-1, cols)[::every]
 
 
-def first_call(stack: Any, inputs: dict[str, Any], real: Tensor | None = None) -> Call:
+def first_call(
+    stack: Any,
+    inputs: dict[str, Any],
+    real: Tensor | None = None,
+    padding: Tensor | None = None,
+) -> Call:
     """How ``stack`` calls its first layer for ``inputs``."""
     given, named = given_to(stack.layers[0], lambda: stack(**inputs))
-    return Call(given[0], given[1:], named, real)
+    return Call(given[0], given[1:], named, real, padding)
+
+
+def padding_of(features: Tensor) -> Tensor:
+    """Which of the encoder's positions hear only what pads a clip to 30 s: where ``features``
+    (batch, mels, frames) are those of the last frame to the end. (batch, frames / 2) bool."""
+    heard = (features != features[..., -1:]).any(1)
+    frames = torch.arange(1, heard.shape[1] + 1, device=features.device)
+    last = (heard * frames).amax(1, keepdim=True)  # frames up to the last one heard
+    return frames[::2] // 2 >= (last + 1) // 2 + REACH
 
 
 def hearing(batch: dict[str, Tensor]) -> dict[str, Any]:

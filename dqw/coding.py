@@ -1,32 +1,43 @@
 """Entropy coding: small integers as a folder holds them, and back.
 
 Codes are not equally likely. Those of a uniform grid whose step is half the weights' deviation have
-5 bits and carry 3, and the 16 levels of a Lloyd grid carry 3.8. Huffman codes come within 1 to 2 %
-of that. They are deflate's, from Python's own zlib, so that every machine reads them: a table
-serves about 16,000 codes, and rows of other spreads get one of their own.
+5 bits and carry 3, and the 16 levels of a Lloyd grid carry 3.8. Huffman codes come within 1 to 3 %
+of that. They are deflate's, from Python's own zlib, so that every machine reads them.
 
-A weight whose blocks have one plane (2, 4 or 8 bits, ``dqw.packing``) is coded as its packed bytes
-are, any other as one byte a code: its planes apart say less than all of a code together.
+A weight is coded column by column, one byte a code: columns have spreads of their own, an
+embedding's above all (in base from 0.2 to 5 times its mean), and a table of codes serves what
+follows each other. Long columns each begin a table. Base's embedding takes 12.35 MB so at a step of
+0.11 deviations, 15.47 row by row; the entropies of its columns are 12.27.
 """
 
+import heapq
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from dqw.errors import UserError
-from dqw.packing import pack, packed_bytes, planes, unpack
+from dqw.packing import pack, unpack
 
-PIECE = 2**21  # codes unpacked at once: of base's embedding all would take 115 MB more
+PIECE = 2**21  # codes packed at once: of base's embedding all would take 115 MB more
+# Rows from which each column begins a table of its own, some 70 bytes. At 2,048 rows that costs
+# 0.7 % more than it saves (base's fc1), at 51,865 it saves 4 %.
+LONG = 8192
 
 
 def encoded(values: Tensor) -> Tensor:
     """``values`` (uint8, any shape) as flat uint8: a raw deflate stream of Huffman codes alone."""
-    raw = values.detach().cpu().contiguous().numpy()
+    return _stream([values.detach().cpu().flatten()])
+
+
+def _stream(parts: Iterable[Tensor]) -> Tensor:
+    """One stream of all parts, flat uint8 on the CPU; each begins a table."""
     coder = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_HUFFMAN_ONLY)
-    stream = coder.compress(raw.tobytes()) + coder.flush()
-    return torch.frombuffer(bytearray(stream), dtype=torch.uint8)
+    made = []
+    for part in parts:
+        made += [coder.compress(part.numpy().tobytes()), coder.flush(zlib.Z_BLOCK)]
+    return torch.frombuffer(bytearray(b"".join([*made, coder.flush()])), dtype=torch.uint8)
 
 
 def decoded(stream: Tensor, size: int) -> Tensor:
@@ -34,12 +45,17 @@ def decoded(stream: Tensor, size: int) -> Tensor:
 
     Raises UserError for a stream that is damaged or holds another number.
     """
-    parts = list(_pieces(stream, size, max(size, 1)))
-    return parts[0] if parts else torch.empty(0, dtype=torch.uint8)
+    values = torch.empty(size, dtype=torch.uint8)
+    at = 0
+    for piece in _pieces(stream, size):
+        values[at : at + len(piece)] = piece
+        at += len(piece)
+    return values
 
 
-def _pieces(stream: Tensor, size: int, piece: int) -> Iterator[Tensor]:
-    """The same in pieces of ``piece`` values, and what is left."""
+def _pieces(stream: Tensor, size: int) -> Iterator[Tensor]:
+    """The same in pieces."""
+    piece = min(max(size, 1), PIECE)
     coder, rest, found = zlib.decompressobj(-zlib.MAX_WBITS), stream.cpu().numpy().tobytes(), 0
     while True:
         try:
@@ -59,14 +75,30 @@ def _pieces(stream: Tensor, size: int, piece: int) -> Iterator[Tensor]:
 
 
 def encoded_weight(weight: Tensor, rows: int, cols: int, bits: int) -> Tensor:
-    """A packed ``weight`` (flat uint8) as a flat stream."""
-    return encoded(weight if len(planes(bits)) == 1 else unpack(weight, rows, cols, bits))
+    """A packed ``weight`` (flat uint8) as a flat stream of its columns' codes."""
+    return encoded_codes(unpack(weight, rows, cols, bits))
+
+
+def encoded_codes(codes: Tensor) -> Tensor:
+    """The same of its codes (rows, cols), uint8."""
+    columns = codes.detach().cpu().T.contiguous()
+    return _stream(columns if len(codes) >= LONG else [columns.flatten()])
 
 
 def decoded_weight(stream: Tensor, rows: int, cols: int, bits: int) -> Tensor:
     """The packed weight, flat uint8 on the CPU; the inverse of ``encoded_weight``."""
-    if len(planes(bits)) == 1:
-        return decoded(stream, packed_bytes(rows, cols, bits))
-    piece = max(PIECE // max(cols, 1), 1) * cols
-    parts = [pack(p.view(-1, cols), bits) for p in _pieces(stream, rows * cols, max(piece, 1))]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+    codes = decoded(stream, rows * cols).view(cols, rows).T
+    return torch.cat([pack(some, bits) for some in codes.split(max(PIECE // max(cols, 1), 1))])
+
+
+def huffman_bits(counts: Tensor) -> int:
+    """Bits of Huffman codes, without the table, of values that occur ``counts`` times each."""
+    heap = sorted(count for count in counts.tolist() if count)
+    if len(heap) == 1:
+        return heap[0]
+    total = 0
+    while len(heap) > 1:
+        both = heapq.heappop(heap) + heapq.heappop(heap)
+        heapq.heappush(heap, both)
+        total += both
+    return total

@@ -19,8 +19,9 @@ which is exact; the CPU's operators take either. Against exact scales the square
 weights at 4 bits in groups of 16 grows by 3 %; groups of 32, which take as many bytes with float16
 scales, would add 25 %.
 
-Format 3 holds a tensor entropy-coded (``dqw.coding``) where that takes fewer bytes; the name and
-the bytes of such a tensor are listed in ``quantization_config.coded``. Format 2 had none.
+Format 4 holds a tensor entropy-coded (``dqw.coding``) where that takes fewer bytes; the name and
+the bytes of such a tensor are listed in ``quantization_config.coded``. Format 2 had none; format 3,
+of a day, coded weights row by row and is not read.
 """
 
 from collections.abc import Sequence
@@ -30,8 +31,8 @@ from torch import Tensor
 
 from dqw.errors import UserError
 
-FORMAT_VERSION = 3
-READABLE: Sequence[int] = (2, 3)
+FORMAT_VERSION = 4
+READABLE: Sequence[int] = (2, 4)
 BLOCK = 64  # codes
 
 

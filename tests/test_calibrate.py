@@ -15,6 +15,7 @@ from torch import nn
 import dqw
 import dqw.calibrate as walk
 from dqw.calibrate import calibrate, layer_count
+from dqw.calls import PADDING, REACH
 from dqw.compensate import (
     DAMPING,
     EMBEDDING_DAMPING,
@@ -279,3 +280,19 @@ def test_languages_share_in_calibration_more_evenly_than_in_the_speech() -> None
     assert found == {"en": 7, "ja": 5, "fr": 3, None: 1}
     assert [i for i in chosen if codes[i] == "en"] == [0, 5, 11, 17, 22, 28, 34]
     assert balanced(items, 999) == list(range(64)) and balanced([], 4) == balanced(items, 0) == []
+
+
+def test_padding_of_a_window_counts_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dqw.quantize(make_tiny_whisper())
+    features, ids = torch.full((2, 80, 3000), -1.5), torch.randint(3, 120, (2, 5))
+    features[:, :, :400] = torch.randn(2, 80, 400)  # 200 of 1500 positions
+    rows, add = [], Moment.add
+
+    def counted(self: Moment, x: torch.Tensor, *rest: Any, **named: Any) -> None:
+        rows.append(len(x))
+        add(self, x, *rest, **named)
+
+    monkeypatch.setattr(Moment, "add", counted)
+    calibrate(model, [{"input_features": features, "decoder_input_ids": ids}])
+    heard = 200 + REACH
+    assert max(rows) == 2 * heard + -(-2 * (1500 - heard) // PADDING)

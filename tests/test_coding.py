@@ -13,7 +13,8 @@ from transformers import WhisperForConditionalGeneration
 from whisper_helpers import tiny
 
 import dqw
-from dqw.coding import decoded, decoded_weight, encoded, encoded_weight
+from dqw.choices import _coded_bytes, _some
+from dqw.coding import LONG, decoded, decoded_weight, encoded, encoded_weight, huffman_bits
 from dqw.convert import quant_modules
 from dqw.errors import UserError
 from dqw.hf import packed_state
@@ -53,6 +54,36 @@ def test_codes_take_what_they_say() -> None:
     entropy = -float((share * share.log2()).sum())
     assert entropy == pytest.approx(math.log2(math.sqrt(2 * math.pi * math.e) / 0.5), abs=0.02)
     assert entropy < 8 * len(encoded(level)) / level.numel() < 1.03 * entropy
+
+
+def test_columns_of_other_spreads_have_tables_of_their_own() -> None:
+    """Near the sum of the columns' own codes, which is less than one table for all comes to."""
+    spread = torch.logspace(-1, 4, 48, base=2.0)
+    level = (torch.randn(LONG, 48) * spread).round().clamp(-63, 63)
+    codes = (level + 64).to(torch.uint8)
+    own = sum(huffman_bits(torch.bincount(column.long())) for column in codes.T) / 8
+    size = len(encoded_weight(pack(codes, 8), *codes.shape, 8))
+    assert own - 100 < size < 1.02 * own + 48 * 70
+    assert size < 0.9 * len(encoded(codes))
+    assert torch.equal(
+        decoded_weight(encoded_weight(pack(codes, 8), *codes.shape, 8), *codes.shape, 8),
+        pack(codes, 8),
+    )
+
+
+def test_huffman_bits_are_those_of_the_shortest_codes() -> None:
+    assert huffman_bits(torch.tensor([8, 4, 2, 1, 1, 0])) == 8 * 1 + 4 * 2 + 2 * 3 + 4 + 4
+    assert huffman_bits(torch.tensor([0, 5])) == 5  # a code has a bit at least
+    assert huffman_bits(torch.tensor([0, 0])) == 0
+
+
+@pytest.mark.parametrize("rows", [700, 3 * LONG])
+def test_some_rows_tell_what_all_will_take(rows: int) -> None:
+    spread = torch.logspace(-1, 3, 64, base=2.0)[torch.randperm(64)]
+    level = (torch.randn(rows, 64) * spread).round().clamp(-63, 63)
+    codes = (level + 64).to(torch.uint8)
+    size = len(encoded_weight(pack(codes, 8), *codes.shape, 8))
+    assert _coded_bytes(_some(codes), rows) == pytest.approx(size, rel=0.02)
 
 
 def test_damage_is_noticed() -> None:
