@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dqw.bars import progress_bar
-from dqw.choices import ONE_TABLE, Choice, sensitivities, stored_bytes, told
+from dqw.choices import Choice, sensitivities, stored_bytes, told
 from dqw.devices import lowered
 from dqw.errors import UserError
 from dqw.hf import POSITIONS, sinusoidal_positions
@@ -30,6 +30,9 @@ from dqw.speech import spread
 # to 4.8, 2.5 to 4.3 or 1.8 to 2.9 % more, by the others, than theirs
 # (mean of 40 draws; a one-off program).
 WINDOWS = 6
+
+# Layers that get the same bits in the end (``one_table``).
+ONE_TABLE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 

@@ -50,10 +50,10 @@ class Call:
 
     def rows(self, x: Tensor, cols: int) -> Tensor:
         """Rows (n, cols) of a matrix's input, evenly spaced, with little or no padding."""
-        every = max(-(-x.shape[:-1].numel() // ROWS), 1)
         if self.real is not None and x.shape[:-1] == self.real.shape:
             x = x[self.real]
-        elif self.padding is not None and x.shape[:-1] == self.padding.shape:
+        every = max(-(-x.shape[:-1].numel() // ROWS), 1)
+        if self.padding is not None and x.shape[:-1] == self.padding.shape:
             x = torch.cat([x[~self.padding], x[self.padding][::PADDING]])
         return x.reshape(-1, cols)[::every]
 

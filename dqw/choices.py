@@ -37,7 +37,8 @@ PROBE = 3  # bits at which a layer's KL is measured
 # ratios of base are off by 0.6 % on average, 8 % at most. Of long columns more, as each one's codes
 # are counted.
 ROWS, LONG_ROWS = 128, 4096
-# Of the weights' root mean square, a sixth of a bit apart: normal weights take 1.1 to 6.4 bits.
+TABLE = 48  # bytes of a long column's table that nothing pays for
+# Of the weights' root mean square, a sixth of a bit apart: normal weights carry 1.1 to 6.4 bits.
 STEPS = tuple(round(2 ** (k / 6), 4) for k in range(6, -27, -1))
 PROBE_STEP = 0.5  # that a layer's KL is measured at
 # Bits that hold a step's codes: the fewest with which clipping adds at most CLIPPED of the error of
@@ -45,8 +46,6 @@ PROBE_STEP = 0.5  # that a layer's KL is measured at
 # large, and a plan that took their error for rounding's made base at 39 MiB worse than at 33.
 BOUNDS = (4, 5, 6, 8)
 CLIPPED = 0.002
-# Layers that get the same bits in the end (``dqw.budget.one_table``).
-ONE_TABLE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,8 @@ def sensitivities(
 def told(matrix: Tensor, spec: QuantSpec) -> Choice:
     """The one choice of a weight (rows, cols) whose spec is given; its cost counts for nothing."""
     some = _some(matrix.float())
-    scale = least_squares_scale(some, spec, _bucket(spec, matrix.device))
+    known = matrix.float() if spec.per_tensor else some  # one scale is that of all rows
+    scale = least_squares_scale(known, spec, _bucket(spec, matrix.device))
     size, _ = _tried(some, spec, scale, len(matrix))
     return Choice(spec, size, 0.0, 8 * size / max(matrix.numel(), 1))
 
@@ -135,12 +135,15 @@ def _beside(rows: int, spec: QuantSpec) -> int:
     return 2 * 2**spec.bits + 4 * scales
 
 
-def _growth(spec: QuantSpec) -> float:
-    """Bits that compensation adds to a code, as it makes the weights more spread: by about the
-    variance of rounding, step² / 12. base at 27 and 24 MiB grew by step² / 11 (0.01, 0.04 and 0.08
-    bits at steps of 0.5, 0.8 and 1; 0.6 and 1.0 % of all), and at 33 MiB on lloyd by 0.03 bits (a
-    one-off program). Counted as step² / 9, as budgets are to hold."""
-    return 0.03 if spec.step is None else 0.5 * math.log2(1 + spec.step**2 / 9)
+def _growth(rows: Tensor, spec: QuantSpec, scale: Tensor) -> float:
+    """Bits that compensation adds to a code, as it makes the weights of each column more spread: by
+    about the variance of rounding, scale² / 12. base at 27 and 24 MiB grew by scale² / 11 of its
+    layers' (0.6 and 1.0 % of all), and at 33 MiB on lloyd by 0.03 bits (a one-off program). Counted
+    as scale² / 9, as budgets are to hold."""
+    if spec.step is None:
+        return 0.03
+    spread = rows.square().mean(0).clamp_(min=1e-30)
+    return float(torch.log2(1 + scale.square() / 9 / spread).mean()) / 2
 
 
 def _probed(options: Sequence[QuantSpec], spec: QuantSpec) -> QuantSpec:
@@ -201,7 +204,7 @@ def _tried(rows: Tensor, spec: QuantSpec, scale: Tensor, count: int) -> tuple[in
     level = ops.quantize(rows, scale, bucket, group)
     codes = grids.codes(level, spec.grid, spec.bits)
     share = count / max(len(rows), 1)
-    coded = _coded_bytes(codes, count) + share * _growth(spec) * codes.numel() / 8
+    coded = _coded_bytes(codes, count) + share * _growth(rows, spec, scale) * codes.numel() / 8
     size = min(coded, packed_bytes(count, rows.shape[1], spec.bits))
     if group:
         stored = pack_scales(stored_scale(scale, scale_window(scale)).half())
@@ -217,6 +220,6 @@ def _coded_bytes(codes: Tensor, count: int) -> float:
         return len(encoded_codes(codes)) * share
     places = codes.long() + 256 * torch.arange(codes.shape[1], device=codes.device)
     counts = torch.bincount(places.flatten(), minlength=256 * codes.shape[1]).view(-1, 256)
-    # Its table is paid for by what the parts of a column differ in: base's embedding takes 0.04 to
-    # 0.3 % less than this.
-    return sum(map(huffman_bits, counts)) * share / 8
+    # Most of a table is paid for by what the parts of a column differ in: base's embedding takes
+    # 0.04 % less than its columns' codes at a step of 0.11, 0.3 less at 0.25, 0.23 more at 0.05.
+    return sum(map(huffman_bits, counts.cpu())) * share / 8 + TABLE * codes.shape[1]

@@ -138,7 +138,7 @@ def coded_state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, in
             tensor = state[name]
             if tensor.dtype != torch.uint8:
                 continue  # scales of rows
-            stream = encoded_weight(tensor, *size) if "weight" in name else encoded(tensor)
+            stream = encoded_weight(tensor, *size) if name.endswith(".weight") else encoded(tensor)
             if len(stream) < len(tensor):
                 state[name], coded[name] = stream, len(stream)
     return state, coded

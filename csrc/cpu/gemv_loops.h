@@ -26,7 +26,7 @@ struct RowPointers {
 // Into L2, which waits for twice as many lines as L1 does. Zen 4, a token of base at 8 bits, 51 MB
 // of weights: 3.2 to 3.4 ms into L1 and every other line (50 % of what memory gives), 2.2 to 2.3 so
 // (77 to 80 %), whether 4, 8, 16 or 32 KiB ahead.
-constexpr int64_t kAhead = 16384;
+constexpr int64_t kAhead = 8192;
 DQW_INLINE int64_t ahead_of(const Packed& w, int together) {
     const int64_t block = w.row_bytes * together;
     return block > 4 * kAhead ? kAhead : (kAhead + block - 1) / (block > 0 ? block : 1) * block;
