@@ -40,8 +40,8 @@ def calibrate(
     """Round the Linear weights and the embedding of a learning Whisper with compensation, in place.
 
     batches: input_features and decoder_input_ids; a ``decoder_mask`` (batch, length) bool marks the
-    tokens that are no padding. Clips and biases change too. Keeps 23 bytes for each feature of each
-    position (counted: 2.8 GB for base and 160 windows). ``progress`` gets each layer's name.
+    tokens that are no padding. Clips and biases change too. Keeps at most 23 bytes for each feature
+    of each position (2.8 GB for base and 160 windows). ``progress`` gets each layer's name.
     ``off_grid``: training starts off the grid at every width, for a student that has far to go.
     """
     say = progress or (lambda name: None)

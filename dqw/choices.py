@@ -135,14 +135,17 @@ def _beside(rows: int, spec: QuantSpec) -> int:
     return 2 * 2**spec.bits + 4 * scales
 
 
-def _growth(rows: Tensor, spec: QuantSpec, scale: Tensor) -> float:
-    """Bits that compensation adds to a code, as it makes the weights of each column more spread: by
-    about the variance of rounding, scale² / 12. base at 27 and 24 MiB grew by scale² / 11 of its
-    layers' (0.6 and 1.0 % of all), and at 33 MiB on lloyd by 0.03 bits (a one-off program). Counted
-    as scale² / 9, as budgets are to hold."""
+def _growth(rows: Tensor, spec: QuantSpec, scale: Tensor, count: int) -> float:
+    """Bits that compensation adds to a code of ``count`` rows like these, as it makes what shares a
+    table more spread, a long column or all: by about the variance of rounding, scale² / 12.
+
+    base at 27 and 24 MiB grew by scale² / 11 of its layers' (0.6 and 1.0 % of all), and at 33 MiB
+    on lloyd by 0.03 bits (a one-off program). Counted as scale² / 9, as budgets are to hold.
+    """
     if spec.step is None:
         return 0.03
-    spread = rows.square().mean(0).clamp_(min=1e-30)
+    squares = rows.square()
+    spread = (squares.mean(0) if count >= LONG else squares.mean()).clamp(min=1e-30)
     return float(torch.log2(1 + scale.square() / 9 / spread).mean()) / 2
 
 
@@ -204,8 +207,8 @@ def _tried(rows: Tensor, spec: QuantSpec, scale: Tensor, count: int) -> tuple[in
     level = ops.quantize(rows, scale, bucket, group)
     codes = grids.codes(level, spec.grid, spec.bits)
     share = count / max(len(rows), 1)
-    coded = _coded_bytes(codes, count) + share * _growth(rows, spec, scale) * codes.numel() / 8
-    size = min(coded, packed_bytes(count, rows.shape[1], spec.bits))
+    grown = share * codes.numel() * _growth(rows, spec, scale, count) / 8
+    size = min(_coded_bytes(codes, count) + grown, packed_bytes(count, rows.shape[1], spec.bits))
     if group:
         stored = pack_scales(stored_scale(scale, scale_window(scale)).half())
         size += share * min(len(encoded(stored)), len(stored))

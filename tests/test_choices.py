@@ -14,12 +14,18 @@ from dqw.choices import (
     BOUNDS,
     PROBE_STEP,
     STEPS,
+    _beside,
+    _some,
+    _tried,
     candidates,
     rounded,
     sensitivities,
     stored_bytes,
 )
+from dqw.coding import LONG, encoded_weight
+from dqw.compensate import Moment, round_layers
 from dqw.convert import quant_modules
+from dqw.embedding import QuantEmbedding
 from dqw.errors import UserError
 from dqw.fake_quant import FakeQuantize, root_mean_square
 from dqw.hf import coded_state, packed_state
@@ -91,6 +97,24 @@ def test_sizes_are_those_of_the_folder(steps: bool) -> None:
         # Before compensation, which is expected to add some.
         least = 0.97 if not steps else 0.97 - 0.1 * choice.spec.step
         assert least * choice.size < size <= 1.02 * choice.size, choice
+
+
+@pytest.mark.parametrize(("rows", "step"), [(LONG, 0.25), (LONG, 0.7), (1000, 0.25), (1000, 0.7)])
+def test_calibrated_weights_take_no_more_than_was_counted(rows: int, step: float) -> None:
+    """Compensation makes the codes of each column more spread, most where it is small."""
+    torch.manual_seed(0)
+    spread = torch.logspace(-2, 2, 48, base=2.0)[torch.randperm(48)]
+    weight, spec = torch.randn(rows, 48) * spread, stepped(QuantSpec(), step, 8)
+    table = torch.nn.Embedding(rows, 48, _weight=weight.clone())
+    layer = QuantEmbedding.from_embedding(table, spec)
+    assert layer.quantizer is not None
+    size, _ = _tried(_some(weight), spec, layer.quantizer.scale().detach(), rows)
+    moment = Moment.empty(48)
+    moment.add(torch.randn(4000, 24) @ torch.randn(24, 48) + torch.randn(4000, 48))
+    round_layers({"embedding": layer}, moment)
+    layer.freeze()
+    stored = len(encoded_weight(layer.weight, rows, 48, 8))
+    assert stored + _beside(rows, spec) < size < 1.1 * stored
 
 
 def test_steps_take_the_bits_that_they_need() -> None:
