@@ -46,6 +46,7 @@ def test_a_weight_comes_back(
 ) -> None:
     if pieces:  # and a table for each column
         monkeypatch.setattr("dqw.coding.PIECE", 1000)
+        monkeypatch.setattr("dqw.coding.CHUNK", 50)
         monkeypatch.setattr("dqw.coding.LONG", 7)
     packed = pack(torch.randint(0, 2**bits, shape, dtype=torch.uint8), bits)
     stream = encoded_weight(packed, *shape, bits)
