@@ -140,9 +140,10 @@ def _walk(
             rows.clear()
             shared = {f"{stack}.{index}.{own}": holder for own, _, holder in stage}
             round_layers(shared, moment, off_grid, say)
-            attention = layer.get_submodule(name.rpartition(".")[0])
-            for call in now[: len(given)]:  # of an out_proj: all
-                call.attended.append((attention, matrix(given.pop(0))))
+            if given:
+                attention = layer.get_submodule(name.rpartition(".")[0])
+                for call in now:
+                    call.attended.append((attention, matrix(given.pop(0))))
         for call in now:
             call.hidden = call.run(layer)
             call.attended.clear()

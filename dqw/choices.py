@@ -122,8 +122,9 @@ def sensitivities(
 
 def told(matrix: Tensor, spec: QuantSpec) -> Choice:
     """The one choice of a weight (rows, cols) whose spec is given; its cost counts for nothing."""
-    some = _some(matrix.float())
-    known = matrix.float() if spec.per_tensor else some  # one scale is that of all rows
+    matrix = matrix.float()
+    some = _some(matrix)
+    known = matrix if spec.per_tensor else some  # one scale is that of all rows
     scale = least_squares_scale(known, spec, _bucket(spec, matrix.device))
     size, _ = _tried(some, spec, scale, len(matrix))
     return Choice(spec, size, 0.0, 8 * size / max(matrix.numel(), 1))

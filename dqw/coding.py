@@ -80,7 +80,8 @@ def encoded_codes(codes: Tensor) -> Tensor:
 
 
 def decoded_weight(stream: Tensor, rows: int, cols: int, bits: int) -> Tensor:
-    """The packed weight, flat uint8 on the CPU; the inverse of ``encoded_weight``."""
+    """The packed weight, flat uint8 on the CPU; the inverse of ``encoded_weight``. Raises UserError
+    as ``decoded`` does."""
     codes = decoded(stream, rows * cols).view(cols, rows).T
     packed = torch.empty(rows, padded(cols) // 8 * bits, dtype=torch.uint8)
     some = max(PIECE // max(cols, 1), 1)
@@ -91,7 +92,8 @@ def decoded_weight(stream: Tensor, rows: int, cols: int, bits: int) -> Tensor:
 
 
 def huffman_bits(counts: Tensor) -> int:
-    """Bits of Huffman codes, without the table, of values that occur ``counts`` times each."""
+    """Bits of Huffman codes, without the table, of values that occur ``counts`` (values,) times
+    each, integers."""
     heap = sorted(count for count in counts.tolist() if count)
     if len(heap) == 1:
         return heap[0]

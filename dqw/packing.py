@@ -41,7 +41,7 @@ def check_format(version: int) -> None:
     if version not in READABLE:
         raise UserError(
             f"the folder is in packed format {version}, and this dqw reads format "
-            f"{' and '.join(map(str, READABLE))}: install the dqw that wrote it."
+            f"{' and '.join(map(str, READABLE))}: install the dqw that wrote it, or compress again."
         )
 
 
@@ -55,7 +55,7 @@ def packed_bytes(rows: int, cols: int, bits: int) -> int:
     return rows * padded(cols) // 8 * bits
 
 
-def planes(bits: int) -> list[int]:
+def _planes(bits: int) -> list[int]:
     """Widths of a block's planes, in the order they lie in memory."""
     return [8] if bits == 8 else [width for width in (4, 2, 1) if bits & width]
 
@@ -66,7 +66,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     codes = torch.nn.functional.pad(codes, (0, padded(cols) - cols))
     blocks = codes.view(rows, padded(cols) // BLOCK, BLOCK)
     out, shift = [], 0
-    for width in planes(bits):
+    for width in _planes(bits):
         plane = blocks >> shift & (1 << width) - 1
         parts = 8 // width
         if width == 1:  # bit k of byte j is code 8j + k
@@ -94,7 +94,7 @@ def unpack(weight: Tensor, rows: int, cols: int, bits: int) -> Tensor:
     blocks = weight.view(rows, padded(cols) // BLOCK, 8 * bits)
     codes = torch.zeros(rows, padded(cols) // BLOCK, BLOCK, dtype=torch.uint8, device=weight.device)
     start = shift = 0
-    for width in planes(bits):
+    for width in _planes(bits):
         plane = blocks[..., start : start + 8 * width]
         parts = 8 // width
         fields = torch.stack([plane >> i * width & (1 << width) - 1 for i in range(parts)], dim=-2)

@@ -69,13 +69,11 @@ def test_columns_of_other_spreads_have_tables_of_their_own() -> None:
     level = (torch.randn(LONG, 48) * spread).round().clamp(-63, 63)
     codes = (level + 64).to(torch.uint8)
     own = sum(huffman_bits(torch.bincount(column.long())) for column in codes.T) / 8
-    size = len(encoded_weight(pack(codes, 8), *codes.shape, 8))
-    assert own - 100 < size < 1.02 * own + 48 * 70
-    assert size < 0.9 * len(encoded(codes))
-    assert torch.equal(
-        decoded_weight(encoded_weight(pack(codes, 8), *codes.shape, 8), *codes.shape, 8),
-        pack(codes, 8),
-    )
+    packed = pack(codes, 8)
+    stream = encoded_weight(packed, *codes.shape, 8)
+    assert own - 100 < len(stream) < 1.02 * own + 48 * 70
+    assert len(stream) < 0.9 * len(encoded(codes))
+    assert torch.equal(decoded_weight(stream, *codes.shape, 8), packed)
 
 
 def test_huffman_bits_are_those_of_the_shortest_codes() -> None:

@@ -23,9 +23,9 @@ struct RowPointers {
 // -> 51865 takes 1.13 ms with 1 KiB, 0.98 with 2, 0.80 with 4 to 8; a token of small's
 // shape 5.2, 3.7 (4) and 3.4 (8); from the cache it makes no difference.
 //
-// Into L2, which waits for twice as many lines as L1 does. Zen 4, a token of base at 8 bits, 51 MB
-// of weights: 3.2 to 3.4 ms into L1 and every other line (50 % of what memory gives), 2.2 to 2.3 so
-// (77 to 80 %), whether 4, 8, 16 or 32 KiB ahead.
+// Into L2: Zen 4, a token of base at 8 bits, 51 MB of weights, takes 1.9 to 2.6 ms (70 to 85 % of
+// what memory gives), whether 4, 8, 16 or 32 KiB ahead; into L1 3.2 to 3.4 (50 %), and no less with
+// every other line (one-off programs). The figures of Sapphire Rapids above are into L1.
 constexpr int64_t kAhead = 8192;
 DQW_INLINE int64_t ahead_of(const Packed& w, int together) {
     const int64_t block = w.row_bytes * together;
