@@ -17,6 +17,7 @@ from dqw.embedding import QuantEmbedding, TiedProjection
 from dqw.errors import UserError
 from dqw.linear import QuantLinear, QuantModule
 from dqw.recipe import ACTIVATIONS, QuantSpec, Recipe
+from dqw.together import forget_together, round_together
 
 
 def quant_modules(model: nn.Module) -> dict[str, QuantModule]:
@@ -51,6 +52,7 @@ def quantize(
         layer_rest = rest if isinstance(module, nn.Linear) else None
         model.set_submodule(name, _learning(module, spec, layer_rest))
     _tie_projection(model)
+    round_together(model)
     keep_from_broadcasts(model)
     return model
 
@@ -178,6 +180,7 @@ def freeze(model: nn.Module) -> nn.Module:
             model.set_submodule(name, _plain(module))
         else:
             module.freeze()
+    forget_together(model)
     round_float_rest(model)
     if hasattr(model, "config"):
         from dqw.hf import attach
@@ -228,6 +231,7 @@ def dequantize(model: nn.Module) -> nn.Module:
     embedding = _input_embedding(model)
     for name, module in quant_modules(model).items():
         model.set_submodule(name, _plain(module))
+    forget_together(model)
     if isinstance(embedding, QuantEmbedding):
         projection = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)
         model.set_output_embeddings(projection)  # type: ignore[operator]

@@ -42,6 +42,62 @@ class Rounded(torch.autograd.Function):
         return dx, dclip if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
+class RoundedTogether(torch.autograd.Function):
+    """``Rounded`` of several matrices, by one operator each way.
+
+    tensors: the matrices, their clips, buckets and windows, a tuple each, one after the other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        group_sizes: tuple[int, ...],
+        gradient_scales: tuple[float, ...],
+        dtype: torch.dtype,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*tensors)
+        ctx.group_sizes, ctx.gradient_scales = group_sizes, gradient_scales
+        parts = _parts(tensors, len(group_sizes))
+        return tuple(ops.fake_quant_clips(*parts, group_sizes, dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(grads)
+        parts = _parts(ctx.saved_tensors, count)
+        found = ops.fake_quant_clips_backward(
+            list(grads), *parts, ctx.group_sizes, ctx.gradient_scales
+        )
+        wanted = ctx.needs_input_grad[3:]
+        return (
+            None,
+            None,
+            None,
+            *(found[i] if wanted[i] else None for i in range(2 * count)),
+            *[None] * (2 * count),
+        )
+
+
+def _parts(tensors: tuple[Tensor, ...], count: int) -> list[list[Tensor]]:
+    return [list(tensors[i : i + count]) for i in range(0, len(tensors), count)]
+
+
+def fake_quant_together(
+    weights: list[Tensor], quantizers: "list[FakeQuantize]", dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """``quantizer(weight, dtype=dtype)`` of each pair, weights of two dimensions and one device,
+    in one call: a training step on a GPU waits for its host."""
+    return RoundedTogether.apply(
+        tuple(q.group_size for q in quantizers),
+        tuple(q.gradient_scale for q in quantizers),
+        dtype,
+        *weights,
+        *[q._clip_of_weights() for q in quantizers],
+        *[q.bucket for q in quantizers],
+        *[q.window for q in quantizers],
+    )
+
+
 class FakeQuantize(nn.Module):
     """Rounds a weight to its grid; the gradient goes straight through and the clip learns.
 

@@ -40,6 +40,7 @@ class QuantModule(nn.Module):
         self.dtype = torch.get_default_dtype()  # what the layer computes in, once packed
         self.quantizer: FakeQuantize | None = None
         self.rest_quantizer: FakeQuantize | None = None
+        self.rounded: Tensor | None = None  # the fake-quantized weight, while dqw.together has it
 
     @property
     def group_size(self) -> int:
@@ -121,12 +122,12 @@ class QuantModule(nn.Module):
 
     def weight_for(self, x: Tensor) -> Tensor:
         """``fake_quantized_weight`` in the dtype that a product with ``x`` is computed in."""
-        quantizer, kind = self._active_quantizer(), x.device.type
+        quantizer = self._active_quantizer()
         if quantizer is None:
             return self.weight.to(x.dtype)
-        # What autocast would cast is written so at once: a GPU saves a launch and a pass each way.
-        lower = x.dtype == torch.float32 and kind != "meta" and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if lower else x.dtype
+        dtype = product_dtype(x)
+        if self.rounded is not None and self.rounded.dtype == dtype:
+            return self.rounded
         return quantizer(self.weight, dtype=dtype)
 
     @torch.no_grad()
@@ -178,6 +179,14 @@ class QuantModule(nn.Module):
     def extra_repr(self) -> str:
         kind = f"{self.spec.bits} bits {self.spec.grid}, packed" if self.frozen else "learning"
         return f"rows={self.rows}, cols={self.cols}, {kind}"
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a product with ``x`` is computed in. A weight that autocast would cast is written so at
+    once: a GPU saves a launch and a pass each way."""
+    kind = x.device.type
+    lower = x.dtype == torch.float32 and kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if lower else x.dtype
 
 
 class QuantLinear(QuantModule):

@@ -35,6 +35,15 @@ _SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor clip, Tensor bucket, Tensor? window, int group_size, "
         "float gradient_scale) -> (Tensor, Tensor)"
     ),
+    # The same of several matrices: what the host spends on one it spends on a transformer layer.
+    "fake_quant_clips": (
+        "(Tensor[] x, Tensor[] clip, Tensor[] bucket, Tensor[] window, int[] group_size, "
+        "ScalarType dtype) -> Tensor[]"
+    ),
+    "fake_quant_clips_backward": (
+        "(Tensor[] grad, Tensor[] x, Tensor[] clip, Tensor[] bucket, Tensor[] window, "
+        "int[] group_size, float[] gradient_scale) -> Tensor[]"
+    ),
     "fake_quant_activation": "(Tensor x) -> Tensor",
     "round_columns": (
         "(Tensor state, Tensor? base, Tensor divisor, Tensor coefficient, Tensor scale, "
@@ -101,6 +110,29 @@ def _meta_fake_quant_clip_backward(
     gradient_scale: float,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), clip.new_empty(clip.shape)
+
+
+def _meta_fake_quant_clips(
+    x: list[Tensor],
+    clip: list[Tensor],
+    bucket: list[Tensor],
+    window: list[Tensor],
+    group_size: list[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    return [a.new_empty(a.shape, dtype=dtype) for a in x]
+
+
+def _meta_fake_quant_clips_backward(
+    grad: list[Tensor],
+    x: list[Tensor],
+    clip: list[Tensor],
+    bucket: list[Tensor],
+    window: list[Tensor],
+    group_size: list[int],
+    gradient_scale: list[float],
+) -> list[Tensor]:
+    return [a.new_empty(a.shape) for a in (*x, *clip)]
 
 
 def _meta_quantize(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
@@ -265,6 +297,8 @@ fake_quant = torch.ops.dqw.fake_quant.default
 fake_quant_backward = torch.ops.dqw.fake_quant_backward.default
 fake_quant_clip = torch.ops.dqw.fake_quant_clip.default
 fake_quant_clip_backward = torch.ops.dqw.fake_quant_clip_backward.default
+fake_quant_clips = torch.ops.dqw.fake_quant_clips.default
+fake_quant_clips_backward = torch.ops.dqw.fake_quant_clips_backward.default
 fake_quant_activation = torch.ops.dqw.fake_quant_activation.default
 round_columns = torch.ops.dqw.round_columns.default
 quantize = torch.ops.dqw.quantize.default

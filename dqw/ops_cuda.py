@@ -257,10 +257,15 @@ def _load_library() -> str:
 reason = _triton_reason()  # why no kernel of dqw serves CUDA tensors; empty if they do
 library_reason = reason or _load_library()  # why the CUDA C++ library does not
 
-IN_LIBRARY = ("fake_quant_clip", "fake_quant_clip_backward")  # csrc/cuda/fake_quant.cu registers
+IN_LIBRARY = (  # csrc/cuda/fake_quant.cu registers them
+    "fake_quant_clip",
+    "fake_quant_clip_backward",
+    "fake_quant_clips",
+    "fake_quant_clips_backward",
+)
 if not library_reason:
     for _name in IN_LIBRARY:
-        del KERNELS[_name]
+        KERNELS.pop(_name, None)
 
 
 def kernel_of(name: str) -> str:

@@ -131,6 +131,40 @@ def fake_quant_clip_backward(
     return dx, clip_gradient(dscale, exact, bucket, gradient_scale)
 
 
+def fake_quant_clips(
+    x: list[Tensor],
+    clip: list[Tensor],
+    bucket: list[Tensor],
+    window: list[Tensor],
+    group_size: list[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """``fake_quant_clip`` of several matrices. Each has a window, used where it has groups."""
+    return [
+        torch.ops.dqw.fake_quant_clip(a, c, b, w if size else None, size, dtype)
+        for a, c, b, w, size in zip(x, clip, bucket, window, group_size, strict=True)
+    ]
+
+
+def fake_quant_clips_backward(
+    grad: list[Tensor],
+    x: list[Tensor],
+    clip: list[Tensor],
+    bucket: list[Tensor],
+    window: list[Tensor],
+    group_size: list[int],
+    gradient_scale: list[float],
+) -> list[Tensor]:
+    """``fake_quant_clip_backward`` of several matrices: dx of each, then dclip of each."""
+    pairs = [
+        torch.ops.dqw.fake_quant_clip_backward(g, a, c, b, w if size else None, size, factor)
+        for g, a, c, b, w, size, factor in zip(
+            grad, x, clip, bucket, window, group_size, gradient_scale, strict=True
+        )
+    ]
+    return [dx for dx, _ in pairs] + [dclip for _, dclip in pairs]
+
+
 def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Dynamic int8 per row of the last dimension: float32 integers in -127…127, and their scale.
 

@@ -4,6 +4,8 @@
 //   y = fake_quant_clip(x (rows, cols), clip, bucket, window, group_size, dtype)
 //   dx, dclip = fake_quant_clip_backward(grad, x, clip, bucket, window, group_size, gradient_scale)
 //
+// and the same of a list of matrices, fake_quant_clips and fake_quant_clips_backward.
+//
 // One launch each (a clip for the whole tensor: two backward), and no Python between the caller and
 // it: a training step waits for its host. Nothing here waits for the GPU, so graphs capture it.
 
@@ -157,10 +159,56 @@ std::tuple<Tensor, Tensor> fake_quant_clip_backward(Tensor grad, Tensor x, Tenso
     return {dx, dclip};
 }
 
+std::optional<Tensor> window_of(const Tensor& window, int64_t group) {
+    return group ? std::make_optional(window) : std::nullopt;
+}
+
+std::vector<Tensor> fake_quant_clips(std::vector<Tensor> x, std::vector<Tensor> clip,
+                                     std::vector<Tensor> bucket, std::vector<Tensor> window,
+                                     std::vector<int64_t> group, ScalarType dtype) {
+    const size_t count = x.size();
+    DQW_CHECK(clip.size() == count && bucket.size() == count && window.size() == count &&
+                  group.size() == count,
+              "each matrix takes a clip, a bucket, a window and a group size");
+    std::vector<Tensor> ys;
+    ys.reserve(count);
+    for (size_t i = 0; i < count; i++) {
+        ys.push_back(fake_quant_clip(x[i], clip[i], bucket[i], window_of(window[i], group[i]),
+                                     group[i], dtype));
+    }
+    return ys;
+}
+
+std::vector<Tensor> fake_quant_clips_backward(std::vector<Tensor> grad, std::vector<Tensor> x,
+                                              std::vector<Tensor> clip, std::vector<Tensor> bucket,
+                                              std::vector<Tensor> window,
+                                              std::vector<int64_t> group,
+                                              std::vector<double> gradient_scale) {
+    const size_t count = x.size();
+    DQW_CHECK(grad.size() == count && clip.size() == count && bucket.size() == count &&
+                  window.size() == count && group.size() == count &&
+                  gradient_scale.size() == count,
+              "each matrix takes a gradient, a clip, a bucket, a window, a group size and a scale");
+    std::vector<Tensor> found, dclips;
+    found.reserve(2 * count);
+    dclips.reserve(count);
+    for (size_t i = 0; i < count; i++) {
+        auto [dx, dclip] =
+            fake_quant_clip_backward(grad[i], x[i], clip[i], bucket[i],
+                                     window_of(window[i], group[i]), group[i], gradient_scale[i]);
+        found.push_back(dx);
+        dclips.push_back(dclip);
+    }
+    found.insert(found.end(), dclips.begin(), dclips.end());
+    return found;
+}
+
 }  // namespace
 }  // namespace dqw
 
 STABLE_TORCH_LIBRARY_IMPL(dqw, CUDA, m) {
     m.impl("fake_quant_clip", TORCH_BOX(&dqw::fake_quant_clip));
     m.impl("fake_quant_clip_backward", TORCH_BOX(&dqw::fake_quant_clip_backward));
+    m.impl("fake_quant_clips", TORCH_BOX(&dqw::fake_quant_clips));
+    m.impl("fake_quant_clips_backward", TORCH_BOX(&dqw::fake_quant_clips_backward));
 }

@@ -187,8 +187,8 @@ def _ratio(scope: Scope) -> list[Setting]:
 
 def _grids(scope: Scope) -> list[Setting]:
     found = [TEACHER]
-    for bits in (4,) if scope.quick else WIDTHS:
-        for group in (0, 64) if scope.quick else (0, 64, 16):
+    for group in (0, 64) if scope.quick else (0, 16, 64):  # 64 last: between the others
+        for bits in (4,) if scope.quick else WIDTHS:
             for grid in GRIDS:
                 if bits == 2 and grid in ("apot", "pot"):
                     continue  # at 2 bits they are the uniform grid

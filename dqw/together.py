@@ -1,0 +1,85 @@
+"""A transformer layer's weights are fake-quantized in one call, as its forward pass begins.
+
+``quantize`` gives every transformer layer of a model a pair of hooks: one that rounds the weights
+of the layer's ``QuantLinear`` modules together and leaves each its own, and one that takes them
+back at the end. So a step pays for the operator, its place in the graph and its way back once a
+layer, not once a matrix. Values and gradients are those of the modules on their own, which is what
+runs where the hooks do not: under torch.compile, in a module that is called by itself, for weights
+that are sharded, and where the layer computes in another dtype than it was given.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dqw.fake_quant import fake_quant_together
+from dqw.linear import QuantLinear, product_dtype
+
+_LAYER = re.compile(r"(.*?\.\d+)\.(.+)")  # name of a member of a ModuleList, and what is inside it
+
+
+class Together:
+    """The hooks of one transformer layer; paths: its QuantLinear modules, by attribute.
+
+    The modules are looked up from the layer at every call: its copies and replicas have their own.
+    """
+
+    def __init__(self, paths: list[tuple[str, ...]]) -> None:
+        self.paths = paths
+
+    def modules(self, layer: nn.Module) -> list[QuantLinear]:
+        found = []
+        for path in self.paths:
+            module: Any = layer
+            for name in path:
+                module = module._modules[name]
+            found.append(module)
+        return found
+
+    def before(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        x = args[0] if args else None
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return
+        learning = []
+        for module in self.modules(layer):
+            quantizer = None if module.frozen else module._active_quantizer()
+            if quantizer is not None and type(module.weight) in (Tensor, nn.Parameter):
+                learning.append((module, quantizer))
+        if len({module.weight.device for module, _ in learning}) != 1:
+            return
+        weights = [module.weight for module, _ in learning]
+        together = fake_quant_together(weights, [q for _, q in learning], product_dtype(x))
+        for (module, _), rounded in zip(learning, together, strict=True):
+            module.rounded = rounded
+
+    def after(self, layer: nn.Module, args: Any, output: Any) -> None:
+        for module in self.modules(layer):
+            module.rounded = None
+
+
+def round_together(model: nn.Module) -> None:
+    """Give the transformer layers of ``model`` their hooks, in place."""
+    layers: dict[str, list[tuple[str, ...]]] = {}
+    for name, module in model.named_modules():
+        inside = _LAYER.fullmatch(name)
+        if inside and isinstance(module, QuantLinear):
+            layers.setdefault(inside[1], []).append(tuple(inside[2].split(".")))
+    for name, paths in layers.items():
+        together = Together(paths)
+        layer = model.get_submodule(name)
+        layer.register_forward_pre_hook(together.before)
+        layer.register_forward_hook(together.after, always_call=True)
+
+
+def forget_together(model: nn.Module) -> None:
+    """Take the hooks off again, in place."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), Together):
+                    del hooks[key]
+                    module._forward_hooks_always_called.pop(key, None)
