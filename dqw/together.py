@@ -4,8 +4,9 @@
 of the layer's ``QuantLinear`` modules together and leaves each its own, and one that takes them
 back at the end. So a step pays for the operator, its place in the graph and its way back once a
 layer, not once a matrix. Values and gradients are those of the modules on their own, which is what
-runs where the hooks do not: under torch.compile, in a module that is called by itself, for weights
-that are sharded, and where the layer computes in another dtype than it was given.
+runs where the hooks do not: under torch.compile, with gradient checkpointing, in a module that is
+called by itself, for weights that are sharded, and where the layer computes in another dtype than
+it was given.
 """
 
 import re
@@ -41,6 +42,8 @@ class Together:
     def before(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
             return
+        if layer.training and getattr(layer, "gradient_checkpointing", False):
+            return  # transformers' layers are computed again without their hooks
         x = args[0] if args else None
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return

@@ -13,7 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import dqw
 from dqw import grids, ops, ops_cuda, packing, reference
-from dqw.recipe import Recipe
+from dqw.recipe import QuantConfig, Recipe
+from dqw.together import forget_together
 from dqw.whisper.fast_model import speed_up
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -163,6 +164,67 @@ def test_fake_quant_from_the_clip(granularity: str) -> None:
         t.zero_()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+def test_fake_quant_of_several() -> None:
+    """In as few launches as they go, in a graph too: what each gives on its own."""
+    kinds = [("tensor", 96), ("channel", 96), ("16", 96), ("channel", 3072), ("16", 40), ("64", 0)]
+    tensors: list[list[Tensor]] = [[], [], [], [], []]
+    groups = []
+    for granularity, cols in kinds * 4:
+        clip, group = random_scale(9, cols, granularity)
+        window = torch.tensor([0.03, 0.2])
+        x, grad = torch.randn(9, cols), torch.randn(9, cols).bfloat16()
+        found = (grad, x, clip, grids.bucket("apot", 4), window)
+        for into, t in zip(tensors, found, strict=True):
+            into.append(t.cuda())
+        groups.append(group)
+    grads, xs, clips, buckets, windows = tensors
+    alone = list(zip(xs, clips, buckets, [w if g else None for w, g in zip(windows, groups)],
+                     groups, strict=True))  # fmt: skip
+    want = [ops.fake_quant_clip(*one, torch.bfloat16) for one in alone]
+    pairs = [ops.fake_quant_clip_backward(g, *one, 0.1) for g, one in zip(grads, alone)]
+    want += [dx for dx, _ in pairs] + [dclip for _, dclip in pairs]
+    forward = (xs, clips, buckets, windows, groups)
+    torch.library.opcheck(ops.fake_quant_clips, (*forward, torch.bfloat16))
+    backward = (grads, *forward, [0.1] * len(xs))
+    torch.library.opcheck(ops.fake_quant_clips_backward, backward)
+
+    def both() -> list[Tensor]:
+        return ops.fake_quant_clips(*forward, torch.bfloat16) + ops.fake_quant_clips_backward(
+            *backward
+        )
+
+    assert all(torch.equal(a, b) for a, b in zip(both(), want, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = both()
+    for t in got:
+        t.zero_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_layer_learns_as_its_modules_do(bits: int) -> None:
+    """Weights rounded together, in bfloat16, and their gradients: bit for bit those of each."""
+    losses = []
+    grads: list[dict[str, Tensor]] = []
+    for together in (True, False):
+        torch.manual_seed(0)
+        model = make_tiny_whisper().cuda().train()
+        dqw.quantize(model, Recipe(quant=QuantConfig(bits=bits, grid="apot", embedding_bits=8)))
+        if not together:
+            forget_together(model)
+        features = torch.randn(2, 80, 3000, device="cuda")
+        ids = torch.randint(0, 50, (2, 9), device="cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            losses.append(model(input_features=features, labels=ids).loss)
+        losses[-1].backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if "layers" in n})
+    assert torch.equal(losses[0], losses[1])
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-3, atol=1e-5)
 
 
 def test_a_gpu_divides_clips_as_a_cpu_does() -> None:

@@ -18,10 +18,6 @@ from dqw import grids, packing, reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # x's type, and that of y or of the gradient: other types than float32 are rounded to themselves.
-INSTANCES = [  # x's type, y's or the gradient's, and columns of a chunk
-    ("float", "float", 4), ("float", "__nv_bfloat16", 4), ("__half", "__half", 8),
-    ("__nv_bfloat16", "__nv_bfloat16", 8), ("float", "float", 1), ("__half", "__half", 1),
-]  # fmt: skip
 PAIRS = [(torch.float32, other) for other in DTYPES] + [(t, t) for t in DTYPES[1:]]
 DAMPING = 0.25
 
@@ -30,9 +26,24 @@ DAMPING = 0.25
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     found = host_library("fake_quant", tmp_path_factory.mktemp("cuda_host"))
     pointers, sizes = [ctypes.c_void_p] * 8, [ctypes.c_int64] * 5
-    found.dqw_fake_quant.argtypes = [*pointers, *sizes, ctypes.c_float, ctypes.c_int, ctypes.c_int]
-    found.dqw_fake_quant.restype = ctypes.c_int64
+    found.dqw_fake_quant_add.argtypes = [*pointers, *sizes, ctypes.c_float]
+    found.dqw_fake_quants.argtypes = [
+        ctypes.c_bool, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_int)
+    ]  # fmt: skip
+    found.dqw_fake_quants.restype = ctypes.c_int64
     return found
+
+
+def run(
+    library: ctypes.CDLL, problems: "list[Problem]", backward: bool
+) -> tuple[list[tuple[Tensor, Tensor]], int, int]:
+    """y or dx, and dclip, of problems of one pair of types that are asked for together; what the C
+    function returns, and its launches."""
+    made = [p.ask(library, backward) for p in problems]
+    launches = ctypes.c_int()
+    types = [DTYPES.index(t) for t in problems[0].pair]
+    ran = library.dqw_fake_quants(backward, *types, ctypes.byref(launches))
+    return [(out, dclip) for out, dclip, *_ in made], ran, launches.value
 
 
 class Problem:
@@ -65,19 +76,25 @@ class Problem:
         room = aligned(torch.zeros(t.numel() + shift, dtype=t.dtype))
         return room[shift:].view(t.shape).copy_(t)
 
-    def run(self, library: ctypes.CDLL, backward: bool) -> tuple[Tensor, Tensor, int]:
-        """y or dx, dclip, and what the C function returns."""
+    def ask(self, library: ctypes.CDLL, backward: bool) -> tuple[Tensor, ...]:
+        """y or dx, and dclip, which the next run writes; and what else must live until then."""
         x, grad = self.placed(self.x, "x"), self.placed(self.grad, "grad")
         out = torch.full_like(self.x, torch.nan, dtype=self.pair[0 if backward else 1])
         out = self.placed(out, "out")
         dclip, sums = torch.full_like(self.clip, 7.0), torch.full((len(x),), torch.nan)
         factor = DAMPING / (self.bucket.numel() // 2)
-        ran = library.dqw_fake_quant(
+        library.dqw_fake_quant_add(
             x.data_ptr(), grad.data_ptr() if backward else None, out.data_ptr(),
             self.clip.data_ptr(), None if self.window is None else self.window.data_ptr(),
             self.bucket.data_ptr(), dclip.data_ptr(), sums.data_ptr(), *x.shape, self.group,
-            self.clip.shape[0], self.bucket.numel(), factor, *(DTYPES.index(t) for t in self.pair),
+            self.clip.shape[0], self.bucket.numel(), factor,
         )  # fmt: skip
+        return out, dclip, x, grad, sums
+
+    def run(self, library: ctypes.CDLL, backward: bool) -> tuple[Tensor, Tensor, int]:
+        """y or dx, dclip, and what the C function returns."""
+        [(out, dclip)], ran, launches = run(library, [self], backward)
+        assert launches == (2 if backward and self.clip.numel() == 1 < len(self.x) else 1)
         return out, dclip, ran
 
     def check(self, library: ctypes.CDLL) -> int:
@@ -137,6 +154,27 @@ def test_tensors_that_are_not_aligned(library) -> None:
             assert Problem(3, 64, "16", pair=pair, shifted=name).check(library) == 1
 
 
+def test_matrices_of_one_launch(library) -> None:
+    """Each as on its own. A launch has 16 matrices at most, of one kernel and number of threads."""
+    one = [Problem(9, 96, "channel", ("apot", 4))]
+    wide = [Problem(3, 3072, "channel", ("apot", 4))]
+    tensors = [Problem(7, 96, "tensor", ("uniform", 8)) for _ in range(2)]
+    groups = [Problem(4, 96, "32", ("lloyd", 3)), Problem(70, 64, "16", ("apot", 8))]
+    for problems, launches in (
+        (one * 16, 1), (one * 17, 2), (one * 3 + wide + one * 2, 2),
+        (tensors + one, 1), (groups, 1), (groups + tensors + wide + one, 3),
+    ):  # fmt: skip
+        for backward in (False, True):
+            want = [p.run(library, backward)[:2] for p in problems]
+            got, ran, took = run(library, problems, backward)
+            totals = any(p.clip.numel() == 1 for p in problems)
+            assert ran != 0 and took == launches + (backward and totals)
+            for (out, dclip), (want_out, want_dclip) in zip(got, want, strict=True):
+                same(out, want_out)
+                if backward:
+                    same(dclip, want_dclip)
+
+
 def test_each_run_has_the_same_sums(library) -> None:
     for granularity in ("channel", "tensor", "32"):
         problem = Problem(6, 1280, granularity)
@@ -151,13 +189,10 @@ def test_each_run_has_the_same_sums(library) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90a"])
 def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
-    chunks = [f"{way}<{x}, {y}, {n}>" for way in ("Forward", "Backward") for x, y, n in INSTANCES]
-    lines = [f"template __global__ void dqw::fake_quant_{kernel}<dqw::{chunk}>(dqw::FakeQuant);"
-             for chunk in chunks for kernel in ("groups", "teams")
-             if kernel == "teams" or " 1>" not in chunk]  # fmt: skip
-    code = '#include "fake_quant_launch.h"\n' + "\n".join(lines)
-    cubin, said = nvcc(code, arch, tmp_path)
-    assert said.count(" 0 bytes spill stores, 0 bytes spill loads") == len(lines) + 1, said
+    cubin, said = nvcc('#include "fake_quant_launch.h"\n', arch, tmp_path)
+    kernels = 2 * 3 * len(PAIRS) + 1  # both ways: groups, teams, teams of single elements; total
+    assert said.count("Compiling entry function") == kernels
+    assert said.count(" 0 bytes spill stores, 0 bytes spill loads") == kernels, said
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
     assert max(registers) <= 64, registers
     text = sass(cubin)
@@ -165,7 +200,7 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
     found = re.findall(r"^\.text\._ZN3dqw1[67]fake_quant_(\w+)(.*?)(?=^\s*\.section|\Z)", text,
                        re.M | re.S)  # fmt: skip
     wide = [(name, body) for name, body in found if "Li1E" not in name and "total" not in name]
-    assert len(wide) == len(lines) - 4
+    assert len(wide) == 2 * 2 * len(PAIRS)
     for name, body in wide:
         first = body[: body.index("FCHK")]  # of a division, which needs the clip
         arrays = 2 if "Backward" in name else 1

@@ -43,6 +43,11 @@ def test_opcheck_fake_quant(granularity: str, dtype: torch.dtype) -> None:
         opcheck(ops.fake_quant_clip, (x.detach(), clip, bucket, window, size, other))
         args = (grad.to(other), x.detach(), clip, bucket, window, size, 0.1)
         opcheck(ops.fake_quant_clip_backward, args)
+    many = [x.detach(), x.detach()[:3]], [clip, clip[:3]], [bucket] * 2
+    windows = [torch.tensor([0.06, 0.2])] * 2
+    opcheck(ops.fake_quant_clips, (*many, windows, [size] * 2, dtype))
+    grads = [grad, grad[:3]]
+    opcheck(ops.fake_quant_clips_backward, (grads, *many, windows, [size] * 2, [0.1, 0.2]))
     opcheck(ops.quantize, (x.detach(), scale.detach(), bucket, size))
 
 

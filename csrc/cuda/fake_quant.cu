@@ -4,10 +4,10 @@
 //   y = fake_quant_clip(x (rows, cols), clip, bucket, window, group_size, dtype)
 //   dx, dclip = fake_quant_clip_backward(grad, x, clip, bucket, window, group_size, gradient_scale)
 //
-// and the same of a list of matrices, fake_quant_clips and fake_quant_clips_backward.
-//
-// One launch each (a clip for the whole tensor: two backward), and no Python between the caller and
-// it: a training step waits for its host. Nothing here waits for the GPU, so graphs capture it.
+// and the same of lists of matrices, fake_quant_clips and fake_quant_clips_backward: one launch for
+// all that have a kernel and a number of threads in common (a clip for a whole tensor: two
+// backward), and no Python between the caller and it, as a training step waits for its host.
+// Nothing here waits for the GPU, so graphs capture it.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -45,8 +45,18 @@ Tensor as(const Tensor& t, ScalarType type) {
     return t.scalar_type() == type ? t : torch::stable::to(t, std::make_optional(type));
 }
 
+// Contiguous, of the sizes and on the device of `like`: straight from the allocator, as asking
+// through the dispatcher takes as long as a launch.
 Tensor empty(const Tensor& like, ScalarType type) {
-    return torch::stable::new_empty(like, like.sizes(), std::make_optional(type));
+    const std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+    std::vector<int64_t> strides(sizes.size(), 1);
+    for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+    AtenTensorHandle made = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+        aoti_torch_device_type_cuda(), like.get_device_index(), &made));
+    return Tensor(made);
 }
 
 // Tensors that the kernel reads as they are.
@@ -92,115 +102,146 @@ FakeQuant problem(const Inputs& in, int64_t group, const Tensor& out) {
     return a;
 }
 
-void run(FakeQuant& a, const Tensor& x, bool backward, ScalarType other) {
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-    cudaError_t error = cudaSuccess;
-    const auto launch = [&](auto kernel, const FakeQuant& arguments, int blocks, int threads) {
-        cudaLaunchConfig_t config = {};
-        config.gridDim = blocks;
-        config.blockDim = threads;
-        config.stream = static_cast<cudaStream_t>(stream);
-        const cudaError_t found = cudaLaunchKernelEx(&config, kernel, arguments);
-        if (error == cudaSuccess) error = found;
-    };
-    const bool served =
-        launch_fake_quant(a, backward, *float_of(x.scalar_type()), *float_of(other), launch);
-    DQW_CHECK(served, "no kernel for these types");
-    DQW_CHECK(
-        error != cudaErrorNoKernelImageForDevice,
-        "the CUDA C++ library has no code for this GPU: install dqw again with DQW_CUDA_ARCHS "
-        "of it, or with DQW_CUDA=0");
-    DQW_CHECK(error == cudaSuccess, "dqw::fake_quant_clip: ", cudaGetErrorString(error));
+// Launches what was asked for, of one device and one pair of types; then it is done.
+struct Batch {
+    bool backward;
+    ScalarType x, other;  // other: y's type, or grad's
+    int32_t device;
+    std::vector<FakeQuant> asked;
+
+    void run() {
+        if (asked.empty()) return;
+        const torch::stable::accelerator::DeviceGuard guard(device);
+        void* stream = nullptr;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+        cudaError_t error = cudaSuccess;
+        const auto launch = [&](FakeQuantKernel kernel, const FakeQuants& arguments, int blocks,
+                                int threads) {
+            cudaLaunchConfig_t config = {};
+            config.gridDim = blocks;
+            config.blockDim = threads;
+            config.stream = static_cast<cudaStream_t>(stream);
+            const cudaError_t found = cudaLaunchKernelEx(&config, kernel, arguments);
+            if (error == cudaSuccess) error = found;
+        };
+        const bool served = launch_fake_quants(asked.data(), static_cast<int>(asked.size()),
+                                               backward, *float_of(x), *float_of(other), launch);
+        asked.clear();
+        DQW_CHECK(served, "no kernel for these types");
+        DQW_CHECK(error != cudaErrorNoKernelImageForDevice,
+                  "the CUDA C++ library has no code for this GPU: install dqw again with "
+                  "DQW_CUDA_ARCHS of it, or with DQW_CUDA=0");
+        DQW_CHECK(error == cudaSuccess, "dqw::fake_quant_clip: ", cudaGetErrorString(error));
+    }
+    // Asks for one more, after those before if they are of another kind.
+    void add(const FakeQuant& a, ScalarType x_type, ScalarType other_type, int32_t on) {
+        if (x_type != x || other_type != other || on != device) run();
+        x = x_type, other = other_type, device = on;
+        asked.push_back(a);
+    }
+};
+
+using Tensors = std::vector<Tensor>;
+using Windows = std::vector<std::optional<Tensor>>;
+
+// Matrices without groups have no window.
+Windows used(const Tensors& window, const std::vector<int64_t>& group) {
+    DQW_CHECK(window.size() == group.size(), "each matrix takes a window and a group size");
+    Windows found;
+    for (size_t i = 0; i < window.size(); i++) {
+        found.push_back(group[i] ? std::make_optional(window[i]) : std::nullopt);
+    }
+    return found;
+}
+
+Tensors forward(const Tensors& x, const Tensors& clip, const Tensors& bucket, const Windows& window,
+                const std::vector<int64_t>& group, ScalarType dtype) {
+    const size_t count = x.size();
+    DQW_CHECK(clip.size() == count && bucket.size() == count && window.size() == count &&
+                  group.size() == count,
+              "each matrix takes a clip, a bucket, a window and a group size");
+    std::vector<Inputs> inputs;  // alive until the launch: copies among them are not the caller's
+    Tensors ys;
+    Batch batch = {};
+    for (size_t i = 0; i < count; i++) {
+        inputs.push_back(checked(x[i], clip[i], bucket[i], window[i], group[i]));
+        // Other than float32 is rounded twice: to x's dtype, and to the one asked for.
+        const ScalarType type = x[i].scalar_type();
+        const ScalarType written = type == ScalarType::Float && float_of(dtype) ? dtype : type;
+        ys.push_back(empty(x[i], written));
+        if (ys[i].numel() == 0) continue;
+        batch.add(problem(inputs[i], group[i], ys[i]), type, written, x[i].get_device_index());
+    }
+    batch.run();
+    for (Tensor& y : ys) y = as(y, dtype);
+    return ys;
+}
+
+Tensors backward(const Tensors& grad, const Tensors& x, const Tensors& clip, const Tensors& bucket,
+                 const Windows& window, const std::vector<int64_t>& group,
+                 const std::vector<double>& gradient_scale) {
+    const size_t count = x.size();
+    DQW_CHECK(grad.size() == count && clip.size() == count && bucket.size() == count &&
+                  window.size() == count && group.size() == count && gradient_scale.size() == count,
+              "each matrix takes a gradient, a clip, a bucket, a window, a group size and a scale");
+    std::vector<Inputs> inputs;
+    Tensors found, dclips, kept;
+    Batch batch = {.backward = true};
+    for (size_t i = 0; i < count; i++) {
+        inputs.push_back(checked(x[i], clip[i], bucket[i], window[i], group[i]));
+        DQW_CHECK(grad[i].dim() == 2 && grad[i].size(0) == x[i].size(0) &&
+                      grad[i].size(1) == x[i].size(1) &&
+                      grad[i].get_device_index() == x[i].get_device_index(),
+                  "grad must have the shape of x, on its device");
+        // To x's dtype first; the kernel's own widening to float32 is exact.
+        const ScalarType type = x[i].scalar_type();
+        const bool widened = type == ScalarType::Float && float_of(grad[i].scalar_type());
+        kept.push_back(dense(widened ? grad[i] : as(grad[i], type)));
+        const Tensor g = kept.back();
+        found.push_back(empty(x[i], type));
+        if (x[i].numel() == 0) {
+            dclips.push_back(torch::stable::new_zeros(clip[i], clip[i].sizes()));
+            continue;
+        }
+        dclips.push_back(empty(clip[i], ScalarType::Float));
+        FakeQuant a = problem(inputs[i], group[i], found[i]);
+        a.grad = g.const_data_ptr();
+        a.dclip = static_cast<float*>(dclips[i].mutable_data_ptr());
+        a.factor =
+            static_cast<float>(gradient_scale[i] / static_cast<double>(bucket[i].numel() / 2));
+        if (a.per_tensor) {
+            kept.push_back(torch::stable::new_empty(clip[i], std::vector<int64_t>{x[i].size(0)}));
+            a.sums = static_cast<float*>(kept.back().mutable_data_ptr());
+        }
+        batch.add(a, type, g.scalar_type(), x[i].get_device_index());
+    }
+    batch.run();
+    found.insert(found.end(), dclips.begin(), dclips.end());
+    return found;
+}
+
+Tensors fake_quant_clips(Tensors x, Tensors clip, Tensors bucket, Tensors window,
+                         std::vector<int64_t> group, ScalarType dtype) {
+    return forward(x, clip, bucket, used(window, group), group, dtype);
+}
+
+Tensors fake_quant_clips_backward(Tensors grad, Tensors x, Tensors clip, Tensors bucket,
+                                  Tensors window, std::vector<int64_t> group,
+                                  std::vector<double> gradient_scale) {
+    return backward(grad, x, clip, bucket, used(window, group), group, gradient_scale);
 }
 
 Tensor fake_quant_clip(Tensor x, Tensor clip, Tensor bucket, std::optional<Tensor> window,
                        int64_t group, ScalarType dtype) {
-    const Inputs in = checked(x, clip, bucket, window, group);
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    // Other than float32 is rounded twice: to x's dtype, and to the one asked for.
-    const ScalarType type = x.scalar_type();
-    const ScalarType written = type == ScalarType::Float && float_of(dtype) ? dtype : type;
-    Tensor y = empty(x, written);
-    if (y.numel() != 0) {
-        FakeQuant a = problem(in, group, y);
-        run(a, in.x, false, written);
-    }
-    return as(y, dtype);
+    return forward({x}, {clip}, {bucket}, {window}, {group}, dtype)[0];
 }
 
 std::tuple<Tensor, Tensor> fake_quant_clip_backward(Tensor grad, Tensor x, Tensor clip,
                                                     Tensor bucket, std::optional<Tensor> window,
                                                     int64_t group, double gradient_scale) {
-    const Inputs in = checked(x, clip, bucket, window, group);
-    DQW_CHECK(grad.dim() == 2 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
-                  grad.get_device_index() == x.get_device_index(),
-              "grad must have the shape of x, on its device");
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    // To x's dtype first; the kernel's own widening to float32 is exact.
-    const ScalarType type = x.scalar_type();
-    const bool widened = type == ScalarType::Float && float_of(grad.scalar_type());
-    const Tensor g = dense(widened ? grad : as(grad, type));
-    Tensor dx = empty(x, type);
-    if (dx.numel() == 0) {
-        return {dx, torch::stable::new_zeros(clip, clip.sizes())};
-    }
-    Tensor dclip = empty(clip, ScalarType::Float);
-    FakeQuant a = problem(in, group, dx);
-    a.grad = g.const_data_ptr();
-    a.dclip = static_cast<float*>(dclip.mutable_data_ptr());
-    a.factor = static_cast<float>(gradient_scale / static_cast<double>(bucket.numel() / 2));
-    std::optional<Tensor> sums;
-    if (a.per_tensor) {
-        sums = torch::stable::new_empty(clip, std::vector<int64_t>{x.size(0)});
-        a.sums = static_cast<float*>(sums->mutable_data_ptr());
-    }
-    run(a, in.x, true, g.scalar_type());
-    return {dx, dclip};
-}
-
-std::optional<Tensor> window_of(const Tensor& window, int64_t group) {
-    return group ? std::make_optional(window) : std::nullopt;
-}
-
-std::vector<Tensor> fake_quant_clips(std::vector<Tensor> x, std::vector<Tensor> clip,
-                                     std::vector<Tensor> bucket, std::vector<Tensor> window,
-                                     std::vector<int64_t> group, ScalarType dtype) {
-    const size_t count = x.size();
-    DQW_CHECK(clip.size() == count && bucket.size() == count && window.size() == count &&
-                  group.size() == count,
-              "each matrix takes a clip, a bucket, a window and a group size");
-    std::vector<Tensor> ys;
-    ys.reserve(count);
-    for (size_t i = 0; i < count; i++) {
-        ys.push_back(fake_quant_clip(x[i], clip[i], bucket[i], window_of(window[i], group[i]),
-                                     group[i], dtype));
-    }
-    return ys;
-}
-
-std::vector<Tensor> fake_quant_clips_backward(std::vector<Tensor> grad, std::vector<Tensor> x,
-                                              std::vector<Tensor> clip, std::vector<Tensor> bucket,
-                                              std::vector<Tensor> window,
-                                              std::vector<int64_t> group,
-                                              std::vector<double> gradient_scale) {
-    const size_t count = x.size();
-    DQW_CHECK(grad.size() == count && clip.size() == count && bucket.size() == count &&
-                  window.size() == count && group.size() == count &&
-                  gradient_scale.size() == count,
-              "each matrix takes a gradient, a clip, a bucket, a window, a group size and a scale");
-    std::vector<Tensor> found, dclips;
-    found.reserve(2 * count);
-    dclips.reserve(count);
-    for (size_t i = 0; i < count; i++) {
-        auto [dx, dclip] =
-            fake_quant_clip_backward(grad[i], x[i], clip[i], bucket[i],
-                                     window_of(window[i], group[i]), group[i], gradient_scale[i]);
-        found.push_back(dx);
-        dclips.push_back(dclip);
-    }
-    found.insert(found.end(), dclips.begin(), dclips.end());
-    return found;
+    const Tensors found =
+        backward({grad}, {x}, {clip}, {bucket}, {window}, {group}, {gradient_scale});
+    return {found[0], found[1]};
 }
 
 }  // namespace

@@ -46,12 +46,15 @@ __device__ inline float sum_of_lanes(float v, int shift) {
 }
 
 template <typename Chunk>
-__global__ void __launch_bounds__(128, 8) fake_quant_groups(const FakeQuant a) {
+__global__ void __launch_bounds__(128, 8)
+    fake_quant_groups(const __grid_constant__ FakeQuants all) {
     DQW_SHARED(float, table, kTable);
+    int block;
+    const FakeQuant& a = all.each[matrix_of(all, block)];
     constexpr int V = Chunk::kColumns, TILE = 32 * kChunks;
     static_assert(TILE / 2 <= 32, "a lane has one segment at most");
     const int lane = threadIdx.x % 32, mine = (1 << a.shift) - 1;
-    const int64_t first = ((int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * TILE;
+    const int64_t first = ((int64_t)block * (blockDim.x / 32) + threadIdx.x / 32) * TILE;
     const int64_t left = a.elements / V - first;
     const int here = left < TILE ? (left > 0 ? (int)left : 0) : TILE;
     Entry entry;
@@ -86,13 +89,16 @@ __global__ void __launch_bounds__(128, 8) fake_quant_groups(const FakeQuant a) {
 }
 
 template <typename Chunk>
-__global__ void __launch_bounds__(32 * kTeamWarps, 2) fake_quant_teams(const FakeQuant a) {
+__global__ void __launch_bounds__(32 * kTeamWarps, 2)
+    fake_quant_teams(const __grid_constant__ FakeQuants all) {
     DQW_SHARED(float, table, kTable);
     DQW_SHARED(float, parts, kTeamWarps);
+    int block;
+    const FakeQuant& a = all.each[matrix_of(all, block)];
     constexpr int V = Chunk::kColumns;
     const int size = 32 * a.warps;  // teams share a block only where they have one warp or two
     const int team = a.teams == 1 ? 0 : threadIdx.x >> (4 + a.warps), t = threadIdx.x - team * size;
-    const int number = blockIdx.x * a.teams + team;
+    const int number = block * a.teams + team;
     const bool exists = number < a.count;
     int row = number, skipped = 0, columns = a.cols;
     if (a.groups > 1) {
@@ -148,9 +154,11 @@ __global__ void __launch_bounds__(32 * kTeamWarps, 2) fake_quant_teams(const Fak
     }
 }
 
-// The gradient of the one clip from the sums of the rows; one block of kTeamWarps warps.
-__global__ void __launch_bounds__(32 * kTeamWarps) fake_quant_total(const FakeQuant a) {
+// The gradient of the one clip from the sums of the rows; a block of kTeamWarps warps a matrix.
+__global__ void __launch_bounds__(32 * kTeamWarps)
+    fake_quant_total(const __grid_constant__ FakeQuants all) {
     DQW_SHARED(float, parts, kTeamWarps);
+    const FakeQuant& a = all.each[blockIdx.x];
     float total = 0.0f;
     for (int i = threadIdx.x; i < a.count; i += blockDim.x) total += a.sums[i];
     total = sum_of_lanes(total, 5);

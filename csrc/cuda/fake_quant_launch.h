@@ -1,6 +1,8 @@
 // Which kernel of fake_quant.h serves a call, and in how many blocks.
 #pragma once
 
+#include <vector>
+
 #include "fake_quant.h"
 
 namespace dqw {
@@ -83,20 +85,82 @@ inline void set_sizes(FakeQuant& a, int64_t rows, int64_t cols, int64_t group, i
     a.per_tensor = group == 0 && clip_rows == 1 && rows > 1;
 }
 
-// launch(kernel, arguments, blocks, threads) for what the call takes; false if no kernel has these
-// types.
-template <typename F>
-bool launch_fake_quant(FakeQuant& a, bool backward, Float x, Float other, const F& launch) {
+using FakeQuantKernel = void (*)(const FakeQuants);
+
+// What serves a matrix: a kernel, and its blocks of so many threads. Fills in what the kernel has
+// to know; no kernel where none has these types.
+struct Served {
+    FakeQuantKernel kernel;
+    int blocks, threads;
+};
+inline Served served_by(FakeQuant& a, bool backward, Float x, Float other) {
+    Served found = {};
     const bool wide = is_wide(a, backward, x, other);
-    const bool served = with_chunk(backward, wide, x, other, [&]<typename Chunk>() {
+    with_chunk(backward, wide, x, other, [&]<typename Chunk>() {
         const FakeQuantPlan p = plan_of(a, Chunk::kColumns);
+        found = {fake_quant_teams<Chunk>, p.blocks, p.threads};
         if constexpr (Chunk::kColumns > 1) {
-            if (p.groups) return launch(fake_quant_groups<Chunk>, a, p.blocks, p.threads);
+            if (p.groups) found.kernel = fake_quant_groups<Chunk>;
         }
-        launch(fake_quant_teams<Chunk>, a, p.blocks, p.threads);
     });
-    if (served && backward && a.per_tensor) launch(fake_quant_total, a, 1, 32 * kTeamWarps);
-    return served;
+    return found;
+}
+
+// A launch of count matrices, from none on.
+class Together {
+  public:
+    int count = 0;
+
+    // False where it is full.
+    bool add(const FakeQuant& a, int blocks) {
+        if (count == kTogether || blocks_ > kMostBlocks - blocks) return false;
+        if (count == 0) {
+            for (int& first : all_.first) first = kMostBlocks;
+        }
+        all_.each[count] = a;
+        all_.first[count++] = blocks_;
+        blocks_ += blocks;
+        return true;
+    }
+    template <typename F>
+    void send(FakeQuantKernel kernel, int threads, const F& launch) {
+        if (count > 0) launch(kernel, all_, blocks_, threads);
+        count = blocks_ = 0;
+    }
+
+  private:
+    static constexpr int kMostBlocks = 0x7fffffff;
+    FakeQuants all_;
+    int blocks_ = 0;
+};
+
+// launch(kernel, arguments, blocks, threads) for the count matrices from a on, in as few launches
+// as their kernels and threads allow. x: their type; other: y's, or grad's if backward. False, and
+// nothing launched, if no kernel has these types.
+template <typename F>
+bool launch_fake_quants(FakeQuant* a, int count, bool backward, Float x, Float other,
+                        const F& launch) {
+    std::vector<Served> served;
+    for (int i = 0; i < count; i++) served.push_back(served_by(a[i], backward, x, other));
+    Together together;
+    for (int i = 0; i < count; i++) {
+        const Served s = served[i];
+        if (s.kernel == nullptr) return false;
+        if (s.blocks == 0) continue;  // it went with one before
+        for (int j = i; j < count; j++) {
+            if (served[j].kernel != s.kernel || served[j].threads != s.threads) continue;
+            if (together.add(a[j], served[j].blocks)) served[j].blocks = 0;
+        }
+        together.send(s.kernel, s.threads, launch);
+    }
+    if (!backward) return true;
+    for (int i = 0; i < count; i++) {
+        if (a[i].per_tensor) together.add(a[i], 1);
+        if (together.count == kTogether || i + 1 == count) {
+            together.send(fake_quant_total, 32 * kTeamWarps, launch);
+        }
+    }
+    return true;
 }
 
 }  // namespace dqw

@@ -1,0 +1,183 @@
+"""A transformer layer's weights rounded together: what each gives on its own, bit for bit."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+from whisper_helpers import make_tiny_whisper
+
+import dqw
+from dqw import fake_quant, ops
+from dqw.convert import dequantize, quant_modules
+from dqw.linear import QuantLinear
+from dqw.recipe import Recipe
+from dqw.together import Together, forget_together
+
+KINDS = {
+    "apot": {"bits": 4, "grid": "apot", "group_size": 0},
+    "groups": {"bits": 3, "grid": "lloyd", "group_size": 16, "activations": "int8"},
+    "weight norm": {"bits": 5, "grid": "apot", "weight_norm": True},
+    "mixed": {
+        "override": [
+            {"match": "*.fc1", "bits": 8, "step": 0.05},
+            {"match": "*.q_proj", "bits": 2},
+        ]
+    },
+}
+
+
+def quantized(kind: str = "apot"):  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    model = make_tiny_whisper().train()
+    dqw.quantize(model, Recipe.from_dict({"quant": KINDS[kind]}, "the test"))
+    return model
+
+
+def losses(model) -> Tensor:  # type: ignore[no-untyped-def]
+    torch.manual_seed(1)
+    features, ids = torch.randn(2, 80, 3000), torch.randint(0, 50, (2, 6))
+    return model(input_features=features, labels=ids).loss
+
+
+def gradients(model, lower: bool = False) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+    with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+        loss = losses(model)
+    loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys() and len(got) > 20
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
+@contextmanager
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Matrices of each call of the operator for several."""
+    seen: list[int] = []
+    operator = ops.fake_quant_clips
+
+    def counted(x: list[Tensor], *rest: object) -> list[Tensor]:
+        seen.append(len(x))
+        return operator(x, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fake_quant.ops, "fake_quant_clips", counted)
+        yield seen
+
+
+@pytest.mark.parametrize("lower", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_a_step(kind: str, lower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, alone = quantized(kind), quantized(kind)
+    forget_together(alone)
+    with calls(monkeypatch) as seen:
+        want = gradients(alone, lower)
+        assert not seen
+        same(gradients(model, lower), want)
+    config = model.config
+    assert seen == [6] * config.encoder_layers + [10] * config.decoder_layers
+
+
+def test_guidance_leaves_some_out() -> None:
+    model, alone = quantized(), quantized()
+    forget_together(alone)
+    for m in (model, alone):
+        m.model.encoder.layers[0].fc1.chosen = False
+        for module in m.model.decoder.layers[0].modules():
+            if isinstance(module, QuantLinear):
+                module.chosen = False
+    same(gradients(model), gradients(alone))
+
+
+def test_gradients_are_checkpointed() -> None:
+    model, alone = quantized(), quantized()
+    forget_together(alone)
+    for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
+        assert hasattr(layer, "gradient_checkpointing")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    same(gradients(model), gradients(alone))
+
+
+def test_frozen_weights_and_fixed_clips() -> None:
+    model, alone = quantized(), quantized()
+    forget_together(alone)
+    for m in (model, alone):
+        m.model.encoder.requires_grad_(False)
+        m.model.decoder.layers[0].fc2.weight.requires_grad_(False)
+        m.model.decoder.layers[0].fc1.quantizer.clip.requires_grad_(False)
+    same(gradients(model), gradients(alone))
+    with torch.no_grad():
+        assert torch.equal(losses(model), losses(alone))
+
+
+def test_nothing_stays() -> None:
+    """After a step, and after one that fails within a layer."""
+    model = quantized()
+    losses(model)
+    assert all(m.rounded is None for m in quant_modules(model).values())
+    held = []
+
+    def fail(module: object, args: object) -> None:
+        held.append(model.model.decoder.layers[0].fc1.rounded)
+        raise KeyError("in the middle of a layer")
+
+    model.model.decoder.layers[0].fc1.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError):
+        losses(model)
+    assert held[0] is not None
+    assert all(m.rounded is None for m in quant_modules(model).values())
+
+
+def test_a_copy_rounds_its_own_weights() -> None:
+    model = quantized()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in quant_modules(other).values():
+            module.weight.mul_(1.5)
+    alone = copy.deepcopy(other)
+    forget_together(alone)
+    same(gradients(other), gradients(alone))
+
+
+def test_another_dtype_than_the_layer_was_given() -> None:
+    """The hook reads the layer's input; a module that gets another rounds its own."""
+    model, alone = quantized(), quantized()
+    forget_together(alone)
+    for m in (model, alone):
+        fc1 = m.model.encoder.layers[0].fc1
+        fc1.register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16),))
+        fc1.register_forward_hook(lambda module, args, y: y.float())
+        fc1.bias.data = fc1.bias.data.bfloat16()
+    same(gradients(model), gradients(alone))
+
+
+def test_packed_and_float_models_have_no_hooks() -> None:
+    def hooks(model) -> int:  # type: ignore[no-untyped-def]
+        both = [(*m._forward_hooks.values(), *m._forward_pre_hooks.values(),
+                 *m._forward_hooks_always_called) for m in model.modules()]  # fmt: skip
+        return sum(len(found) for found in both)
+
+    layers = 2 * make_tiny_whisper().config.encoder_layers
+    assert hooks(quantized()) == 3 * layers
+    assert hooks(dqw.freeze(quantized())) == 0
+    assert hooks(dequantize(quantized())) == 0
+    own = quantized()
+    own.model.encoder.layers[0].register_forward_hook(lambda *_: None)
+    forget_together(own)
+    assert hooks(own) == 1
+
+
+def test_a_layer_compiles_whole() -> None:
+    model = quantized()
+    layer = model.model.encoder.layers[0]
+    x = torch.randn(1, 30, model.config.d_model)
+    want = layer(x, None)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, None), want)
+    assert isinstance(next(iter(layer._forward_pre_hooks.values())).__self__, Together)
