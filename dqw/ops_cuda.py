@@ -8,11 +8,12 @@ when the first tensor comes for it. Triton serves all. Where the CUDA C++ librar
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from dqw import reference
 from dqw.packing import packed_bytes
@@ -128,8 +129,27 @@ def _is_new_enough(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+_uniform: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # tables that were looked at
+
+
+def _is_uniform(levels: Tensor) -> bool:
+    """Whether a table's levels are their indices: bfloat16 holds each of 7 and 8 bits then. The
+    first look waits for the GPU; where a graph is captured nobody may, and the answer is no."""
+    if levels not in _uniform:
+        if levels.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        half = levels.numel() // 2
+        _uniform[levels] = int(levels[half - 1]) == half - 1  # they rise from 0 or more
+    return _uniform[levels]
+
+
 def gemv_serves(
-    x: Tensor, weights: list[Tensor], scales: list[Tensor], bits: int, group_size: int
+    x: Tensor,
+    weights: list[Tensor],
+    scales: list[Tensor],
+    levels: Tensor,
+    bits: int,
+    group_size: int,
 ) -> bool:
     """Whether the CUDA C++ kernel takes these layers: what csrc/cuda/quant_linear.cu demands.
 
@@ -140,7 +160,10 @@ def gemv_serves(
         not library_reason
         and _is_new_enough(x.device)
         and x.shape[:-1].numel() <= ROWS["CUDA C++"]
-        and (x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and bits <= 6))
+        and (
+            x.dtype == torch.float16
+            or (x.dtype == torch.bfloat16 and (bits <= 6 or _is_uniform(levels)))
+        )
         and group_size in (0, 16, 32, 64, 128)
         and x.shape[-1] % 8 == 0
         and (x.data_ptr() % 16 == 0 or not x.is_contiguous())
@@ -162,7 +185,7 @@ def quant_linears(
     gelu: bool,
 ) -> list[Tensor]:
     cols = x.shape[-1]
-    if len(rows) > 3 or not gemv_serves(x, weights, scales, bits, group_size):
+    if len(rows) > 3 or not gemv_serves(x, weights, scales, levels, bits, group_size):
         return reference.quant_linears(
             x, weights, scales, levels, biases, rows, bits, group_size, gelu
         )
@@ -193,7 +216,7 @@ def quant_linear(
     _check_packed(weight, scale, levels, rows, cols, bits, group_size)
     if bias is not None and bias.numel() != rows:
         raise ValueError(f"bias must have {rows} entries, got {bias.numel()}")
-    if not int8_activations and gemv_serves(x, [weight], [scale], bits, group_size):
+    if not int8_activations and gemv_serves(x, [weight], [scale], levels, bits, group_size):
         one = quant_linears(x, [weight], [scale], levels, [bias], [rows], bits, group_size, False)
         return one[0]
     fits = kernel.supports(cols, group_size, int8_activations)

@@ -38,21 +38,22 @@ def test_case(case: str) -> None:
 def test_case_gemv(group: int, dtype: torch.dtype) -> None:
     """CUDA C++: rows of the identity give the exact weights of three matrices, rounded once."""
     rows, cols = [24, 9, 51], 200
-    for bits in range(2, 9 if dtype == torch.float16 else 7):
-        levels = grids.levels("apot", bits)
-        weights = [random_weight(n, cols, bits, levels)[0] for n in rows]
+    kinds = [(bits, "apot") for bits in range(2, 9 if dtype == torch.float16 else 7)]
+    for bits, grid in [*kinds, *((bits, "uniform") for bits in range(5, 9))]:
+        levels = grids.levels(grid, bits).cuda()
+        weights = [random_weight(n, cols, bits, levels.cpu())[0] for n in rows]
         scales = [random_scale(n, cols, str(group) if group else "channel")[0] for n in rows]
         scales = [packing.round_scales(s).half() if group else s for s in scales]
         w = [
-            reference.dequantize(w, s, levels, n, cols, bits, group)
+            reference.dequantize(w, s, levels.cpu(), n, cols, bits, group)
             for w, s, n in zip(weights, scales, rows, strict=True)
         ]
         weights, scales = [t.cuda() for t in weights], [t.cuda() for t in scales]
         for start in (12, 44, 60, 192):
             x = torch.eye(cols, dtype=dtype)[start : start + 16].cuda()
-            assert ops_cuda.gemv_serves(x, weights, scales, bits, group)
+            assert ops_cuda.gemv_serves(x, weights, scales, levels, bits, group)
             found = ops.quant_linears(
-                x, weights, scales, levels.cuda(), [None] * 3, rows, bits, group, False
+                x, weights, scales, levels, [None] * 3, rows, bits, group, False
             )
             for y, exact in zip(found, w, strict=True):
                 assert torch.equal(y.cpu(), exact.T[start : start + 16].to(dtype))

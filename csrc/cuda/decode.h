@@ -9,8 +9,9 @@
 // such codes have at most. A 16-bit level takes two picks, of its high and its low byte; signs are
 // ORed into the high ones. 15 instructions for 8 codes, float16 and bfloat16 alike, exact because
 // nothing is computed. It needs level[half + i] = -level[i], which every grid of dqw.grids keeps.
-// 5 to 8 bits: a table in shared memory, whose up to 64 entries of 2 bytes lie in different banks
-// (7 and 8 bits: two and four entries to a bank).
+// 5 to 8 bits: arithmetic on a uniform grid, 9 instructions for 4 codes; else a table in shared
+// memory, whose up to 64 entries of 2 bytes lie in different banks (7 and 8 bits: two and four to a
+// bank).
 #pragma once
 
 #include <stdint.h>
@@ -94,6 +95,19 @@ __device__ inline uint32_t nibbles_of(uint32_t first, uint32_t second) {
 __device__ inline void decode_bytes(uint32_t codes, const uint16_t* table, uint32_t out[2]) {
     out[0] = table[codes & 255] | (uint32_t)table[codes >> 8 & 255] << 16;
     out[1] = table[codes >> 16 & 255] | (uint32_t)table[codes >> 24] << 16;
+}
+
+// The same on a uniform grid, whose level is its index, with no memory in between: 1024 + m has m
+// in the lowest bits of a float16, 128 + m in a bfloat16's, and taking the large part off is exact.
+template <typename T, int BITS>
+__device__ inline void decode_uniform(uint32_t codes, uint32_t out[2]) {
+    const uint32_t large = large_of<T>();
+    const uint32_t m = codes & (0x01010101u * ((1 << (BITS - 1)) - 1));
+    const uint32_t sign = codes << (8 - BITS);  // to a byte's top bit
+    const uint32_t first = minus<T>(prmt(m, large, 0x5150), large);
+    const uint32_t second = minus<T>(prmt(m, large, 0x5352), large);
+    out[0] = first | (prmt(sign, 0, 0x1404) & 0x80008000u);
+    out[1] = second | (prmt(sign, 0, 0x3424) & 0x80008000u);
 }
 
 }  // namespace dqw

@@ -221,6 +221,34 @@ __device__ inline uint32_t times<__nv_bfloat16>(uint32_t pair, uint32_t scale) {
     return out;
 }
 
+// A pair of the power of two whose lowest bit counts 1; its low byte is 0.
+template <typename T>
+__device__ inline uint32_t large_of();
+template <>
+__device__ inline uint32_t large_of<__half>() {
+    return 0x64006400u;  // 1024
+}
+template <>
+__device__ inline uint32_t large_of<__nv_bfloat16>() {
+    return 0x43004300u;  // 128
+}
+template <typename T>
+__device__ inline uint32_t minus(uint32_t pair, uint32_t other);
+template <>
+__device__ inline uint32_t minus<__half>(uint32_t pair, uint32_t other) {
+    uint32_t out;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(pair), "r"(other));
+    return out;
+}
+template <>
+__device__ inline uint32_t minus<__nv_bfloat16>(uint32_t pair, uint32_t other) {
+    uint32_t out;  // sm_80 has no bfloat16 difference: pair * 1 - other
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+        : "=r"(out)
+        : "r"(pair), "r"(0x3f803f80u), "r"(other ^ 0x80008000u));
+    return out;
+}
+
 // sum += A B of m16n8k16, float32. a0 a2: of row r of A columns 2t, 2t+1 and 2t+8, 2t+9, a1 a3: of
 // row r + 8; b0 b1: the same of column r of B; sum: row r, columns 2t and 2t+1, then row r + 8.
 // volatile: all threads of a warp must come here together, so no copy of it may go down a branch.

@@ -45,8 +45,9 @@ constexpr int kAtOnce = 2;
 #endif
 
 // Warps of a block at most, for registers to suffice.
-__host__ __device__ constexpr int most_warps(int bits, int x_tiles) {
-    return x_tiles == 2 || bits == 3 || bits == 7 ? 8 : kMostWarps;
+__host__ __device__ constexpr int most_warps(int bits, int x_tiles, bool grouped) {
+    if (bits == 7 && x_tiles == 2 && grouped) return 6;
+    return x_tiles == 2 || bits == 3 || bits == 7 || (bits == 8 && grouped) ? 8 : kMostWarps;
 }
 
 // How the columns of a tile are shared: by how many blocks, of how many warps.
@@ -77,7 +78,8 @@ inline Plan plan_of(int tiles, int blocks, int most, int processors, int cluster
 // T: __half or __nv_bfloat16. X_TILES: of 8 rows of x. Launch: (tiles of all matrices × cluster) ×
 // (32 × warps) threads.
 template <typename T, int BITS, bool GROUPED, int X_TILES>
-__global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES), kAtOnce) gemv(const Gemv a) {
+__global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES, GROUPED), kAtOnce)
+    gemv(const Gemv a) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
     return;  // code for older cards is for fake quantization: see _is_new_enough in dqw/ops_cuda.py
 #endif
@@ -85,8 +87,8 @@ __global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES), kAtOnce) gemv(
     constexpr int SUMS = 8 * X_TILES * kSumStride;
     constexpr int PARTS = kMostCluster * 8 * X_TILES * kTile;
     DQW_SHARED(uint16_t, table, TABLE);
-    DQW_SHARED(float, sums, most_warps(BITS, X_TILES) * SUMS);  // of the warps
-    DQW_SHARED(float, parts, PARTS);                            // of the cluster's blocks
+    DQW_SHARED(float, sums, most_warps(BITS, X_TILES, GROUPED) * SUMS);  // of the warps
+    DQW_SHARED(float, parts, PARTS);                                     // of the cluster's blocks
     DQW_SHARED(uint64_t, arrival, 1);
 
     let_next_start();
@@ -127,10 +129,13 @@ __global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES), kAtOnce) gemv(
     const int level = BITS <= 4 ? a.levels[lane % (1 << (BITS <= 4 ? BITS - 1 : 0))] : 0;
     if (step < end) ask(step);
     Pool pool = {};
+    // Levels rise from 0 or more: where the last is its index, each is.
+    constexpr int LAST = (1 << (BITS - 1)) - 1;
+    const bool uniform = BITS > 4 && a.levels[LAST] == LAST;
     if (BITS <= 4) {
         pool = pool_of(bits_of(from_float<T>((float)level)), lane, 1 << (BITS - 1),
                        hidden_zero(weight));
-    } else {
+    } else if (!uniform) {
         for (int i = threadIdx.x; i < TABLE; i += threads) {
             table[i] = bits_of(from_float<T>((float)a.levels[i]));
         }
@@ -153,27 +158,35 @@ __global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES), kAtOnce) gemv(
         x[i] = reinterpret_cast<const uint16_t*>(a.x) + start;
         left[i] = r + 8 * i < a.m ? a.cols - 64 * (t / 2) - j : 0;
     }
-    while (step < end) {
-        Columns columns[X_TILES];
+    const auto work = [&]<bool UNIFORM>() {
+        while (step < end) {
+            Columns columns[X_TILES];
 #pragma unroll
-        for (int i = 0; i < X_TILES; i++) columns[i].load(x[i] + 128 * step, left[i] - 128 * step);
+            for (int i = 0; i < X_TILES; i++)
+                columns[i].load(x[i] + 128 * step, left[i] - 128 * step);
 #pragma unroll
-        for (int q = 0; q < 4; q++) {
+            for (int q = 0; q < 4; q++) {
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                uint32_t v[4], z[4];  // beyond the last column x is 0, whatever level code 0 is
-                share[2 * h].template decode<T>(q, j, pool, table, v);
-                share[2 * h + 1].template decode<T>(q, j, pool, table, z);
+                for (int h = 0; h < 2; h++) {
+                    uint32_t v[4], z[4];  // beyond the last column x is 0, whatever level code 0 is
+                    share[2 * h].template decode<T, UNIFORM>(q, j, pool, table, v);
+                    share[2 * h + 1].template decode<T, UNIFORM>(q, j, pool, table, z);
 #pragma unroll
-                for (int i = 0; i < X_TILES; i++) {
-                    const uint2 first = columns[i].first[q], second = columns[i].second[q];
-                    multiply<T>(total[h][i], v[0], z[0], v[1], z[1], first.x, first.y);
-                    multiply<T>(total[h][i], v[2], z[2], v[3], z[3], second.x, second.y);
+                    for (int i = 0; i < X_TILES; i++) {
+                        const uint2 first = columns[i].first[q], second = columns[i].second[q];
+                        multiply<T>(total[h][i], v[0], z[0], v[1], z[1], first.x, first.y);
+                        multiply<T>(total[h][i], v[2], z[2], v[3], z[3], second.x, second.y);
+                    }
                 }
             }
+            step += warps;
+            if (step < end) ask(step);
         }
-        step += warps;
-        if (step < end) ask(step);
+    };
+    if (BITS > 4 && uniform) {
+        work.template operator()<true>();
+    } else {
+        work.template operator()<false>();
     }
 
     for (int h = 0; h < 2; h++) {

@@ -15,9 +15,10 @@ void with_bits(const Gemv& a, bool grouped, const F& f) {
     }
 }
 
-// False where there is no instance: bfloat16 does not hold every level of 7 and 8 bits, and this
-// kernel multiplies levels; groups of 16, 32, 64 and 128 have their scale in a lane's columns.
-template <typename T, bool EXACT_7_AND_8, typename F>
+// False where there is no instance: groups of 16, 32, 64 and 128 have their scale in a lane's
+// columns. bfloat16 holds every level of 7 and 8 bits of a uniform grid alone, and this kernel
+// multiplies levels: who calls sees to that.
+template <typename T, typename F>
 bool with_kernel(Gemv& a, int bits, int group, const F& f) {
     if (group != 0 && group != 16 && group != 32 && group != 64 && group != 128) return false;
     const bool grouped = group != 0;
@@ -38,11 +39,12 @@ bool with_kernel(Gemv& a, int bits, int group, const F& f) {
         case 6:
             with_bits<T, 6>(a, grouped, f);
             return true;
-    }
-    if constexpr (EXACT_7_AND_8) {
-        if (bits == 7) with_bits<T, 7>(a, grouped, f);
-        if (bits == 8) with_bits<T, 8>(a, grouped, f);
-        return bits == 7 || bits == 8;
+        case 7:
+            with_bits<T, 7>(a, grouped, f);
+            return true;
+        case 8:
+            with_bits<T, 8>(a, grouped, f);
+            return true;
     }
     return false;
 }

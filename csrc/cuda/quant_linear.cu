@@ -139,7 +139,7 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     if (tiles == 0 || a.m == 0) return ys;
 
     const Card card = card_of(x.get_device_index());
-    const int most = most_warps(static_cast<int>(bits), a.m <= 8 ? 1 : 2);
+    const int most = most_warps(static_cast<int>(bits), a.m <= 8 ? 1 : 2, group != 0);
     const int clusters = card.hopper ? kMostCluster : 1;
     const Plan plan =
         forced.warps ? forced : plan_of(tiles, a.blocks, most, card.processors, clusters);
@@ -160,8 +160,8 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     cudaError_t error = cudaSuccess;
     const auto launch = [&](auto kernel) { error = cudaLaunchKernelEx(&config, kernel, a); };
     const int b = static_cast<int>(bits), g = static_cast<int>(group);
-    const bool served = bfloat16 ? with_kernel<__nv_bfloat16, false>(a, b, g, launch)
-                                 : with_kernel<__half, true>(a, b, g, launch);
+    const bool served = bfloat16 ? with_kernel<__nv_bfloat16>(a, b, g, launch)
+                                 : with_kernel<__half>(a, b, g, launch);
     DQW_CHECK(served, "no kernel for ", bits, " bits in groups of ", group);
     DQW_CHECK(error == cudaSuccess, "dqw_cuda::gemv: ", cudaGetErrorString(error));
     return ys;

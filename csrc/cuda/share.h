@@ -81,26 +81,28 @@ struct Share {
         scale_second = exists && column + 32 < a.cols ? scale[(column + 32) >> a.group_shift] : 0;
     }
 
-    // Word q: out[0], out[1] columns j + 4 q …, out[2], out[3] those 32 on.
-    template <typename T>
+    // Word q: out[0], out[1] columns j + 4 q …, out[2], out[3] those 32 on. table: of 5 to 8 bits,
+    // where the grid is not UNIFORM.
+    template <typename T, bool UNIFORM>
     __device__ void decode(int q, int j, const Pool& pool, const uint16_t* table,
                            uint32_t out[4]) const {
+        uint32_t first = 0, last = 0;
         if (BITS == 4) {
             decode_nibbles(four.at[q], pool, out);
         } else if (BITS == 8) {
-            decode_bytes(four.at[q], table, out);
-            decode_bytes(second.at[q], table, out + 2);
+            first = four.at[q], last = second.at[q];
         } else {
-            uint32_t first, last;
             code_bytes<BITS>(BITS & 4 ? four.at[q] : 0, BITS & 2 ? two.at[q] : 0, j / 8,
                              BITS & 1 ? one.x >> (j + 4 * q) : 0,
                              BITS & 1 ? one.y >> (j + 4 * q) : 0, first, last);
-            if (BITS < 4) {
-                decode_nibbles(nibbles_of<BITS>(first, last), pool, out);
-            } else {
-                decode_bytes(first, table, out);
-                decode_bytes(last, table, out + 2);
-            }
+            if (BITS < 4) decode_nibbles(nibbles_of<BITS>(first, last), pool, out);
+        }
+        if (BITS > 4 && UNIFORM) {
+            decode_uniform<T, BITS>(first, out);
+            decode_uniform<T, BITS>(last, out + 2);
+        } else if (BITS > 4) {
+            decode_bytes(first, table, out);
+            decode_bytes(last, table, out + 2);
         }
         if (GROUPED) {
             const uint32_t s = scale_pair<T>(scale_first), z = scale_pair<T>(scale_second);

@@ -5,14 +5,15 @@
 extern "C" int dqw_gemv(dqw::Gemv* a, int bits, int group, int bfloat16, int processors,
                         int clusters) {
     const int tiles = dqw::tiles_of(*a);
-    const dqw::Plan plan = dqw::plan_of(tiles, a->blocks, dqw::most_warps(bits, a->m <= 8 ? 1 : 2),
-                                        processors, clusters);
+    const dqw::Plan plan =
+        dqw::plan_of(tiles, a->blocks, dqw::most_warps(bits, a->m <= 8 ? 1 : 2, group != 0),
+                     processors, clusters);
     a->cluster_shift = plan.cluster_shift;
     const auto run = [&](auto kernel) {
         dqw::run_blocks(kernel, *a, tiles, 1 << plan.cluster_shift, 32 * plan.warps);
     };
-    return bfloat16 ? dqw::with_kernel<__nv_bfloat16, false>(*a, bits, group, run)
-                    : dqw::with_kernel<__half, true>(*a, bits, group, run);
+    return bfloat16 ? dqw::with_kernel<__nv_bfloat16>(*a, bits, group, run)
+                    : dqw::with_kernel<__half>(*a, bits, group, run);
 }
 
 // → cluster_shift * 100 + warps

@@ -218,6 +218,19 @@ uint32_t times(uint32_t pair, uint32_t scale) {
 }
 
 template <typename T>
+uint32_t large_of() {
+    const uint32_t one = bits_of(from_float<T>(std::is_same_v<T, __half> ? 1024.0f : 128.0f));
+    return one | one << 16;
+}
+template <typename T>
+uint32_t minus(uint32_t pair, uint32_t other) {
+    const uint32_t low =
+        bits_of(from_float<T>(value(T{}, pair & 0xffff) - value(T{}, other & 0xffff)));
+    return low | (uint32_t)bits_of(from_float<T>(value(T{}, pair >> 16) - value(T{}, other >> 16)))
+                     << 16;
+}
+
+template <typename T>
 void multiply(float sum[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
               uint32_t b1) {
     static uint32_t a[64 * kBlocksAtOnce][32][4], b[64 * kBlocksAtOnce][32][2];  // [warp][lane]
