@@ -299,7 +299,7 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
     cubin, said = nvcc(code, arch, tmp_path)
     assert said.count(" 0 bytes spill stores, 0 bytes spill loads") == len(INSTANCES), said
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
-    assert max(registers) <= (128 if arch == "sm_90a" else 200), registers  # so many are there
+    assert max(registers) <= (168 if arch == "sm_90a" else 200), registers  # two blocks of 6 warps
     text = sass(cubin)
     for code in re.findall(r"^\.text\._ZN3dqw4gemv.*?(?=^\s*\.section|\Z)", text, re.M | re.S):
         if "Li4E" in code[:60]:
