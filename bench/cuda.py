@@ -47,11 +47,12 @@ def candidate(call: Call, name: str = "a call", graphed: bool = True) -> Candida
         torch.cuda.synchronize()
         not_graphed[name] = (str(error).splitlines() or [type(error).__name__])[0][:120]
         return timed(call, 1)
-    return timed(graph.replay, count)
+    return timed(graph.replay, count, held=call)
 
 
-def timed(call: Callable[[], object], count: int) -> Candidate:
-    """``call`` makes ``count`` calls; seconds are scaled to the repeats that were asked for."""
+def timed(call: Callable[[], object], count: int, held: object = None) -> Candidate:
+    """``call`` makes ``count`` calls; seconds are scaled to the repeats that were asked for. held:
+    what owns the memory that a graph reads and writes, which would go back to the driver."""
 
     def run(repeats: int) -> float:
         turns = -(-repeats // count)
@@ -63,6 +64,7 @@ def timed(call: Callable[[], object], count: int) -> Candidate:
         end.synchronize()
         return start.elapsed_time(end) / 1e3 * repeats / (turns * count)
 
+    run.held = held  # type: ignore[attr-defined]
     return run
 
 

@@ -45,41 +45,34 @@ class Rounded(torch.autograd.Function):
 class RoundedTogether(torch.autograd.Function):
     """``Rounded`` of several matrices, by one operator each way.
 
-    tensors: the matrices, their clips, buckets and windows, a tuple each, one after the other.
+    quantizers: of the matrices; tensors: first these, then their clips.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        group_sizes: tuple[int, ...],
-        gradient_scales: tuple[float, ...],
-        dtype: torch.dtype,
-        *tensors: Tensor,
+        ctx: Any, quantizers: "list[FakeQuantize]", dtype: torch.dtype, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
+        count = len(quantizers)
         ctx.save_for_backward(*tensors)
-        ctx.group_sizes, ctx.gradient_scales = group_sizes, gradient_scales
-        parts = _parts(tensors, len(group_sizes))
-        return tuple(ops.fake_quant_clips(*parts, group_sizes, dtype))
+        # Tables and windows are constant, and no tensors of the graph: unpacking costs the host.
+        ctx.rest = (
+            [q._buffers["bucket"] for q in quantizers],
+            [q._buffers["window"] for q in quantizers],
+            [q.group_size for q in quantizers],
+        )
+        ctx.gradient_scales = [q.gradient_scale for q in quantizers]
+        return tuple(ops.fake_quant_clips(tensors[:count], tensors[count:], *ctx.rest, dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        count = len(grads)
-        parts = _parts(ctx.saved_tensors, count)
+        tensors, count = ctx.saved_tensors, len(grads)
         found = ops.fake_quant_clips_backward(
-            list(grads), *parts, ctx.group_sizes, ctx.gradient_scales
+            grads, tensors[:count], tensors[count:], *ctx.rest, ctx.gradient_scales
         )
-        wanted = ctx.needs_input_grad[3:]
-        return (
-            None,
-            None,
-            None,
-            *(found[i] if wanted[i] else None for i in range(2 * count)),
-            *[None] * (2 * count),
-        )
-
-
-def _parts(tensors: tuple[Tensor, ...], count: int) -> list[list[Tensor]]:
-    return [list(tensors[i : i + count]) for i in range(0, len(tensors), count)]
+        wanted = ctx.needs_input_grad[2:]
+        if not all(wanted):
+            found = [f if w else None for f, w in zip(found, wanted, strict=True)]
+        return None, None, *found
 
 
 def fake_quant_together(
@@ -87,15 +80,8 @@ def fake_quant_together(
 ) -> tuple[Tensor, ...]:
     """``quantizer(weight, dtype=dtype)`` of each pair, weights of two dimensions and one device,
     in one call: a training step on a GPU waits for its host."""
-    return RoundedTogether.apply(
-        tuple(q.group_size for q in quantizers),
-        tuple(q.gradient_scale for q in quantizers),
-        dtype,
-        *weights,
-        *[q._clip_of_weights() for q in quantizers],
-        *[q.bucket for q in quantizers],
-        *[q.window for q in quantizers],
-    )
+    clips = [q._clip_of_weights() for q in quantizers]
+    return RoundedTogether.apply(quantizers, dtype, *weights, *clips)
 
 
 class FakeQuantize(nn.Module):
@@ -144,9 +130,13 @@ class FakeQuantize(nn.Module):
 
     def _clip_of_weights(self, rows: Tensor | None = None) -> Tensor:
         """``clip`` in the weight's own units, float32."""
-        clip = self.clip if rows is None or self.clip.shape[0] == 1 else self.clip[rows]
-        clip = clip.float()  # after model.half(), too
-        return clip if self.deviation is None else clip * self.deviation
+        clip: Tensor = self.clip
+        deviation = self._buffers["deviation"]
+        if rows is not None and clip.shape[0] > 1:
+            clip = clip[rows]
+        if clip.dtype != torch.float32:  # after model.half()
+            clip = clip.float()
+        return clip if deviation is None else clip * deviation
 
     @torch.no_grad()
     def set_scale(self, scale: Tensor) -> None:

@@ -122,13 +122,12 @@ class QuantModule(nn.Module):
 
     def weight_for(self, x: Tensor) -> Tensor:
         """``fake_quantized_weight`` in the dtype that a product with ``x`` is computed in."""
+        if self.rounded is not None and self.rounded.dtype == product_dtype(x):
+            return self.rounded
         quantizer = self._active_quantizer()
         if quantizer is None:
             return self.weight.to(x.dtype)
-        dtype = product_dtype(x)
-        if self.rounded is not None and self.rounded.dtype == dtype:
-            return self.rounded
-        return quantizer(self.weight, dtype=dtype)
+        return quantizer(self.weight, dtype=product_dtype(x))
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -184,9 +183,10 @@ class QuantModule(nn.Module):
 def product_dtype(x: Tensor) -> torch.dtype:
     """What a product with ``x`` is computed in. A weight that autocast would cast is written so at
     once: a GPU saves a launch and a pass each way."""
+    if x.dtype != torch.float32 or x.is_meta:
+        return x.dtype
     kind = x.device.type
-    lower = x.dtype == torch.float32 and kind != "meta" and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if lower else x.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class QuantLinear(QuantModule):
@@ -227,10 +227,9 @@ class QuantLinear(QuantModule):
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        int8 = self.spec.activations == "int8"
         if self.frozen:
             return packed_linear(self, x, self.bias)
-        if int8 and self._active_quantizer() is not None:
+        if self.spec.activations == "int8" and self._active_quantizer() is not None:
             x = ops.fake_quant_activation(x)
         return F.linear(x, self.weight_for(x), self.bias)
 

@@ -1,9 +1,11 @@
 """``python -m bench --device cuda`` as far as it goes without a GPU: its shapes, its clock."""
 
 import contextlib
+import gc
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +27,10 @@ def test_a_gpu_is_measured_on_every_whisper() -> None:
         assert (1, d, 51866) in shapes
     assert {(1, 4096, 4096), (1, 5120, 1280)} <= set(shapes)
     assert runner.shapes_of(quant_linear, options.Options()) == quant_linear.SHAPES
+
+
+def call_of_its_own(call: Callable[[], None]) -> Callable[[], None]:
+    return lambda: call()
 
 
 def test_calls_in_a_graph_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +77,15 @@ def test_calls_in_a_graph_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert graphs == [cuda.IN_A_GRAPH]
     for repeats in (1, 20, 50):
         assert run(repeats) == pytest.approx(repeats * 2e-3)
+    owner = call_of_its_own(call)
+    seen = weakref.ref(owner)
+    run = cuda.candidate(owner)
+    del owner
+    gc.collect()
+    assert seen() is not None  # what a graph reads and writes must not go back to the driver
+    del run
+    gc.collect()
+    assert seen() is None
     graphs.clear()
     for copies, calls in ((33, 33), (6, 24)):  # whole rounds of them
         graphs.clear()
