@@ -285,6 +285,7 @@ IN_LIBRARY = (  # csrc/cuda/fake_quant.cu registers them
     "fake_quant_clip_backward",
     "fake_quant_clips",
     "fake_quant_clips_backward",
+    "fake_quant_activation",
 )
 if not library_reason:
     for _name in IN_LIBRARY:
@@ -296,7 +297,8 @@ def kernel_of(name: str) -> str:
     if reason:
         return f"PyTorch reference ({reason})"
     if name in IN_LIBRARY:
-        return f"Triton, no CUDA C++ ({library_reason})" if library_reason else "CUDA C++"
+        instead = "PyTorch reference" if name == "fake_quant_activation" else "Triton"
+        return f"{instead}, no CUDA C++ ({library_reason})" if library_reason else "CUDA C++"
     if name not in KERNELS:
         return "PyTorch reference (outside the layers that run: no kernel needed)"
     if name not in ("quant_linear", "quant_linears"):

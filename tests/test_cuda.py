@@ -230,6 +230,21 @@ def test_a_layer_learns_as_its_modules_do(bits: int) -> None:
         assert off <= 0.02 * grad.abs().max(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_activations_as_on_a_cpu(dtype: torch.dtype) -> None:
+    for shape in ((1,), (3, 7), (2, 3, 768), (9, 5120), (0, 5), (5, 0), (4, 9000)):
+        x = (torch.randn(shape) * 3).to(dtype)
+        torch.library.opcheck(ops.fake_quant_activation, (x.cuda().requires_grad_(),))
+        assert torch.equal(ops.fake_quant_activation(x.cuda()).cpu(), ops.fake_quant_activation(x))
+        y = ops.fake_quant_activation(x.cuda().T if x.dim() == 2 else x.cuda())
+        assert torch.equal(y.cpu(), ops.fake_quant_activation(x.T if x.dim() == 2 else x))
+    x = torch.randn(6, 64).to(dtype)
+    x[0, 3], x[1], x[2, 0], x[3] = torch.nan, 0, torch.inf, 1e-39
+    got, want = ops.fake_quant_activation(x.cuda()).cpu(), ops.fake_quant_activation(x)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
+
+
 def test_a_gpu_divides_clips_as_a_cpu_does() -> None:
     """What was trained on one is frozen on the other, bit for bit."""
     clip, bucket = torch.rand(4096, 1) + 0.1, grids.bucket("apot", 4)

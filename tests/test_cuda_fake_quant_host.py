@@ -31,6 +31,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         ctypes.c_bool, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_int)
     ]  # fmt: skip
     found.dqw_fake_quants.restype = ctypes.c_int64
+    found.dqw_round_rows.argtypes = [*pointers[:2], *sizes[:2], ctypes.c_int]
+    found.dqw_round_rows.restype = ctypes.c_int64
     return found
 
 
@@ -184,13 +186,47 @@ def test_each_run_has_the_same_sums(library) -> None:
             assert torch.equal(problem.run(library, True)[1].nan_to_num(), first)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations(library, dtype: torch.dtype) -> None:
+    """Rows of one element, of one warp and many, and longer than a block holds; odd ones."""
+    for rows, cols in (
+        (1, 1),
+        (9, 7),
+        (6, 64),
+        (7, 200),
+        (3, 768),
+        (5, 1023),
+        (8, 1100),
+        (8, 9000),
+    ):
+        x = torch.randn(rows, cols) * torch.logspace(-9, 9, rows)[:, None]
+        x = x.clamp(-6e4, 6e4).to(dtype)
+        x[0, -1] = torch.nan if rows > 1 else 1.0
+        if rows > 5:
+            x[1], x[2, cols // 2], x[3, 0] = 0, torch.inf, -torch.inf
+            x[4] = 1e-39  # 127 / 1e-39 overflows: a row of zeros
+        for shift in (0, 1):
+            room = aligned(torch.zeros(x.numel() + 1, dtype=dtype))
+            placed = room[shift:][: x.numel()].view(x.shape).copy_(x)
+            y = aligned(torch.full_like(x, 7.0))
+            ran = library.dqw_round_rows(
+                placed.data_ptr(), y.data_ptr(), rows, cols, DTYPES.index(dtype)
+            )
+            assert ran >= 32
+            same(y, reference.fake_quant_activation(x))
+
+
 # ---- compiled for GPUs ----
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90a"])
 def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
-    cubin, said = nvcc('#include "fake_quant_launch.h"\n', arch, tmp_path)
-    kernels = 2 * 3 * len(PAIRS) + 1  # both ways: groups, teams, teams of single elements; total
+    rows = [f"template __global__ void dqw::round_rows<{t}, {v}>(const dqw::Activation);"
+            for t, wide in (("float", 4), ("__half", 8), ("__nv_bfloat16", 8))
+            for v in (wide, 1)]  # fmt: skip
+    cubin, said = nvcc("\n".join(['#include "activation.h"', *rows]), arch, tmp_path)
+    # Both ways: groups, teams, teams of single elements; the total of one clip; activations.
+    kernels = 2 * 3 * len(PAIRS) + 1 + len(rows)
     assert said.count("Compiling entry function") == kernels
     assert said.count(" 0 bytes spill stores, 0 bytes spill loads") == kernels, said
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]

@@ -8,6 +8,8 @@
 // all that have a kernel and a number of threads in common (a clip for a whole tensor: two
 // backward), and no Python between the caller and it, as a training step waits for its host.
 // Nothing here waits for the GPU, so graphs capture it.
+//
+//   y = fake_quant_activation(x (..., cols))        see activation.h
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -22,7 +24,7 @@
 #include <tuple>
 #include <vector>
 
-#include "fake_quant_launch.h"
+#include "activation.h"
 
 namespace dqw {
 namespace {
@@ -102,6 +104,35 @@ FakeQuant problem(const Inputs& in, int64_t group, const Tensor& out) {
     return a;
 }
 
+// Launches kernels on a device's current stream, and keeps the first error.
+class Launcher {
+  public:
+    explicit Launcher(int32_t device) {
+        void* stream = nullptr;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+        stream_ = static_cast<cudaStream_t>(stream);
+    }
+    template <typename Kernel, typename Arguments>
+    void operator()(Kernel kernel, const Arguments& arguments, int blocks, int threads) {
+        cudaLaunchConfig_t config = {};
+        config.gridDim = blocks;
+        config.blockDim = threads;
+        config.stream = stream_;
+        const cudaError_t found = cudaLaunchKernelEx(&config, kernel, arguments);
+        if (error_ == cudaSuccess) error_ = found;
+    }
+    void check(const char* who) const {
+        DQW_CHECK(error_ != cudaErrorNoKernelImageForDevice,
+                  "the CUDA C++ library has no code for this GPU: install dqw again with "
+                  "DQW_CUDA_ARCHS of it, or with DQW_CUDA=0");
+        DQW_CHECK(error_ == cudaSuccess, who, cudaGetErrorString(error_));
+    }
+
+  private:
+    cudaStream_t stream_ = nullptr;
+    cudaError_t error_ = cudaSuccess;
+};
+
 // Launches what was asked for, of one device and one pair of types; then it is done.
 struct Batch {
     bool backward;
@@ -112,26 +143,12 @@ struct Batch {
     void run() {
         if (asked.empty()) return;
         const torch::stable::accelerator::DeviceGuard guard(device);
-        void* stream = nullptr;
-        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-        cudaError_t error = cudaSuccess;
-        const auto launch = [&](FakeQuantKernel kernel, const FakeQuants& arguments, int blocks,
-                                int threads) {
-            cudaLaunchConfig_t config = {};
-            config.gridDim = blocks;
-            config.blockDim = threads;
-            config.stream = static_cast<cudaStream_t>(stream);
-            const cudaError_t found = cudaLaunchKernelEx(&config, kernel, arguments);
-            if (error == cudaSuccess) error = found;
-        };
+        Launcher launch(device);
         const bool served = launch_fake_quants(asked.data(), static_cast<int>(asked.size()),
                                                backward, *float_of(x), *float_of(other), launch);
         asked.clear();
         DQW_CHECK(served, "no kernel for these types");
-        DQW_CHECK(error != cudaErrorNoKernelImageForDevice,
-                  "the CUDA C++ library has no code for this GPU: install dqw again with "
-                  "DQW_CUDA_ARCHS of it, or with DQW_CUDA=0");
-        DQW_CHECK(error == cudaSuccess, "dqw::fake_quant_clip: ", cudaGetErrorString(error));
+        launch.check("dqw::fake_quant_clip: ");
     }
     // Asks for one more, after those before if they are of another kind.
     void add(const FakeQuant& a, ScalarType x_type, ScalarType other_type, int32_t on) {
@@ -244,12 +261,35 @@ std::tuple<Tensor, Tensor> fake_quant_clip_backward(Tensor grad, Tensor x, Tenso
     return {found[0], found[1]};
 }
 
+Tensor fake_quant_activation(Tensor x) {
+    DQW_CHECK(x.dim() >= 1, "x must have at least one dimension");
+    const auto type = float_of(x.scalar_type());
+    DQW_CHECK(type, "x must be float32, float16 or bfloat16");
+    const Tensor in = dense(x), y = empty(x, x.scalar_type());
+    const int64_t cols = x.size(x.dim() - 1);
+    if (x.numel() == 0) return y;
+    DQW_CHECK(cols <= std::numeric_limits<int>::max() &&
+                  x.numel() / cols <= std::numeric_limits<int>::max(),
+              "x is too large");
+    Activation a = {};
+    a.x = in.const_data_ptr();
+    a.y = y.mutable_data_ptr();
+    a.rows = x.numel() / cols;
+    a.cols = static_cast<int>(cols);
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    Launcher launch(x.get_device_index());
+    launch_round_rows(a, *type, launch);
+    launch.check("dqw::fake_quant_activation: ");
+    return y;
+}
+
 }  // namespace
 }  // namespace dqw
 
 STABLE_TORCH_LIBRARY_IMPL(dqw, CUDA, m) {
     m.impl("fake_quant_clip", TORCH_BOX(&dqw::fake_quant_clip));
     m.impl("fake_quant_clip_backward", TORCH_BOX(&dqw::fake_quant_clip_backward));
+    m.impl("fake_quant_activation", TORCH_BOX(&dqw::fake_quant_activation));
     m.impl("fake_quant_clips", TORCH_BOX(&dqw::fake_quant_clips));
     m.impl("fake_quant_clips_backward", TORCH_BOX(&dqw::fake_quant_clips_backward));
 }

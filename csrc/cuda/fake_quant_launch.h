@@ -123,7 +123,7 @@ class Together {
         return true;
     }
     template <typename F>
-    void send(FakeQuantKernel kernel, int threads, const F& launch) {
+    void send(FakeQuantKernel kernel, int threads, F& launch) {
         if (count > 0) launch(kernel, all_, blocks_, threads);
         count = blocks_ = 0;
     }
@@ -138,8 +138,7 @@ class Together {
 // as their kernels and threads allow. x: their type; other: y's, or grad's if backward. False, and
 // nothing launched, if no kernel has these types.
 template <typename F>
-bool launch_fake_quants(FakeQuant* a, int count, bool backward, Float x, Float other,
-                        const F& launch) {
+bool launch_fake_quants(FakeQuant* a, int count, bool backward, Float x, Float other, F& launch) {
     std::vector<Served> served;
     for (int i = 0; i < count; i++) served.push_back(served_by(a[i], backward, x, other));
     Together together;
