@@ -22,7 +22,7 @@ from dqw.packing import packed_bytes
 # dtype and cuBLAS multiplies. H100, 2026-11-27: at 16 rows CUDA C++ takes 5 us where Triton's best
 # takes 7 (1280 -> 5120 and back); at 64 rows Triton takes 9 to 13 us where float16 takes 5 to 10,
 # and what dequantizing first would take there is not measured.
-ROWS = {"CUDA C++": 16, "Triton": 64}
+ROWS = {"CUDA C++": 32, "Triton": 64}
 _said: set[str] = set()
 
 

@@ -49,18 +49,18 @@ def test_case_gemv(group: int, dtype: torch.dtype) -> None:
             for w, s, n in zip(weights, scales, rows, strict=True)
         ]
         weights, scales = [t.cuda() for t in weights], [t.cuda() for t in scales]
-        for start in (12, 44, 60, 192):
-            x = torch.eye(cols, dtype=dtype)[start : start + 16].cuda()
+        for start, rows_of_x in ((12, 32), (44, 16), (60, 24), (192, 16)):
+            x = torch.eye(cols, dtype=dtype)[start : start + rows_of_x].cuda()
             assert ops_cuda.gemv_serves(x, weights, scales, levels, bits, group)
             found = ops.quant_linears(
                 x, weights, scales, levels, [None] * 3, rows, bits, group, False
             )
             for y, exact in zip(found, w, strict=True):
-                assert torch.equal(y.cpu(), exact.T[start : start + 16].to(dtype))
+                assert torch.equal(y.cpu(), exact.T[start : start + rows_of_x].to(dtype))
 
 
 @pytest.mark.parametrize("gelu", [False, True])
-@pytest.mark.parametrize("m", [1, 5, 8, 9, 16])
+@pytest.mark.parametrize("m", [1, 5, 8, 9, 16, 17, 32])
 def test_case_gemv_error(m: int, gelu: bool) -> None:
     """At most twice the error of the plain computation in float16, with bias and GELU."""
     x, weight, scale, levels, bias, rows, bits, group, _ = arguments(

@@ -119,16 +119,18 @@ def test_identity_gives_the_exact_weight(library, bits: int, dtype: torch.dtype)
             scale = scales(rows, cols, group)
             w = reference.dequantize(weight, scale, levels, rows, cols, bits, group)
             for start in (12, 44, 60, 192):  # across every boundary of a group
-                x = torch.eye(cols, dtype=dtype)[start : start + (8 if group else 16)]
+                count = 8 if group else 16 if start > 12 else 32
+                x = torch.eye(cols, dtype=dtype)[start : start + count]
                 (y,) = gemv(library, x, [(weight, scale, None, rows)], levels, bits, group)
                 assert torch.equal(y, w.T[start : start + len(x)].to(dtype)), (group, start)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_error_is_at_most_twice_the_plain_one(library, dtype: torch.dtype) -> None:
-    shapes = [(1, 1, 8), (1, 33, 1032), (3, 7, 6152), (16, 9, 640), (9, 40, 1416), (5, 8, 72)]
+    shapes = [(1, 1, 8), (1, 33, 1032), (3, 7, 6152), (16, 9, 640), (9, 40, 1416), (5, 8, 72),
+              (17, 33, 1544), (32, 8, 3080), (25, 40, 136)]  # fmt: skip
     for n, (m, rows, cols) in enumerate(shapes):
-        bits, group = (4, 2, 3, 5, 6, 4)[n], GROUPS[n % 5]
+        bits, group = (4, 2, 3, 5, 6, 4, 4, 2, 6)[n], GROUPS[n % 5]
         levels = grids.levels("apot", bits)
         weight, _ = random_weight(rows, cols, bits, levels)
         scale, _ = random_scale(rows, cols, str(group) if group else "channel", 0.1)
@@ -167,6 +169,7 @@ def test_how_columns_are_shared(library) -> None:
         (1280, 5120, 8, 8, (3, 5)), (51866, 1280, 10, 8, (0, 4)), (4096, 4096, 10, 8, (1, 10)),
         (4096, 4096, 8, 8, (1, 8)), (1280, 1280, 8, 8, (0, 8)),
         (384, 384, 10, 8, (0, 3)), (1280, 5120, 10, 1, (0, 10)), (32, 64, 10, 8, (0, 1)),
+        (1280, 1280, 4, 4, (2, 3)), (512, 512, 4, 4, (0, 4)), (1280, 5120, 4, 4, (2, 4)),
     ):  # fmt: skip
         found = library.dqw_plan(-(-rows // 32), -(-cols // 64), most, 132, clusters)
         assert divmod(found, 100) == want, (rows, cols, most, divmod(found, 100))
@@ -195,7 +198,7 @@ def test_nan_stays_in_its_row(library) -> None:
 
 
 def test_few_rows_reach_this_kernel(library, monkeypatch: pytest.MonkeyPatch) -> None:
-    """dqw.ops sends layers of up to 16 rows here, alone or three at a time, no others."""
+    """dqw.ops sends layers of up to 32 rows here, alone or three at a time, no others."""
     calls = []
 
     def kernel(x, weights, scales, levels, biases, rows, bits, group, gelu):  # type: ignore[no-untyped-def]
@@ -219,7 +222,8 @@ def test_few_rows_reach_this_kernel(library, monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(alone, want.half(), rtol=2e-3, atol=3e-2)
     assert calls == [3, 1, 1, 1]
     for dtype, m, bits, group, where in (
-        (torch.float32, 1, 4, 64, False), (torch.float16, 17, 4, 64, False),
+        (torch.float32, 1, 4, 64, False), (torch.float16, 33, 4, 64, False),
+        (torch.float16, 32, 4, 64, True),
         (torch.bfloat16, 8, 6, 64, True), (torch.float16, 8, 7, 64, True),
         (torch.float16, 1, 4, 96, False), (torch.bfloat16, 1, 4, 0, True),
         (torch.float16, 1, 4, 16, True), (torch.float16, 1, 4, 32, True),
@@ -247,7 +251,8 @@ INSTANCES = [  # type of x, bits, groups, tiles of 8 rows of x
     ("__half", 4, 1, 1), ("__half", 4, 0, 1), ("__nv_bfloat16", 4, 1, 1), ("__half", 2, 0, 2),
     ("__half", 3, 1, 2), ("__nv_bfloat16", 5, 1, 1), ("__half", 6, 0, 2), ("__half", 8, 1, 1),
     ("__half", 4, 1, 2), ("__nv_bfloat16", 6, 1, 2), ("__half", 7, 1, 2), ("__half", 8, 0, 1),
-    ("__nv_bfloat16", 7, 1, 2), ("__nv_bfloat16", 8, 0, 2),
+    ("__nv_bfloat16", 7, 1, 2), ("__nv_bfloat16", 8, 0, 2), ("__half", 4, 1, 4),
+    ("__half", 3, 1, 4),
 ]  # fmt: skip
 PROBE = """
 #include "decode.h"
@@ -299,10 +304,10 @@ def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
     cubin, said = nvcc(code, arch, tmp_path)
     assert said.count(" 0 bytes spill stores, 0 bytes spill loads") == len(INSTANCES), said
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", said)]
-    assert max(registers) <= (168 if arch == "sm_90a" else 200), registers  # two blocks of 6 warps
+    assert max(registers) <= 224, registers  # two blocks of four warps could have 255
     text = sass(cubin)
     for code in re.findall(r"^\.text\._ZN3dqw4gemv.*?(?=^\s*\.section|\Z)", text, re.M | re.S):
-        if "Li4E" in code[:60]:
+        if "Li4ELb" in code[:60]:  # bits
             order = re.findall(r"LDG\.E\.NA|LDG\.E\.128|ACQBULK|HMMA", code)
             wait = ["ACQBULK"] if arch == "sm_90a" else []
             first = ["LDG.E.NA"] * 4 + wait + ["LDG.E.128"]  # four loads of W in flight, then x

@@ -1,4 +1,4 @@
-// The decoder's kernel: y = x W^T (+ bias, GELU) for up to 16 rows of x, W packed at 2 to 8 bits.
+// The decoder's kernel: y = x W^T (+ bias, GELU) for up to 32 rows of x, W packed at 2 to 8 bits.
 //
 // 32 rows of W are a tile. Its columns, in steps of 128, are shared by the warps of a block and,
 // from sm_90 on, by the blocks of a cluster: Whisper's matrices are small, and a processor that has
@@ -11,7 +11,7 @@
 // Both operands want from a lane pairs of neighbouring columns, and in which order the columns
 // come does not matter to the sum as long as both agree: so the codes that a lane loads are the
 // ones it multiplies, beside the same columns of x, and nothing is shuffled or staged. Sums are
-// float32 and up to 8 rows of x cost what one costs; 9 to 16 take a second product.
+// float32 and up to 8 rows of x cost what one costs; 9 to 16 take a second product, 17 to 32 four.
 //
 // A quarter of a step is 16 neighbouring columns and the 16 that lie 32 further on: 16 bytes of a
 // 4-bit plane, by one load. So groups of 16 and more are whole in it: their scale multiplies the
@@ -29,7 +29,7 @@
 namespace dqw {
 
 constexpr int kTile = 32;        // rows of W
-constexpr int kMost = 16;        // rows of x
+constexpr int kMost = 32;        // rows of x
 constexpr int kMostWarps = 10;   // of a block
 constexpr int kMostCluster = 8;  // blocks that share a tile
 constexpr int kSumStride = 36;   // of a row of x in sums: no two lanes store to one bank
@@ -44,8 +44,17 @@ constexpr int kAtOnce = 1;
 constexpr int kAtOnce = 2;
 #endif
 
+// Tiles of 8 rows of x that a kernel for m rows has: 1, 2 or 4.
+inline int x_tiles_of(int m) { return m <= 8 ? 1 : m <= 16 ? 2 : 4; }
+
+// Blocks that share a tile at most: what they send must fit beside the warps' sums.
+__host__ __device__ constexpr int most_cluster(int x_tiles) {
+    return x_tiles == 4 ? kMostCluster / 2 : kMostCluster;
+}
+
 // Warps of a block at most, for registers to suffice.
 __host__ __device__ constexpr int most_warps(int bits, int x_tiles, bool grouped) {
+    if (x_tiles == 4) return 4;
     if (bits == 7 && x_tiles == 2 && grouped) return 6;
     return x_tiles == 2 || bits == 3 || bits == 7 || (bits == 8 && grouped) ? 8 : kMostWarps;
 }
@@ -65,7 +74,8 @@ inline Plan plan_of(int tiles, int blocks, int most, int processors, int cluster
     const int steps = (blocks + 1) / 2;
     Plan p = {0, 1};
     int own = steps;
-    while (2 << p.cluster_shift <= clusters && own > (p.cluster_shift ? most : kMostWarps) &&
+    const int alone = 2 * most < kMostWarps ? 2 * most : kMostWarps;  // steps of a block without
+    while (2 << p.cluster_shift <= clusters && own > (p.cluster_shift ? most : alone) &&
            2 * (tiles << p.cluster_shift) < 3 * processors) {
         p.cluster_shift++;
         own = (steps + (1 << p.cluster_shift) - 1) >> p.cluster_shift;
@@ -85,7 +95,7 @@ __global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES, GROUPED), kAtOn
 #endif
     constexpr int TABLE = BITS > 4 ? 1 << BITS : 1;
     constexpr int SUMS = 8 * X_TILES * kSumStride;
-    constexpr int PARTS = kMostCluster * 8 * X_TILES * kTile;
+    constexpr int PARTS = most_cluster(X_TILES) * 8 * X_TILES * kTile;
     DQW_SHARED(uint16_t, table, TABLE);
     DQW_SHARED(float, sums, most_warps(BITS, X_TILES, GROUPED) * SUMS);  // of the warps
     DQW_SHARED(float, parts, PARTS);                                     // of the cluster's blocks

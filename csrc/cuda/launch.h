@@ -8,10 +8,13 @@ namespace dqw {
 // f(kernel) with the instance for the call.
 template <typename T, int BITS, typename F>
 void with_bits(const Gemv& a, bool grouped, const F& f) {
-    if (a.m <= 8) {
+    const int tiles = x_tiles_of(a.m);
+    if (tiles == 1) {
         grouped ? f(gemv<T, BITS, true, 1>) : f(gemv<T, BITS, false, 1>);
-    } else {
+    } else if (tiles == 2) {
         grouped ? f(gemv<T, BITS, true, 2>) : f(gemv<T, BITS, false, 2>);
+    } else {
+        grouped ? f(gemv<T, BITS, true, 4>) : f(gemv<T, BITS, false, 4>);
     }
 }
 

@@ -1,4 +1,4 @@
-// dqw_cuda::gemv: y = x W^T (+ bias, GELU) for up to 16 rows of x and up to 3 packed matrices that
+// dqw_cuda::gemv: y = x W^T (+ bias, GELU) for up to 32 rows of x and up to 3 packed matrices that
 // share x, columns, bits and groups: a projection, or query, key and value in one launch.
 //
 //   x (m, cols) float16 or bfloat16 · weights packed · scales float32 (rows, 1) or (1, 1), with
@@ -107,7 +107,7 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     DQW_CHECK(count >= 1 && count <= kMatrices && scales.size() == count &&
                   biases.size() == count && rows.size() == count,
               "one to three matrices, each with a scale, a bias and its rows");
-    DQW_CHECK(x.dim() == 2 && x.is_contiguous() && x.size(0) <= kMost, "x must have up to 16 rows");
+    DQW_CHECK(x.dim() == 2 && x.is_contiguous() && x.size(0) <= kMost, "x must have up to 32 rows");
     DQW_CHECK(levels.numel() == int64_t{1} << bits && levels.is_contiguous() &&
                   levels.scalar_type() == ScalarType::Short,
               "levels must be int16 of 2^bits entries");
@@ -139,8 +139,9 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     if (tiles == 0 || a.m == 0) return ys;
 
     const Card card = card_of(x.get_device_index());
-    const int most = most_warps(static_cast<int>(bits), a.m <= 8 ? 1 : 2, group != 0);
-    const int clusters = card.hopper ? kMostCluster : 1;
+    const int x_tiles = x_tiles_of(a.m);
+    const int most = most_warps(static_cast<int>(bits), x_tiles, group != 0);
+    const int clusters = card.hopper ? most_cluster(x_tiles) : 1;
     const Plan plan =
         forced.warps ? forced : plan_of(tiles, a.blocks, most, card.processors, clusters);
     DQW_CHECK(plan.warps <= most && 1 << plan.cluster_shift <= clusters,

@@ -6,7 +6,7 @@ extern "C" int dqw_gemv(dqw::Gemv* a, int bits, int group, int bfloat16, int pro
                         int clusters) {
     const int tiles = dqw::tiles_of(*a);
     const dqw::Plan plan =
-        dqw::plan_of(tiles, a->blocks, dqw::most_warps(bits, a->m <= 8 ? 1 : 2, group != 0),
+        dqw::plan_of(tiles, a->blocks, dqw::most_warps(bits, dqw::x_tiles_of(a->m), group != 0),
                      processors, clusters);
     a->cluster_shift = plan.cluster_shift;
     const auto run = [&](auto kernel) {
