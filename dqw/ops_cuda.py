@@ -19,10 +19,15 @@ from dqw import reference
 from dqw.packing import packed_bytes
 
 # Rows of x up to which the float layers' kernels serve; above, the weight is dequantized to x's
-# dtype and cuBLAS multiplies. H100, 2026-11-27: at 16 rows CUDA C++ takes 5 us where Triton's best
-# takes 7 (1280 -> 5120 and back); at 64 rows Triton takes 9 to 13 us where float16 takes 5 to 10,
-# and what dequantizing first would take there is not measured.
-ROWS = {"CUDA C++": 32, "Triton": 64}
+# dtype and cuBLAS multiplies. H100, 2026-11-27, us of 512 -> 2048, 1280 -> 5120 and 5120 -> 1280:
+#                    CUDA C++           Triton             dequantized        float16
+#   16 rows, 4 bits  2.6, 4.8, 5.2      4.3, 7.0, 7.1      7.2, 21, 22        3.2, 4.7, 7.1
+#   32 rows, 4 bits  4.1, 13.5, 9.5     5.0, 8.5, 8.2      7.2, 22, 22        3.2, 5.0, 7.1
+#   32 rows, 8 bits  3.8, 13.6, 9.8     7.0, 13.5, 13.4    7.6, 21, 22        3.4, 4.9, 7.3
+#   64 rows, 4 bits  two calls          5.3, 9.7, 12.7     7.4, 22, 24        3.3, 5.3, 8.5
+ROWS = {"CUDA C++": 16, "Triton": 64}
+MORE_ROWS = 32  # of CUDA C++, where it is faster than Triton: from 5 bits on, and small matrices
+SMALL = 2**20  # weights
 _said: set[str] = set()
 
 
@@ -143,6 +148,11 @@ def _is_uniform(levels: Tensor) -> bool:
     return _uniform[levels]
 
 
+def _most_rows(weights: list[Tensor], bits: int) -> int:
+    small = all(8 * w.numel() <= bits * SMALL for w in weights)
+    return MORE_ROWS if bits > 4 or small else ROWS["CUDA C++"]
+
+
 def gemv_serves(
     x: Tensor,
     weights: list[Tensor],
@@ -159,7 +169,7 @@ def gemv_serves(
     return (
         not library_reason
         and _is_new_enough(x.device)
-        and x.shape[:-1].numel() <= ROWS["CUDA C++"]
+        and x.shape[:-1].numel() <= _most_rows(weights, bits)
         and (
             x.dtype == torch.float16
             or (x.dtype == torch.bfloat16 and (bits <= 6 or _is_uniform(levels)))
@@ -304,5 +314,7 @@ def kernel_of(name: str) -> str:
     if name not in ("quant_linear", "quant_linears"):
         return "Triton"
     few, some = ROWS["CUDA C++"], ROWS["Triton"]
-    first = f"no CUDA C++ ({library_reason})" if library_reason else f"CUDA C++ up to {few} rows"
+    first = f"CUDA C++ up to {few} rows, {MORE_ROWS} of 5 bits and more"
+    if library_reason:
+        first = f"no CUDA C++ ({library_reason})"
     return f"{first}; Triton up to {some} rows and for int8 activations; above Triton + cuBLAS"

@@ -20,6 +20,8 @@ from dqw.linear import QuantLinear, product_dtype
 
 _LAYER = re.compile(r"(.*?\.\d+)\.(.+)")  # name of a member of a ModuleList, and what is inside it
 
+_HOLDERS = "_dqw_rounded"  # in a layer while it runs: the modules that hold a rounded weight
+
 
 class Together:
     """The hooks of one transformer layer; paths: its QuantLinear modules, by attribute.
@@ -29,15 +31,6 @@ class Together:
 
     def __init__(self, paths: list[tuple[str, ...]]) -> None:
         self.paths = paths
-
-    def modules(self, layer: nn.Module) -> list[QuantLinear]:
-        found = []
-        for path in self.paths:
-            module: Any = layer
-            for name in path:
-                module = module._modules[name]
-            found.append(module)
-        return found
 
     def before(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         # Attributes of nn.Module are looked up in its dictionaries: its own lookup takes 10 times
@@ -50,7 +43,10 @@ class Together:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return
         modules, weights, quantizers = [], [], []
-        for module in self.modules(layer):
+        for path in self.paths:
+            module: Any = layer
+            for name in path:
+                module = module._modules[name]
             weight = module._parameters.get("weight")
             quantizer = module._modules.get("quantizer" if module.chosen else "rest_quantizer")
             if quantizer is not None and type(weight) is nn.Parameter:  # whole, and no replica's
@@ -60,11 +56,12 @@ class Together:
         if not weights or any(w.device != weights[0].device for w in weights):
             return
         together = fake_quant_together(weights, quantizers, product_dtype(x))  # type: ignore[arg-type]
+        layer.__dict__[_HOLDERS] = modules
         for module, rounded in zip(modules, together, strict=True):
             module.__dict__["rounded"] = rounded
 
     def after(self, layer: nn.Module, args: Any, output: Any) -> None:
-        for module in self.modules(layer):
+        for module in layer.__dict__.pop(_HOLDERS, ()):
             module.__dict__["rounded"] = None
 
 

@@ -235,6 +235,13 @@ def test_few_rows_reach_this_kernel(library, monkeypatch: pytest.MonkeyPatch) ->
         assert ops_cuda.gemv_serves(few, *args, levels, bits, group) == where, (dtype, m, bits)
         assert not ops_cuda.gemv_serves(few[:, :63], *args, levels, bits, group)
     args = (args[0], [torch.ones(1, 1)])
+    large = [aligned(torch.zeros(2**19 + 16, dtype=torch.uint8))]
+    for bits, weights, most in ((4, args[0], 32), (4, large, 16), (5, large, 32)):
+        for m in (16, 17, 32, 33):
+            served = ops_cuda.gemv_serves(
+                torch.zeros(m, 64).half(), weights, args[1], grids.levels("apot", bits), bits, 0
+            )
+            assert served == (m <= most)
     for bits in (7, 8):  # bfloat16 holds what is exact in 8 bits
         for grid in ("apot", "pot", "uniform"):
             levels = grids.levels(grid, bits)

@@ -45,9 +45,9 @@ __device__ inline float sum_of_lanes(float v, int shift) {
     return v;
 }
 
-template <typename Chunk>
+template <typename Chunk, int MOST>
 __global__ void __launch_bounds__(128, 8)
-    fake_quant_groups(const __grid_constant__ FakeQuants all) {
+    fake_quant_groups(const __grid_constant__ FakeQuants<MOST> all) {
     DQW_SHARED(float, table, kTable);
     int block;
     const FakeQuant& a = all.each[matrix_of(all, block)];
@@ -88,9 +88,9 @@ __global__ void __launch_bounds__(128, 8)
     }
 }
 
-template <typename Chunk>
+template <typename Chunk, int MOST>
 __global__ void __launch_bounds__(32 * kTeamWarps, 2)
-    fake_quant_teams(const __grid_constant__ FakeQuants all) {
+    fake_quant_teams(const __grid_constant__ FakeQuants<MOST> all) {
     DQW_SHARED(float, table, kTable);
     DQW_SHARED(float, parts, kTeamWarps);
     int block;
@@ -155,8 +155,9 @@ __global__ void __launch_bounds__(32 * kTeamWarps, 2)
 }
 
 // The gradient of the one clip from the sums of the rows; a block of kTeamWarps warps a matrix.
+template <int MOST>
 __global__ void __launch_bounds__(32 * kTeamWarps)
-    fake_quant_total(const __grid_constant__ FakeQuants all) {
+    fake_quant_total(const __grid_constant__ FakeQuants<MOST> all) {
     DQW_SHARED(float, parts, kTeamWarps);
     const FakeQuant& a = all.each[blockIdx.x];
     float total = 0.0f;

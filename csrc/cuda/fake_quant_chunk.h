@@ -34,20 +34,23 @@ struct FakeQuant {
     bool per_tensor;
 };
 
-// Matrices of one launch: each has the blocks from its first on. Those of a transformer layer share
-// a launch, since a training step waits for its host.
+// Matrices of one launch, MOST at most: each has the blocks from its first on. Those of a
+// transformer layer share a launch, since a training step waits for its host; a matrix alone has a
+// kernel with less to hand over.
 constexpr int kTogether = 16;
+template <int MOST>
 struct FakeQuants {
-    FakeQuant each[kTogether];
-    int first[kTogether];  // beyond every block where there is no matrix
+    FakeQuant each[MOST];
+    int first[MOST];  // beyond every block where there is no matrix
 };
 
 // The matrix of this block, whose number among that matrix' is left in block.
-__device__ inline int matrix_of(const FakeQuants& all, int& block) {
+template <int MOST>
+__device__ inline int matrix_of(const FakeQuants<MOST>& all, int& block) {
     int found = 0;
 #pragma unroll
-    for (int i = 1; i < kTogether; i++) found += (int)blockIdx.x >= all.first[i];
-    block = blockIdx.x - all.first[found];
+    for (int i = 1; i < MOST; i++) found += (int)blockIdx.x >= all.first[i];
+    block = MOST == 1 ? blockIdx.x : blockIdx.x - all.first[found];
     return found;
 }
 

@@ -85,53 +85,60 @@ inline void set_sizes(FakeQuant& a, int64_t rows, int64_t cols, int64_t group, i
     a.per_tensor = group == 0 && clip_rows == 1 && rows > 1;
 }
 
-using FakeQuantKernel = void (*)(const FakeQuants);
+template <int MOST>
+using FakeQuantKernel = void (*)(const FakeQuants<MOST>);
 
-// What serves a matrix: a kernel, and its blocks of so many threads. Fills in what the kernel has
-// to know; no kernel where none has these types.
+// What serves a matrix: a kernel, for it alone and with others, and its blocks of so many threads.
+// No kernel where none has these types.
 struct Served {
-    FakeQuantKernel kernel;
+    FakeQuantKernel<1> alone;
+    FakeQuantKernel<kTogether> together;
     int blocks, threads;
 };
+// Fills in what the kernel has to know.
 inline Served served_by(FakeQuant& a, bool backward, Float x, Float other) {
     Served found = {};
     const bool wide = is_wide(a, backward, x, other);
     with_chunk(backward, wide, x, other, [&]<typename Chunk>() {
         const FakeQuantPlan p = plan_of(a, Chunk::kColumns);
-        found = {fake_quant_teams<Chunk>, p.blocks, p.threads};
+        found = {fake_quant_teams<Chunk, 1>, fake_quant_teams<Chunk, kTogether>, p.blocks,
+                 p.threads};
         if constexpr (Chunk::kColumns > 1) {
-            if (p.groups) found.kernel = fake_quant_groups<Chunk>;
+            if (p.groups) {
+                found.alone = fake_quant_groups<Chunk, 1>;
+                found.together = fake_quant_groups<Chunk, kTogether>;
+            }
         }
     });
     return found;
 }
 
-// A launch of count matrices, from none on.
+// A launch of some matrices, from none on.
 class Together {
   public:
-    int count = 0;
-
     // False where it is full.
     bool add(const FakeQuant& a, int blocks) {
-        if (count == kTogether || blocks_ > kMostBlocks - blocks) return false;
-        if (count == 0) {
-            for (int& first : all_.first) first = kMostBlocks;
-        }
-        all_.each[count] = a;
-        all_.first[count++] = blocks_;
+        if (count_ == kTogether || blocks_ > kMostBlocks - blocks) return false;
+        all_.each[count_] = a;
+        all_.first[count_++] = blocks_;
         blocks_ += blocks;
         return true;
     }
     template <typename F>
-    void send(FakeQuantKernel kernel, int threads, F& launch) {
-        if (count > 0) launch(kernel, all_, blocks_, threads);
-        count = blocks_ = 0;
+    void send(const Served& by, F& launch) {
+        if (count_ == 1) {
+            launch(by.alone, FakeQuants<1>{{all_.each[0]}, {0}}, blocks_, by.threads);
+        } else if (count_ > 1) {
+            for (int i = count_; i < kTogether; i++) all_.first[i] = kMostBlocks;
+            launch(by.together, all_, blocks_, by.threads);
+        }
+        count_ = blocks_ = 0;
     }
 
   private:
     static constexpr int kMostBlocks = 0x7fffffff;
-    FakeQuants all_;
-    int blocks_ = 0;
+    FakeQuants<kTogether> all_;
+    int count_ = 0, blocks_ = 0;
 };
 
 // launch(kernel, arguments, blocks, threads) for the count matrices from a on, in as few launches
@@ -144,21 +151,21 @@ bool launch_fake_quants(FakeQuant* a, int count, bool backward, Float x, Float o
     Together together;
     for (int i = 0; i < count; i++) {
         const Served s = served[i];
-        if (s.kernel == nullptr) return false;
+        if (s.together == nullptr) return false;
         if (s.blocks == 0) continue;  // it went with one before
         for (int j = i; j < count; j++) {
-            if (served[j].kernel != s.kernel || served[j].threads != s.threads) continue;
+            if (served[j].together != s.together || served[j].threads != s.threads) continue;
             if (together.add(a[j], served[j].blocks)) served[j].blocks = 0;
         }
-        together.send(s.kernel, s.threads, launch);
+        together.send(s, launch);
     }
-    if (!backward) return true;
-    for (int i = 0; i < count; i++) {
-        if (a[i].per_tensor) together.add(a[i], 1);
-        if (together.count == kTogether || i + 1 == count) {
-            together.send(fake_quant_total, 32 * kTeamWarps, launch);
-        }
+    const Served total = {fake_quant_total<1>, fake_quant_total<kTogether>, 1, 32 * kTeamWarps};
+    for (int i = 0; backward && i < count; i++) {
+        if (!a[i].per_tensor || together.add(a[i], 1)) continue;
+        together.send(total, launch);
+        together.add(a[i], 1);
     }
+    together.send(total, launch);
     return true;
 }
 

@@ -25,8 +25,7 @@ extern "C" int64_t dqw_fake_quants(bool backward, int type, int other, int* laun
     all.swap(asked);
     int64_t ran = 0;
     *launches = 0;
-    const auto run = [&](dqw::FakeQuantKernel kernel, const dqw::FakeQuants& arguments, int blocks,
-                         int threads) {
+    const auto run = [&](auto kernel, const auto& arguments, int blocks, int threads) {
         dqw::run_blocks(kernel, arguments, blocks, 1, threads);
         ran += blocks * threads;
         *launches += 1;
