@@ -28,6 +28,7 @@ from dqw.catch import given_to
 from dqw.compensate import Moment, round_layers
 from dqw.embedding import TiedProjection
 from dqw.linear import QuantLinear, QuantModule
+from dqw.together import rounded_once
 
 
 @torch.no_grad()
@@ -132,11 +133,12 @@ def _walk(
         for stage, rows in zip(stages, inputs, strict=True):
             name, matrix, holder = stage[0]
             moment, given = Moment.empty(holder.cols, rows[0].device), list[Tensor]()
-            for call, y in zip(now, rows, strict=True):
-                (x, *_), _ = given_to(matrix, partial(call.run, layer))
-                moment.add(call.rows(x, holder.cols), y=y)
-                if name.endswith("attn.out_proj"):
-                    given.append(x)
+            with rounded_once(layer):
+                for call, y in zip(now, rows, strict=True):
+                    (x, *_), _ = given_to(matrix, partial(call.run, layer))
+                    moment.add(call.rows(x, holder.cols), y=y)
+                    if name.endswith("attn.out_proj"):
+                        given.append(x)
             rows.clear()
             shared = {f"{stack}.{index}.{own}": holder for own, _, holder in stage}
             round_layers(shared, moment, off_grid, say)
@@ -144,9 +146,10 @@ def _walk(
                 attention = layer.get_submodule(name.rpartition(".")[0])
                 for call in now:
                     call.attended.append((attention, matrix(given.pop(0))))
-        for call in now:
-            call.hidden = call.run(layer)
-            call.attended.clear()
+        with rounded_once(layer):
+            for call in now:
+                call.hidden = call.run(layer)
+                call.attended.clear()
 
 
 _Stage = list[tuple[str, nn.Module, QuantModule]]  # matrices that share their input

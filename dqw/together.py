@@ -10,6 +10,8 @@ it was given.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +22,9 @@ from dqw.linear import QuantLinear, product_dtype
 
 _LAYER = re.compile(r"(.*?\.\d+)\.(.+)")  # name of a member of a ModuleList, and what is inside it
 
-_HOLDERS = "_dqw_rounded"  # in a layer while it runs: the modules that hold a rounded weight
+# In a layer's dictionary: the modules that hold a rounded weight, while it runs; and whether they
+# hold it from run to run.
+_HOLDERS, _STAY = "_dqw_rounded", "_dqw_stay"
 
 
 class Together:
@@ -35,7 +39,7 @@ class Together:
     def before(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         # Attributes of nn.Module are looked up in its dictionaries: its own lookup takes 10 times
         # as long, and was a third of what the host spends here.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _HOLDERS in layer.__dict__:
             return
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             return  # transformers' layers are computed again without their hooks
@@ -61,8 +65,25 @@ class Together:
             module.__dict__["rounded"] = rounded
 
     def after(self, layer: nn.Module, args: Any, output: Any) -> None:
-        for module in layer.__dict__.pop(_HOLDERS, ()):
-            module.__dict__["rounded"] = None
+        if _STAY not in layer.__dict__:
+            _let_go(layer)
+
+
+def _let_go(layer: nn.Module) -> None:
+    for module in layer.__dict__.pop(_HOLDERS, ()):
+        module.__dict__["rounded"] = None
+
+
+@contextmanager
+def rounded_once(layer: nn.Module) -> Iterator[None]:
+    """Within the block ``layer`` is run many times without gradients, and nothing of it changes:
+    its weights are rounded at the first run, for all."""
+    layer.__dict__[_STAY] = True
+    try:
+        yield
+    finally:
+        del layer.__dict__[_STAY]
+        _let_go(layer)
 
 
 def round_together(model: nn.Module) -> None:

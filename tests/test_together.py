@@ -14,7 +14,7 @@ from dqw import fake_quant, ops
 from dqw.convert import dequantize, quant_modules
 from dqw.linear import QuantLinear
 from dqw.recipe import Recipe
-from dqw.together import Together, forget_together
+from dqw.together import Together, forget_together, rounded_once
 
 KINDS = {
     "apot": {"bits": 4, "grid": "apot", "group_size": 0},
@@ -114,6 +114,24 @@ def test_frozen_weights_and_fixed_clips() -> None:
     same(gradients(model), gradients(alone))
     with torch.no_grad():
         assert torch.equal(losses(model), losses(alone))
+
+
+def test_rounded_once_for_many_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the block; a weight that changed behind it counts, and nothing stays."""
+    model = quantized()
+    layer = model.model.encoder.layers[0]
+    x = torch.randn(1, 30, model.config.d_model)
+    with torch.no_grad(), calls(monkeypatch) as seen:
+        want = layer(x, None)
+        with rounded_once(layer):
+            assert all(torch.equal(layer(x, None), want) for _ in range(3))
+        layer.fc1.weight.mul_(2)
+        with rounded_once(layer):
+            changed = layer(x, None)
+        assert len(seen) == 3 and not torch.equal(changed, want)
+        assert torch.equal(layer(x, None), changed)
+    assert all(m.rounded is None for m in quant_modules(model).values())
+    assert not {"_dqw_rounded", "_dqw_stay"} & set(layer.__dict__)
 
 
 def test_nothing_stays() -> None:
