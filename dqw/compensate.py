@@ -70,10 +70,9 @@ class Moment:
         lower = torch.is_autocast_enabled(x.device.type)
         x = _weighed(x, root, lower)
         with torch.autocast(x.device.type, enabled=False):
-            add_product(self.second, x)
+            add_moments(self.second, self.first, x, root)
             if y is not None:
                 self._take_float(_weighed(y, root, lower), root, x)
-        self.first += _total(x, root)
         self.count += len(x) if weight is None else float(weight.sum())
 
     def _take_float(self, y: Tensor, root: Tensor | None, x: Tensor) -> None:
@@ -82,8 +81,7 @@ class Moment:
                 torch.zeros_like(self.second),
                 torch.zeros_like(self.first),
             )
-        add_product(self.cross, x, y)
-        self.first_float += _total(y, root)
+        add_moments(self.cross, self.first_float, x, root, y)
 
     def centred(self) -> Moment:
         """The same of x and y less their means."""
@@ -103,14 +101,31 @@ class Moment:
         )
 
 
-def add_product(total: Tensor, x: Tensor, y: Tensor | None = None) -> None:
+def add_moments(
+    second: Tensor, first: Tensor, x: Tensor, root: Tensor | None, y: Tensor | None = None
+) -> None:
+    """``add_product`` to ``second``, and to ``first`` (cols,) the sums of y's columns, without y of
+    x's; root (n, 1): what rows were multiplied by, and are once more for the sums."""
+    if root is None:
+        add_product(second, x, y, first)
+    else:
+        add_product(second, x, y)
+        first += ((x if y is None else y) * root).sum(0)
+
+
+def add_product(
+    total: Tensor, x: Tensor, y: Tensor | None = None, columns: Tensor | None = None
+) -> None:
     """total (cols, cols) float32 += yᵀ x of rows (n, cols); without y, xᵀ x, and ``total`` must be
-    symmetric. Products are of the dtype of x and y, float32 or bfloat16; sums are float32."""
+    symmetric. Products are of the dtype of x and y, float32 or bfloat16; sums are float32. columns
+    (cols,) float32 += the sums of y's columns, without y of x's."""
     lower, device = x.dtype == torch.bfloat16, x.device.type
     # 2048 columns, 3000 rows, two cores of a Zen 4: 36 and with y 63 ms, in torch 137.
     native = getattr(torch.ops.dqw_cpu, "add_moment", None)
-    if lower and device == "cpu" and native is not None and native(total, x, y):
+    if lower and device == "cpu" and native is not None and native(total, x, y, columns):
         return
+    if columns is not None:
+        columns += (x if y is None else y).sum(0, dtype=torch.float32)
     # 2048 columns, AMX: 40 ms in bfloat16, 102 in float32.
     products: Any = (torch.backends.cuda if device == "cuda" else torch.backends.mkldnn).matmul
     before = products.fp32_precision
@@ -126,10 +141,6 @@ def add_product(total: Tensor, x: Tensor, y: Tensor | None = None) -> None:
 def _weighed(x: Tensor, root: Tensor | None, lower: bool) -> Tensor:
     x = x if root is None else x.float() * root
     return x.bfloat16() if lower else x.float()
-
-
-def _total(x: Tensor, root: Tensor | None) -> Tensor:
-    return x.sum(0, dtype=torch.float32) if root is None else (x * root).sum(0)
 
 
 @torch.no_grad()

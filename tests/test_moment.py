@@ -44,8 +44,11 @@ def test_the_kernel_adds_products(n: int, cols: int, crossed: bool) -> None:
     sizes = total.double().abs() + left.double().abs().T @ x.double().abs()
     plain = torch.addmm(total, left.float().T, x.float())
     usual = float(((plain - wanted).abs() / sizes.clamp(min=1e-9)).max())
+    columns = torch.randn(cols)
+    sums = columns.double() + left.double().sum(0)
     with instruction_set(TIER):
-        assert torch.ops.dqw_cpu.add_moment(total, x, y)
+        assert torch.ops.dqw_cpu.add_moment(total, x, y, columns)
+    assert ((columns - sums).abs() <= 5e-7 * (left.double().abs().sum(0) + 4)).all()
     assert ((total - wanted).abs() <= max(2 * usual, 5e-7) * sizes + 1e-12).all()
     if y is None:
         assert torch.equal(total, total.T)

@@ -87,6 +87,8 @@ struct Bf16Kernels {
     // pairs. Null where torch's product is faster.
     void (*add_moment)(const uint16_t* y, const uint16_t* x, int64_t pairs, int64_t rows,
                        int64_t columns, float* sum, int64_t stride);
+    // sum (columns), at most 32, += the sums of so many pairs.
+    void (*add_columns)(const uint16_t* x, int64_t pairs, int64_t columns, float* sum);
     int64_t cycles;       // of multiply for 32 rows, 32 outputs and 64 columns
     int64_t panel_bytes;  // of W that stay in the second cache, with room for x beside them
     int64_t few;          // up to so many rows of x the other kernels are faster,
@@ -104,5 +106,6 @@ void multiply_amx(const Bf16Block&);
 void pack_pairs_bf16(const uint16_t* x, int64_t rows, int64_t cols, int64_t column, uint16_t* out);
 void add_moment_bf16(const uint16_t* y, const uint16_t* x, int64_t pairs, int64_t rows,
                      int64_t columns, float* sum, int64_t stride);
+void add_columns_bf16(const uint16_t* x, int64_t pairs, int64_t columns, float* sum);
 
 }  // namespace dqw

@@ -44,6 +44,7 @@ constexpr Bf16Kernels bf16_with(void (*multiply)(const Bf16Block&), int64_t cycl
             .multiply = multiply,
             .pack_pairs = pack_pairs_bf16,
             .add_moment = tiles ? nullptr : add_moment_bf16,
+            .add_columns = add_columns_bf16,
             .cycles = cycles,
             .panel_bytes = panel,
             .few = 16,

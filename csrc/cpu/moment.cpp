@@ -17,18 +17,22 @@ struct Moment {
     const Bf16Kernels& kernels;
     const uint16_t *y, *x;  // (rows, cols); y null: x
     int64_t rows, cols;
-    float* sum;  // (cols, cols)
+    float* sum;      // (cols, cols)
+    float* columns;  // (cols), for the sums of y's columns, or null
     uint16_t *y_strips, *x_strips;
 
     int64_t strips() const { return (cols + kStrip - 1) / kStrip; }
     static int64_t strip_size() { return kChunk * kStrip; }
 
-    void pack(Member& me, const uint16_t* from, int64_t first, uint16_t* to) const {
+    void pack(Member& me, const uint16_t* from, int64_t first, uint16_t* to, bool adds) const {
         const int64_t some = std::min(kChunk, rows - first);
         me.share(strips(), [&](int64_t begin, int64_t end) {
             for (int64_t s = begin; s < end; s++) {
                 kernels.pack_pairs(from + first * cols, some, cols, s * kStrip,
                                    to + s * strip_size());
+                if (!adds) continue;
+                kernels.add_columns(to + s * strip_size(), (some + 1) / 2,
+                                    std::min(kStrip, cols - s * kStrip), columns + s * kStrip);
             }
         });
     }
@@ -76,8 +80,8 @@ struct Moment {
 
     void operator()(Member& me) const {
         for (int64_t first = 0; first < rows; first += kChunk) {
-            pack(me, x, first, x_strips);
-            if (y != nullptr) pack(me, y, first, y_strips);
+            pack(me, x, first, x_strips, columns != nullptr && y == nullptr);
+            if (y != nullptr) pack(me, y, first, y_strips, columns != nullptr);
             me.barrier();
             multiply(me, (std::min(kChunk, rows - first) + 1) / 2);
             me.barrier();
@@ -87,8 +91,10 @@ struct Moment {
 };
 
 // sum (cols, cols) float32 += yT x of bfloat16 rows (rows, cols); without y, xT x, and sum must be
-// symmetric. → whether this processor has it: if not, nothing is added.
-bool add_moment(const Tensor& sum, const Tensor& x_, const std::optional<Tensor>& y_) {
+// symmetric. columns (cols) float32 += the sums of y's columns, without y of x's. → whether this
+// processor has it: if not, nothing is added.
+bool add_moment(const Tensor& sum, const Tensor& x_, const std::optional<Tensor>& y_,
+                const std::optional<Tensor>& columns) {
     const Bf16Kernels* kernels = tier().linear->bf16;
     if (kernels == nullptr || kernels->add_moment == nullptr) return false;
     DQW_CHECK(x_.dim() == 2 && x_.scalar_type() == ScalarType::BFloat16,
@@ -100,13 +106,24 @@ bool add_moment(const Tensor& sum, const Tensor& x_, const std::optional<Tensor>
     DQW_CHECK(!y_ || (y_->dim() == 2 && y_->size(0) == rows && y_->size(1) == cols &&
                       y_->scalar_type() == ScalarType::BFloat16),
               "y must be what x is");
+    DQW_CHECK(!columns || (columns->dim() == 1 && columns->size(0) == cols &&
+                           columns->is_contiguous() && columns->scalar_type() == ScalarType::Float),
+              "columns must be contiguous (", cols, ") float32");
     if (rows == 0 || cols == 0) return true;
     const Tensor x = dense(x_), y = y_ ? dense(*y_) : x;
     const auto data = [](const Tensor& t) {
         return static_cast<const uint16_t*>(t.const_data_ptr());
     };
-    float* to = static_cast<float*>(sum.mutable_data_ptr());
-    Moment m{*kernels, y_ ? data(y) : nullptr, data(x), rows, cols, to, nullptr, nullptr};
+    const auto floats = [](const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
+    Moment m{*kernels,
+             y_ ? data(y) : nullptr,
+             data(x),
+             rows,
+             cols,
+             floats(sum),
+             columns ? floats(*columns) : nullptr,
+             nullptr,
+             nullptr};
     const int64_t size = m.strips() * Moment::strip_size();
     m.x_strips = static_cast<uint16_t*>(scratch<2>((y_ ? 2 : 1) * size * sizeof(uint16_t)));
     m.y_strips = m.x_strips + size;
@@ -118,7 +135,7 @@ bool add_moment(const Tensor& sum, const Tensor& x_, const std::optional<Tensor>
 }  // namespace dqw
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dqw_cpu, m) {
-    m.def("add_moment(Tensor(a!) sum, Tensor x, Tensor? y=None) -> bool");
+    m.def("add_moment(Tensor(a!) sum, Tensor x, Tensor? y=None, Tensor(b!)? columns=None) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dqw_cpu, CPU, m) { m.impl("add_moment", TORCH_BOX(&dqw::add_moment)); }

@@ -69,4 +69,21 @@ void add_moment_bf16(const uint16_t* y, const uint16_t* x, int64_t pairs, int64_
     }
 }
 
+void add_columns_bf16(const uint16_t* x, int64_t pairs, int64_t columns, float* sum) {
+    const __mmask16 left = lanes_below(columns), right = lanes_below(columns - W);
+    const __m512bh one = (__m512bh)all_int(0x3f803f80);
+    f32 a = _mm512_maskz_loadu_ps(left, sum), b = _mm512_maskz_loadu_ps(right, sum + W);
+    for (int64_t some = 0; some < pairs; some += kChain) {
+        const int64_t end = some + kChain < pairs ? some + kChain : pairs;
+        f32 c = zero(), d = zero();
+        for (int64_t pair = some; pair < end; pair++) {
+            c = _mm512_dpbf16_ps(c, one, (__m512bh)load_int(x + pair * 64));
+            d = _mm512_dpbf16_ps(d, one, (__m512bh)load_int(x + pair * 64 + 32));
+        }
+        a = add(a, c), b = add(b, d);
+    }
+    _mm512_mask_storeu_ps(sum, left, a);
+    _mm512_mask_storeu_ps(sum + W, right, b);
+}
+
 }  // namespace dqw
