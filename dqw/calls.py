@@ -37,6 +37,7 @@ class Call:
     real: Tensor | None = None
     padding: Tensor | None = None
     attended: list[tuple[Any, Tensor]] = field(default_factory=list)
+    _taken: Tensor | None = field(default=None, init=False)
 
     def run(self, layer: nn.Module) -> Tensor:
         for attention, output in self.attended:
@@ -50,12 +51,23 @@ class Call:
 
     def rows(self, x: Tensor, cols: int) -> Tensor:
         """Rows (n, cols) of a matrix's input, evenly spaced, with little or no padding."""
-        if self.real is not None and x.shape[:-1] == self.real.shape:
-            x = x[self.real]
-        every = max(-(-x.shape[:-1].numel() // ROWS), 1)
-        if self.padding is not None and x.shape[:-1] == self.padding.shape:
-            x = torch.cat([x[~self.padding], x[self.padding][::PADDING]])
-        return x.reshape(-1, cols)[::every]
+        counts = self.real if self.real is not None else self.padding
+        flat = x.reshape(-1, cols)
+        if counts is None or x.shape[:-1] != counts.shape:
+            return flat[:: max(-(-len(flat) // ROWS), 1)]
+        if self._taken is None:
+            self._taken = self._take()
+        return flat.index_select(0, self._taken)
+
+    def _take(self) -> Tensor:
+        """Which rows ``rows`` takes of all positions, in their order."""
+        if self.real is not None:
+            found = self.real.flatten().nonzero().squeeze(1)
+            return found[:: max(-(-len(found) // ROWS), 1)]
+        assert self.padding is not None
+        pads = self.padding.flatten()
+        heard, rest = ((~pads).nonzero(), pads.nonzero()[::PADDING])
+        return torch.cat([heard, rest]).squeeze(1)[:: max(-(-len(pads) // ROWS), 1)]
 
 
 def first_call(
