@@ -28,7 +28,7 @@ from dqw.speech import spread
 
 # Windows of speech, for the KL. base at 27 to 39.4 MiB: a plan by 4, 6 or 8 of 24 windows costs 3.0
 # to 4.8, 2.5 to 4.3 or 1.8 to 2.9 % more, by the others, than theirs
-# (mean of 40 draws; a one-off program).
+# (mean of 40 draws; a one-off program). 6 take 25 s more, two cores of a Zen 4.
 WINDOWS = 4
 
 # Layers that get the same bits in the end (``one_table``).
