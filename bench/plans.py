@@ -29,13 +29,14 @@ SHAPES = (
     (1280, 5120), (5120, 1280), (4096, 4096), (1280, 51866),
 )  # fmt: skip
 STEP = 128  # columns
-MOST_WARPS = (10, 8)  # of 4 bits in csrc/cuda/gemv.h: up to 8 rows of x, and more
+# Of 4 bits in csrc/cuda/gemv.h, by rows of x: warps of a block, and log2 of a cluster's blocks.
+MOST = {8: (10, 3), 16: (8, 3), 32: (4, 2)}
 
 
-def plans(cols: int, most: int) -> Iterator[tuple[int, int]]:
+def plans(cols: int, most: int, shifts: int = 3) -> Iterator[tuple[int, int]]:
     """(cluster_shift, warps) with work for every warp, and at most 8 rounds of it."""
     steps = -(-cols // STEP)
-    for shift in range(4):
+    for shift in range(shifts + 1):
         own = -(-steps >> shift) if steps >= 1 << shift else 0
         for warps in (1, 2, 3, 4, 5, 6, 8, 10):
             if warps <= min(own, most) and own <= 8 * warps:
@@ -65,7 +66,8 @@ def measure(rows: int, cols: int, out: int, group_size: int, device: str = "cuda
         call = timing.rotated(float16, size(half), where == "cold")
         candidates = {"float16": timing.local(call, device, "float16")}
         try:  # a graph holds the plan that it was captured with
-            for plan in [(0, 0), *plans(cols, MOST_WARPS[rows > 8])]:
+            most = next(MOST[n] for n in MOST if rows <= n)
+            for plan in [(0, 0), *plans(cols, *most)]:
                 name = f"{1 << plan[0]} x {plan[1]}" if plan[1] else "plan_of"
                 torch.ops.dqw_cuda.force_plan(*plan)
                 errors[name] = ((packed()() - want).abs().max() / want.abs().max()).item()

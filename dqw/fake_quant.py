@@ -61,18 +61,29 @@ class RoundedTogether(torch.autograd.Function):
             [q.group_size for q in quantizers],
         )
         ctx.gradient_scales = [q.gradient_scale for q in quantizers]
-        return tuple(ops.fake_quant_clips(tensors[:count], tensors[count:], *ctx.rest, dtype))
+        rounded = ops.fake_quant_clips(tensors[:count], tensors[count:], *ctx.rest, dtype)
+        wanted = ctx.needs_input_grad[2:]
+        fixed = [y for i, y in enumerate(rounded) if not wanted[i] and not wanted[count + i]]
+        ctx.mark_non_differentiable(*fixed)  # their products have no gradient to work out
+        ctx.set_materialize_grads(False)
+        return tuple(rounded)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, count = ctx.saved_tensors, len(grads)
-        found = ops.fake_quant_clips_backward(
-            grads, tensors[:count], tensors[count:], *ctx.rest, ctx.gradient_scales
-        )
+        used = [i for i, grad in enumerate(grads) if grad is not None]  # the others took no part
+
+        def of_used(values: Any) -> list[Any]:
+            return [values[i] for i in used]
+
+        parts = [of_used(values) for values in (grads, tensors[:count], tensors[count:], *ctx.rest)]
+        found = ops.fake_quant_clips_backward(*parts, of_used(ctx.gradient_scales))
         wanted = ctx.needs_input_grad[2:]
-        if not all(wanted):
-            found = [f if w else None for f, w in zip(found, wanted, strict=True)]
-        return None, None, *found
+        result: list[Tensor | None] = [None] * (2 * count)
+        for n, i in enumerate(used):
+            result[i] = found[n] if wanted[i] else None
+            result[count + i] = found[len(used) + n] if wanted[count + i] else None
+        return None, None, *result
 
 
 def fake_quant_together(

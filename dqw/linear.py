@@ -30,6 +30,9 @@ class QuantModule(nn.Module):
     scale: Tensor
     levels: Tensor
     bias: Tensor | None
+    # The fake-quantized weight and what rounded it, while dqw.together has them.
+    rounded: Tensor | None = None
+    rounded_by: FakeQuantize | None = None
 
     def __init__(self, rows: int, cols: int, spec: QuantSpec) -> None:
         super().__init__()
@@ -40,7 +43,6 @@ class QuantModule(nn.Module):
         self.dtype = torch.get_default_dtype()  # what the layer computes in, once packed
         self.quantizer: FakeQuantize | None = None
         self.rest_quantizer: FakeQuantize | None = None
-        self.rounded: Tensor | None = None  # the fake-quantized weight, while dqw.together has it
 
     @property
     def group_size(self) -> int:
@@ -122,12 +124,13 @@ class QuantModule(nn.Module):
 
     def weight_for(self, x: Tensor) -> Tensor:
         """``fake_quantized_weight`` in the dtype that a product with ``x`` is computed in."""
-        if self.rounded is not None and self.rounded.dtype == product_dtype(x):
-            return self.rounded
         quantizer = self._active_quantizer()
         if quantizer is None:
             return self.weight.to(x.dtype)
-        return quantizer(self.weight, dtype=product_dtype(x))
+        dtype, rounded = product_dtype(x), self.rounded
+        if rounded is not None and rounded.dtype == dtype and self.rounded_by is quantizer:
+            return rounded
+        return quantizer(self.weight, dtype=dtype)
 
     @torch.no_grad()
     def freeze(self) -> None:

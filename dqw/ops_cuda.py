@@ -26,7 +26,8 @@ from dqw.packing import packed_bytes
 #   32 rows, 8 bits  3.8, 13.6, 9.8     7.0, 13.5, 13.4    7.6, 21, 22        3.4, 4.9, 7.3
 #   64 rows, 4 bits  two calls          5.3, 9.7, 12.7     7.4, 22, 24        3.3, 5.3, 8.5
 ROWS = {"CUDA C++": 16, "Triton": 64}
-MORE_ROWS = 32  # of CUDA C++, where it is faster than Triton: from 5 bits on, and small matrices
+# Of CUDA C++ where it is no slower than Triton: small matrices, and from 5 bits on (8 were timed).
+MORE_ROWS = 32
 SMALL = 2**20  # weights
 _said: set[str] = set()
 
@@ -134,18 +135,21 @@ def _is_new_enough(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-_uniform: MutableMapping[Tensor, bool] = WeakIdKeyDictionary()  # tables that were looked at
+# Tables that were looked at, as they were at a version.
+_uniform: MutableMapping[Tensor, tuple[int, bool]] = WeakIdKeyDictionary()
 
 
 def _is_uniform(levels: Tensor) -> bool:
     """Whether a table's levels are their indices: bfloat16 holds each of 7 and 8 bits then. The
     first look waits for the GPU; where a graph is captured nobody may, and the answer is no."""
-    if levels not in _uniform:
+    version = 0 if levels.is_inference() else levels._version
+    known = _uniform.get(levels)
+    if known is None or known[0] != version:
         if levels.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        half = levels.numel() // 2
-        _uniform[levels] = int(levels[half - 1]) == half - 1  # they rise from 0 or more
-    return _uniform[levels]
+        half = levels.numel() // 2  # magnitudes rise from 0 or more (a tail without use is 0)
+        known = _uniform[levels] = version, int(levels[half - 1]) == half - 1
+    return known[1]
 
 
 def _most_rows(weights: list[Tensor], bits: int) -> int:
@@ -314,7 +318,7 @@ def kernel_of(name: str) -> str:
     if name not in ("quant_linear", "quant_linears"):
         return "Triton"
     few, some = ROWS["CUDA C++"], ROWS["Triton"]
-    first = f"CUDA C++ up to {few} rows, {MORE_ROWS} of 5 bits and more"
+    first = f"CUDA C++ up to {few} rows, {MORE_ROWS} of 5 bits and more or small matrices"
     if library_reason:
         first = f"no CUDA C++ ({library_reason})"
     return f"{first}; Triton up to {some} rows and for int8 activations; above Triton + cuBLAS"

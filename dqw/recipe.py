@@ -190,6 +190,7 @@ class Recipe:
     def from_dict(cls, data: dict[str, Any], where: str = "recipe") -> "Recipe":
         """Build from nested dicts as TOML gives them; unknown tables and keys raise UserError."""
         parts: dict[str, Any] = {}
+        data = dict(data)  # the caller's stays as it is
         for part in fields(cls):
             values = dict(data.pop(part.name, {})) if part.name in data else {}
             kind: Any = part.default_factory

@@ -39,8 +39,12 @@ class Together:
     def before(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         # Attributes of nn.Module are looked up in its dictionaries: its own lookup takes 10 times
         # as long, and was a third of what the host spends here.
-        if torch.compiler.is_compiling() or _HOLDERS in layer.__dict__:
+        if torch.compiler.is_compiling():
             return
+        if _HOLDERS in layer.__dict__:
+            if _STAY in layer.__dict__:
+                return
+            _let_go(layer)  # an interrupt, which hooks do not hear of, left them
         if layer.training and getattr(layer, "gradient_checkpointing", False):
             return  # transformers' layers are computed again without their hooks
         x = args[0] if args else None
@@ -50,19 +54,21 @@ class Together:
         for path in self.paths:
             module: Any = layer
             for name in path:
-                module = module._modules[name]
+                module = None if module is None else module._modules.get(name)
+            if not isinstance(module, QuantLinear):  # another has taken its place
+                continue
             weight = module._parameters.get("weight")
             quantizer = module._modules.get("quantizer" if module.chosen else "rest_quantizer")
             if quantizer is not None and type(weight) is nn.Parameter:  # whole, and no replica's
                 modules.append(module)
                 weights.append(weight)
                 quantizers.append(quantizer)
-        if not weights or any(w.device != weights[0].device for w in weights):
+        if not weights or any(w.device != x.device for w in weights):  # parted, or off-loaded
             return
         together = fake_quant_together(weights, quantizers, product_dtype(x))  # type: ignore[arg-type]
         layer.__dict__[_HOLDERS] = modules
-        for module, rounded in zip(modules, together, strict=True):
-            module.__dict__["rounded"] = rounded
+        for module, rounded, quantizer in zip(modules, together, quantizers, strict=True):
+            module.__dict__["rounded"], module.__dict__["rounded_by"] = rounded, quantizer
 
     def after(self, layer: nn.Module, args: Any, output: Any) -> None:
         if _STAY not in layer.__dict__:
@@ -71,7 +77,7 @@ class Together:
 
 def _let_go(layer: nn.Module) -> None:
     for module in layer.__dict__.pop(_HOLDERS, ()):
-        module.__dict__["rounded"] = None
+        module.__dict__["rounded"] = module.__dict__["rounded_by"] = None
 
 
 @contextmanager
@@ -103,6 +109,7 @@ def round_together(model: nn.Module) -> None:
 def forget_together(model: nn.Module) -> None:
     """Take the hooks off again, in place."""
     for module in model.modules():
+        _let_go(module)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", None), Together):

@@ -121,6 +121,7 @@ def test_plans_give_every_warp_a_step() -> None:
                 steps = -(-cols // 128)
                 own = -(-steps // 2**shift)
                 assert 1 <= warps <= min(own, most) and own <= 8 * warps, (cols, shift, warps)
+    assert max(shift for shift, _ in plans.plans(5120, *plans.MOST[32])) == 2
 
 
 def test_every_plan_is_forced_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:

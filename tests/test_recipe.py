@@ -101,3 +101,9 @@ def test_a_grid_that_is_asked_for_is_not_replaced_by_steps(option: str, value: o
     assert load_recipe("default", quant={"bits": 3}).quant.allocate == "steps"
     found = load_recipe("default", quant={option: value}).quant
     assert found.allocate == "bits" and getattr(found, option) == value
+
+
+def test_a_dict_stays_as_it_is() -> None:
+    data = {"quant": {"bits": 3, "override": [{"match": "*.fc1", "bits": 8}]}}
+    assert Recipe.from_dict(data).quant == Recipe.from_dict(data).quant
+    assert data == {"quant": {"bits": 3, "override": [{"match": "*.fc1", "bits": 8}]}}

@@ -263,6 +263,9 @@ std::tuple<Tensor, Tensor> fake_quant_clip_backward(Tensor grad, Tensor x, Tenso
 
 Tensor fake_quant_activation(Tensor x) {
     DQW_CHECK(x.dim() >= 1, "x must have at least one dimension");
+    if (x.scalar_type() == ScalarType::Double) {  // computed in float32, as on a CPU
+        return as(fake_quant_activation(as(x, ScalarType::Float)), ScalarType::Double);
+    }
     const auto type = float_of(x.scalar_type());
     DQW_CHECK(type, "x must be float32, float16 or bfloat16");
     const Tensor in = dense(x), y = empty(x, x.scalar_type());

@@ -36,8 +36,8 @@ constexpr int kSumStride = 36;   // of a row of x in sums: no two lanes store to
 
 __device__ inline float gelu(float v) { return 0.5f * v * (1.0f + erff(v * 0.70710678118654752f)); }
 
-// Two blocks fit a processor, which leaves a thread 96 or 128 registers; for sm_80 ptxas would
-// spill.
+// Two blocks fit a processor, which leaves a thread 96 or 128 registers, 168 of 6 warps and 255 of
+// 4; for sm_80 ptxas would spill.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kAtOnce = 1;
 #else
@@ -65,11 +65,11 @@ struct Plan {
 };
 
 // most: most_warps. From `python -m bench.plans` on an H100, 2026-11-27: a cluster serves where a
-// block would have more than 10 steps, until every step has a warp or there are 1.5 blocks a
-// processor (5120 -> 1280: 3.3 us for 4.6 without). Steps left over go to the first warps once
-// more: 8 and 2 take less than 5 and 5 (16 x 1280 -> 5120: 4.7 us for 5.7). Where tiles are many,
-// four warps of several rounds have less to set up and to add than ten of one (1280 -> 51866: 14.8
-// us for 18.9).
+// block would have more than 10 steps (8 of those with 4 warps, not timed), until every step has a
+// warp or there are 1.5 blocks a processor (5120 -> 1280: 3.3 us for 4.6 without). Steps left over
+// go to the first warps once more: 8 and 2 take less than 5 and 5 (16 x 1280 -> 5120: 4.7 us
+// for 5.7). Where tiles are many, four warps of several rounds have less to set up and to add than
+// ten of one (1280 -> 51866: 14.8 us for 18.9).
 inline Plan plan_of(int tiles, int blocks, int most, int processors, int clusters) {
     const int steps = (blocks + 1) / 2;
     Plan p = {0, 1};
@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(32 * most_warps(BITS, X_TILES, GROUPED), kAtOn
     const int level = BITS <= 4 ? a.levels[lane % (1 << (BITS <= 4 ? BITS - 1 : 0))] : 0;
     if (step < end) ask(step);
     Pool pool = {};
-    // Levels rise from 0 or more: where the last is its index, each is.
+    // Magnitudes rise from 0 or more (a tail without use is 0): where the last is its index, each
+    // is.
     constexpr int LAST = (1 << (BITS - 1)) - 1;
     const bool uniform = BITS > 4 && a.levels[LAST] == LAST;
     if (BITS <= 4) {

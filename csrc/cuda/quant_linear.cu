@@ -4,7 +4,8 @@
 //   x (m, cols) float16 or bfloat16 · weights packed · scales float32 (rows, 1) or (1, 1), with
 //   groups float16 (rows, groups) · levels int16 · biases in x's dtype, empty where there is none
 //
-// dqw/ops_cuda.py decides when this kernel serves; what it cannot do is an error here. PyTorch's
+// dqw/ops_cuda.py decides when this kernel serves; what it cannot do is an error here, but for
+// bfloat16 with 7 and 8 bits, whose levels must be a uniform grid's: others are rounded. PyTorch's
 // stable ABI: one build for every torch from 2.10 on.
 
 #include <cuda_runtime.h>
