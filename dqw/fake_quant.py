@@ -89,8 +89,9 @@ class RoundedTogether(torch.autograd.Function):
 def fake_quant_together(
     weights: list[Tensor], quantizers: "list[FakeQuantize]", dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """``quantizer(weight, dtype=dtype)`` of each pair, weights of two dimensions and one device,
-    in one call: a training step on a GPU waits for its host."""
+    """``quantizer(weight, dtype=dtype)`` of each pair in one call, since a training step on a GPU
+    waits for its host. weights: (rows, cols) each, all of one device; → tensors of their shapes in
+    ``dtype``, with the gradients of ``Rounded``."""
     clips = [q._clip_of_weights() for q in quantizers]
     return RoundedTogether.apply(quantizers, dtype, *weights, *clips)
 

@@ -31,8 +31,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         ctypes.c_bool, ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_int)
     ]  # fmt: skip
     found.dqw_fake_quants.restype = ctypes.c_int64
-    found.dqw_round_rows.argtypes = [*pointers[:2], *sizes[:2], ctypes.c_int]
-    found.dqw_round_rows.restype = ctypes.c_int64
+    found.dqw_fake_quant_rows.argtypes = [*pointers[:2], *sizes[:2], ctypes.c_int]
+    found.dqw_fake_quant_rows.restype = ctypes.c_int64
     return found
 
 
@@ -209,7 +209,7 @@ def test_activations(library, dtype: torch.dtype) -> None:
             room = aligned(torch.zeros(x.numel() + 1, dtype=dtype))
             placed = room[shift:][: x.numel()].view(x.shape).copy_(x)
             y = aligned(torch.full_like(x, 7.0))
-            ran = library.dqw_round_rows(
+            ran = library.dqw_fake_quant_rows(
                 placed.data_ptr(), y.data_ptr(), rows, cols, DTYPES.index(dtype)
             )
             assert ran >= 32
@@ -221,12 +221,12 @@ def test_activations(library, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90a"])
 def test_compiles_without_spills(arch: str, tmp_path: Path) -> None:
-    rows = [f"template __global__ void dqw::round_rows<{t}, {v}>(const dqw::Activation);"
+    rows = [f"template __global__ void dqw::fake_quant_rows<{t}, {v}>(const dqw::Activation);"
             for t, wide in (("float", 4), ("__half", 8), ("__nv_bfloat16", 8))
             for v in (wide, 1)]  # fmt: skip
     totals = [f"template __global__ void dqw::fake_quant_total<{most}>("
               f"const __grid_constant__ dqw::FakeQuants<{most}>);" for most in (1, 16)]  # fmt: skip
-    cubin, said = nvcc("\n".join(['#include "activation.h"', *rows, *totals]), arch, tmp_path)
+    cubin, said = nvcc("\n".join(['#include "fake_quant_rows.h"', *rows, *totals]), arch, tmp_path)
     # Alone and together, both ways: groups, teams, teams of single elements; the total of one clip.
     kernels = 2 * (2 * 3 * len(PAIRS) + 1) + len(rows)
     assert said.count("Compiling entry function") == kernels

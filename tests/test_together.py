@@ -19,6 +19,7 @@ from dqw.together import forget_together, rounded_once
 KINDS = {
     "apot": {"bits": 4, "grid": "apot", "group_size": 0},
     "groups": {"bits": 3, "grid": "lloyd", "group_size": 16, "activations": "int8"},
+    "rest": {"bits": 4, "group_size": 0, "rest_bits": 8},
     "weight norm": {"bits": 5, "grid": "apot", "weight_norm": True},
     "mixed": {
         "override": [
@@ -34,6 +35,13 @@ def quantized(kind: str = "apot"):  # type: ignore[no-untyped-def]
     model = make_tiny_whisper().train()
     dqw.quantize(model, Recipe.from_dict({"quant": KINDS[kind]}, "the test"))
     return model
+
+
+def twins(kind: str = "apot"):  # type: ignore[no-untyped-def]
+    """A model, and the same whose modules round on their own."""
+    model, alone = quantized(kind), quantized(kind)
+    forget_together(alone)
+    return model, alone
 
 
 def losses(model) -> Tensor:  # type: ignore[no-untyped-def]
@@ -74,8 +82,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 @pytest.mark.parametrize("lower", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_a_step(kind: str, lower: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, alone = quantized(kind), quantized(kind)
-    forget_together(alone)
+    model, alone = twins(kind)
     with calls(monkeypatch) as seen:
         want = gradients(alone, lower)
         assert not seen
@@ -85,8 +92,7 @@ def test_gradients_of_a_step(kind: str, lower: bool, monkeypatch: pytest.MonkeyP
 
 
 def test_guidance_leaves_some_out() -> None:
-    model, alone = quantized(), quantized()
-    forget_together(alone)
+    model, alone = twins()
     for m in (model, alone):
         m.model.encoder.layers[0].fc1.chosen = False
         for module in m.model.decoder.layers[0].modules():
@@ -97,30 +103,20 @@ def test_guidance_leaves_some_out() -> None:
 
 def test_guidance_gives_some_other_bits() -> None:
     """Modules that are not chosen go by their rest quantizer; one that changes in between, too."""
-    recipe = {"quant": {**KINDS["apot"], "rest_bits": 8}}
-
-    def made():  # type: ignore[no-untyped-def]
-        torch.manual_seed(0)
-        model = make_tiny_whisper().train()
-        dqw.quantize(model, Recipe.from_dict(recipe, "the test"))
-        model.model.decoder.layers[0].fc2.chosen = False
-        return model
-
-    model, alone = made(), made()
-    forget_together(alone)
+    model, alone = twins("rest")
     assert model.model.decoder.layers[0].fc2.rest_quantizer is not None
 
     def unchoose(module: QuantLinear, args: object) -> None:
         module.chosen = False
 
     for m in (model, alone):
+        m.model.decoder.layers[0].fc2.chosen = False
         m.model.encoder.layers[0].fc1.register_forward_pre_hook(unchoose)
     same(gradients(model), gradients(alone))
 
 
 def test_a_module_without_part_has_no_gradient() -> None:
-    model, alone = quantized(), quantized()
-    forget_together(alone)
+    model, alone = twins()
     for m in (model, alone):
         fc1 = m.model.encoder.layers[0].fc1
         fc1.forward = lambda x, fc1=fc1: x @ fc1.weight.detach().T
@@ -164,8 +160,7 @@ def test_what_an_interrupt_left_is_forgotten() -> None:
 
 
 def test_gradients_are_checkpointed() -> None:
-    model, alone = quantized(), quantized()
-    forget_together(alone)
+    model, alone = twins()
     for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
         assert hasattr(layer, "gradient_checkpointing")
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -173,8 +168,7 @@ def test_gradients_are_checkpointed() -> None:
 
 
 def test_frozen_weights_and_fixed_clips() -> None:
-    model, alone = quantized(), quantized()
-    forget_together(alone)
+    model, alone = twins()
     for m in (model, alone):
         m.model.encoder.requires_grad_(False)
         m.model.decoder.layers[0].fc2.weight.requires_grad_(False)
@@ -233,8 +227,7 @@ def test_a_copy_rounds_its_own_weights() -> None:
 
 def test_another_dtype_than_the_layer_was_given() -> None:
     """The hook reads the layer's input; a module that gets another rounds its own."""
-    model, alone = quantized(), quantized()
-    forget_together(alone)
+    model, alone = twins()
     for m in (model, alone):
         fc1 = m.model.encoder.layers[0].fc1
         fc1.register_forward_pre_hook(lambda module, args: (args[0].to(torch.bfloat16),))

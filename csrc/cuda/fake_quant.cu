@@ -9,7 +9,7 @@
 // backward), and no Python between the caller and it, as a training step waits for its host.
 // Nothing here waits for the GPU, so graphs capture it.
 //
-//   y = fake_quant_activation(x (..., cols))        see activation.h
+//   y = fake_quant_activation(x (..., cols))        see fake_quant_rows.h
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -24,7 +24,7 @@
 #include <tuple>
 #include <vector>
 
-#include "activation.h"
+#include "fake_quant_rows.h"
 
 namespace dqw {
 namespace {
@@ -281,7 +281,7 @@ Tensor fake_quant_activation(Tensor x) {
     a.cols = static_cast<int>(cols);
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     Launcher launch(x.get_device_index());
-    launch_round_rows(a, *type, launch);
+    launch_fake_quant_rows(a, *type, launch);
     launch.check("dqw::fake_quant_activation: ");
     return y;
 }

@@ -18,6 +18,17 @@ void with_bits(const Gemv& a, bool grouped, const F& f) {
     }
 }
 
+// with_bits for the width among BITS to 8; false where there is none.
+template <typename T, int BITS = 2, typename F>
+bool with_width(const Gemv& a, int bits, bool grouped, const F& f) {
+    if (bits == BITS) {
+        with_bits<T, BITS>(a, grouped, f);
+        return true;
+    }
+    if constexpr (BITS < 8) return with_width<T, BITS + 1>(a, bits, grouped, f);
+    return false;
+}
+
 // False where there is no instance: groups of 16, 32, 64 and 128 have their scale in a lane's
 // columns. bfloat16 holds every level of 7 and 8 bits of a uniform grid alone, and this kernel
 // multiplies levels: who calls sees to that.
@@ -26,30 +37,7 @@ bool with_kernel(Gemv& a, int bits, int group, const F& f) {
     if (group != 0 && group != 16 && group != 32 && group != 64 && group != 128) return false;
     const bool grouped = group != 0;
     for (a.group_shift = 4; grouped && 1 << a.group_shift < group;) a.group_shift++;
-    switch (bits) {
-        case 2:
-            with_bits<T, 2>(a, grouped, f);
-            return true;
-        case 3:
-            with_bits<T, 3>(a, grouped, f);
-            return true;
-        case 4:
-            with_bits<T, 4>(a, grouped, f);
-            return true;
-        case 5:
-            with_bits<T, 5>(a, grouped, f);
-            return true;
-        case 6:
-            with_bits<T, 6>(a, grouped, f);
-            return true;
-        case 7:
-            with_bits<T, 7>(a, grouped, f);
-            return true;
-        case 8:
-            with_bits<T, 8>(a, grouped, f);
-            return true;
-    }
-    return false;
+    return with_width<T>(a, bits, grouped, f);
 }
 
 inline int tiles_of(const Gemv& a) {

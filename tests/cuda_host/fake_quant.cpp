@@ -1,6 +1,6 @@
 // csrc/cuda's fake quantization on CPU threads, for tests/test_cuda_fake_quant_host.py; built with
 // DQW_CUDA_ON_HOST.
-#include "activation.h"
+#include "fake_quant_rows.h"
 
 namespace {
 std::vector<dqw::FakeQuant> asked;
@@ -37,13 +37,14 @@ extern "C" int64_t dqw_fake_quants(bool backward, int type, int other, int* laun
 }
 
 // y = fake_quant_activation(x). → threads that ran
-extern "C" int64_t dqw_round_rows(const void* x, void* y, int64_t rows, int64_t cols, int type) {
+extern "C" int64_t dqw_fake_quant_rows(const void* x, void* y, int64_t rows, int64_t cols,
+                                       int type) {
     dqw::Activation a = {x, y, rows, static_cast<int>(cols), 0, 0};
     int64_t ran = 0;
     const auto run = [&](auto kernel, const dqw::Activation& arguments, int blocks, int threads) {
         dqw::run_blocks(kernel, arguments, blocks, 1, threads);
         ran += blocks * threads;
     };
-    dqw::launch_round_rows(a, static_cast<dqw::Float>(type), run);
+    dqw::launch_fake_quant_rows(a, static_cast<dqw::Float>(type), run);
     return ran;
 }

@@ -1,4 +1,4 @@
-// Fake quantization of activations: each row of x to 255 levels of its own largest magnitude.
+// fake_quant_activation: each row of x to 255 levels of its own largest magnitude.
 //
 //     inverse = 1 / largest * 127      y = clamp(round(x * inverse), -127, 127) * (largest / 127)
 //
@@ -33,7 +33,7 @@ __device__ inline RowRange range_of(uint32_t largest) {
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(32 * kTeamWarps, 2) round_rows(const Activation a) {
+__global__ void __launch_bounds__(32 * kTeamWarps, 2) fake_quant_rows(const Activation a) {
     DQW_SHARED(float, parts, kTeamWarps);
     const int size = 32 * a.warps;  // teams share a block only where they have one warp or two
     const int team = a.teams == 1 ? 0 : threadIdx.x >> (4 + a.warps), t = threadIdx.x - team * size;
@@ -97,13 +97,13 @@ __global__ void __launch_bounds__(32 * kTeamWarps, 2) round_rows(const Activatio
 
 // launch(kernel, arguments, blocks, threads); rows and cols are not 0.
 template <typename F>
-void launch_round_rows(Activation& a, Float type, F& launch) {
+void launch_fake_quant_rows(Activation& a, Float type, F& launch) {
     const auto with = [&]<typename T, int V>() {
         const int chunks = a.cols / V, most = 32 * kHeld;
         a.warps = (chunks + most - 1) / most < kTeamWarps ? (chunks + most - 1) / most : kTeamWarps;
         a.teams = a.warps > 2 ? 1 : 4 / a.warps;
         const int64_t blocks = (a.rows + a.teams - 1) / a.teams;
-        launch(round_rows<T, V>, a, (int)blocks, 32 * a.warps * a.teams);
+        launch(fake_quant_rows<T, V>, a, (int)blocks, 32 * a.warps * a.teams);
     };
     const auto of_type = [&]<typename T>() {
         constexpr int V = 16 / sizeof(T);
