@@ -30,6 +30,10 @@ from dqw.embedding import TiedProjection
 from dqw.linear import QuantLinear, QuantModule
 from dqw.together import rounded_once
 
+# Matrices in which a part of a layer ends: what they are given is kept until they are rounded, as
+# what comes before them is as it was then (base: one of four products, 9 % of the time).
+ENDS = ("attn.out_proj", "fc2")
+
 
 @torch.no_grad()
 def calibrate(
@@ -137,19 +141,27 @@ def _walk(
                 for call, y in zip(now, rows, strict=True):
                     (x, *_), _ = given_to(matrix, partial(call.run, layer))
                     moment.add(call.rows(x, holder.cols), y=y)
-                    if name.endswith("attn.out_proj"):
+                    if name.endswith(ENDS):
                         given.append(x)
             rows.clear()
             shared = {f"{stack}.{index}.{own}": holder for own, _, holder in stage}
             round_layers(shared, moment, off_grid, say)
             if given:
-                attention = layer.get_submodule(name.rpartition(".")[0])
                 for call in now:
-                    call.attended.append((attention, matrix(given.pop(0))))
+                    call.known += _known(layer, name, matrix(given.pop(0)))
         with rounded_once(layer):
             for call in now:
                 call.hidden = call.run(layer)
-                call.attended.clear()
+                call.known.clear()
+
+
+def _known(layer: nn.Module, name: str, output: Tensor) -> list[tuple[nn.Module, Any]]:
+    """What the modules of ``layer`` return that end in the matrix ``name``, which gives ``output``:
+    an attention, or fc1 and fc2, of which fc1's is not needed any more."""
+    if name == "fc2":
+        nothing = output.new_empty(0)
+        return [(layer.get_submodule("fc1"), nothing), (layer.get_submodule(name), output)]
+    return [(layer.get_submodule(name.rpartition(".")[0]), (output, None))]
 
 
 _Stage = list[tuple[str, nn.Module, QuantModule]]  # matrices that share their input

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dqw.catch import given_to
+from dqw.devices import multiplied
 
 ROWS = 4096  # at most this many rows of one input are taken, evenly spaced
 # Of the encoder's positions that hear only padding, one in so many is taken: they are alike, and a
@@ -27,8 +28,7 @@ class Call:
     """What a transformer layer is called with; hidden: its first argument, (batch, length, width).
 
     real: which positions are no padding, (batch, length) bool; padding: which hear nothing else.
-    Both None: all count. attended: attention modules of the layer with what they give, known
-    already and not worked out again.
+    Both None: all count. known: modules of the layer with what they return, not worked out again.
     """
 
     hidden: Tensor
@@ -36,17 +36,17 @@ class Call:
     named: dict[str, Any]
     real: Tensor | None = None
     padding: Tensor | None = None
-    attended: list[tuple[Any, Tensor]] = field(default_factory=list)
+    known: list[tuple[Any, Any]] = field(default_factory=list)
     _taken: Tensor | None = field(default=None, init=False)
 
     def run(self, layer: nn.Module) -> Tensor:
-        for attention, output in self.attended:
-            attention.forward = lambda *_, output=output, **__: (output, None)
+        for module, output in self.known:
+            module.forward = lambda *_, output=output, **__: output
         try:
             result = layer(self.hidden, *self.rest, **self.named)
         finally:
-            for attention, _ in self.attended:
-                del attention.forward
+            for module, _ in self.known:
+                del module.forward
         return result[0] if isinstance(result, tuple) else result
 
     def rows(self, x: Tensor, cols: int) -> Tensor:
@@ -105,5 +105,5 @@ def decoder_call(model: Any, batch: dict[str, Tensor], heard: Call) -> Call:
 
 def decoding(batch: dict[str, Tensor], states: Tensor) -> dict[str, Any]:
     """The decoder's inputs; states: the encoder's last, normalized."""
-    ids = batch["decoder_input_ids"]
-    return {"input_ids": ids, "encoder_hidden_states": states, "use_cache": False}
+    ids, heard = batch["decoder_input_ids"], multiplied(states)  # once, not in every layer
+    return {"input_ids": ids, "encoder_hidden_states": heard, "use_cache": False}

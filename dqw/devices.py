@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dqw.errors import UserError
@@ -44,23 +44,38 @@ def fast_precision(device: str = "") -> str:
     return "bf16" if has_bf16 else "float32"
 
 
+def multiplied(x: torch.Tensor) -> torch.Tensor:
+    """``x`` as matrix products take it: in autocast's dtype, where that is on."""
+    import torch
+
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 @contextmanager
 def lowered(model: Any, *others: Any) -> Iterator[None]:
     """bfloat16 matrix products within the block, where the model's device has them in hardware;
-    on a CPU attention of ``model`` and ``others`` runs on dqw's kernel.
+    on a CPU attention of ``model`` and ``others`` runs on dqw's kernel. Their layers' LayerNorms
+    then give bfloat16, as it is what products take: each would round float32 for itself.
 
     Weights may change within it: autocast's own copies, which would be those of the first use, are
     switched off.
     """
     import torch
+    from torch.nn import LayerNorm, ModuleList
 
     from dqw.attention import native_attention
 
     lowers = fast_precision(model.device.type) == "bf16"
-    with (
-        torch.autocast(model.device.type, torch.bfloat16, enabled=lowers, cache_enabled=False),
-        native_attention(model, *others),
-    ):
+    layers = [m for one in (model, *others) for m in one.modules() if isinstance(m, ModuleList)]
+    norms = {m for some in layers for m in some.modules() if isinstance(m, LayerNorm)}
+    with ExitStack() as stack:
+        stack.enter_context(
+            torch.autocast(model.device.type, torch.bfloat16, enabled=lowers, cache_enabled=False)
+        )
+        stack.enter_context(native_attention(model, *others))
+        for norm in norms if lowers else ():
+            stack.callback(norm.register_forward_hook(lambda _, __, y: multiplied(y)).remove)
         yield
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dqw.catch import given_to
+from dqw.devices import multiplied
 
 
 class Changed(NamedTuple):
@@ -135,7 +136,7 @@ class Probe:
             partial(
                 model.model.decoder,
                 input_ids=batch["decoder_input_ids"].to(states.device),
-                encoder_hidden_states=states,
+                encoder_hidden_states=multiplied(states),  # once, not in every layer
                 use_cache=False,
             )
             for batch, states in zip(self.batches, heard)

@@ -66,6 +66,28 @@ def test_lowered_models_do(tier: str, asked: list[bool], monkeypatch: pytest.Mon
 
 
 @torch.no_grad()
+def test_lowered_layers_round_their_inputs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dqw.devices.fast_precision", lambda *_: "bf16")
+    model = make_tiny_whisper(max_source_positions=POSITIONS).eval()
+    seen = list[torch.dtype]()
+    for name, module in model.model.encoder.layers.named_modules():
+        if name.endswith(("q_proj", "v_proj", "fc1")):
+            module.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    features = torch.randn(1, 80, 2 * POSITIONS)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model.model.encoder(features)[0]
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    with lowered(model), instruction_set("scalar"):  # attention is torch's, as it was
+        last = model.model.encoder(features)[0]
+    assert set(seen) == {torch.bfloat16}
+    assert last.dtype == torch.float32 and torch.equal(last, plain)
+    seen.clear()
+    model.model.encoder(features)
+    assert set(seen) == {torch.float32}
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("tier", ["avx512", "avx2", "scalar"])
 def test_others_go_through_torch(tier: str, asked: list[bool]) -> None:
     model = make_tiny_whisper(max_source_positions=POSITIONS).eval()

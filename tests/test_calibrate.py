@@ -198,6 +198,23 @@ def test_every_layer_is_rounded_on_what_it_will_be_given(monkeypatch: pytest.Mon
         torch.testing.assert_close(found.mean_float(), y.mean(0), rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_known_is_not_worked_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every matrix of the encoder multiplies each batch once, float, and once, rounded."""
+    model, runs = dqw.quantize(make_tiny_whisper(max_source_positions=50)), Counter[int]()
+    forward = QuantLinear.forward
+
+    def counting(module: QuantLinear, x: torch.Tensor) -> torch.Tensor:
+        runs[id(module)] += 1
+        return forward(module, x)
+
+    monkeypatch.setattr(QuantLinear, "forward", counting)
+    ids = torch.randint(0, 120, (2, 12))
+    batches = [{"input_features": torch.randn(2, 80, 100), "decoder_input_ids": ids}] * 3
+    calibrate(model, batches)
+    layers = [m for m in model.model.encoder.layers.modules() if isinstance(m, QuantLinear)]
+    assert [runs[id(layer)] for layer in layers] == [2 * len(batches)] * len(layers)
+
+
 def test_layers_make_up_for_those_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
     features, ids = torch.randn(16, 80, 100), torch.randint(0, 120, (16, 12))
     batch = {"input_features": features, "decoder_input_ids": ids}
