@@ -50,6 +50,9 @@ def study(
     limit: Annotated[
         int | None, typer.Option(help="Measure on at most this many clips, evenly spaced.")
     ] = None,
+    only: Annotated[
+        str | None, typer.Option(help='Settings whose name holds this, like "per row".')
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few settings, clips, steps and one seed: minutes.")
     ] = False,
@@ -74,6 +77,7 @@ def study(
         seeds=seeds,
         steps=steps,
         limit=limit,
+        only=only,
         quick=quick,
     )
     run_study(request, lambda line: err.print(line, markup=False))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_whisper
+from kernel_helpers import BF16_SETS, instruction_set, needs_library
 from kernel_helpers import INSTRUCTION_SETS as TIERS
-from kernel_helpers import instruction_set, needs_library
 from transformers import WhisperForConditionalGeneration
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from whisper_helpers import tiny
@@ -195,6 +195,23 @@ def test_states_are_those_of_the_plain_encoder(tier, positions, heads):
     with instruction_set(tier):
         found, wanted = encoded(model, batch), plainly_encoded(model, batch)
     torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("tier", BF16_SETS)
+@pytest.mark.parametrize("group", [0, 16])
+def test_where_bfloat16_stands_in_for_int8(tier, group):
+    """In tiles, and with groups; else int8 is faster, and no further from the float model than it
+    is without bfloat16."""
+    model = packed(make_tiny_whisper(max_source_positions=50), group_size=group)
+    batch = torch.randn(2, 80, 100)
+    wanted = plainly_encoded(model, batch)
+    with instruction_set(tier):
+        rounded = fast_encoder(model.model.encoder)(batch, bf16=True)
+        set_activations(model.model.encoder.layers, "int8")  # convolutions have no groups
+        found = fast_encoder(model.model.encoder)(batch, bf16=True)
+        int8 = fast_encoder(model.model.encoder)(batch)
+    assert torch.equal(found, rounded) == (tier == "amx" or group > 0)
+    assert (found - wanted).norm() < 1.5 * (int8 - wanted).norm()
 
 
 @pytest.mark.parametrize("width", [48, 96])

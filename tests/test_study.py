@@ -16,6 +16,7 @@ from whisper_helpers import run_dqw, save_speech, save_tiny
 
 from dqw.budget import model_size
 from dqw.cli import app
+from dqw.errors import UserError
 from dqw.hf import packed_state
 from dqw.probe import Probe
 from dqw.recipe import Recipe
@@ -302,20 +303,32 @@ def test_seeds_are_cells_of_their_own(
     monkeypatch.setitem(runner.STUDIES, "few", few)
     recipe = tmp_path / "few.toml"
     recipe.write_text("[train]\nbatch_size = 1\nlr = 0.01\n[distill]\ncalibration_clips = 2\n")
-    for seeds in (1, 2):
+    page = tmp_path / "out" / "few.html"
+    for seeds, only in ((1, "no training"), (1, None), (2, None)):
         request = Request("few", tmp_path / "out", str(base), data=str(speech),
                           eval_data=str(speech), seeds=seeds, steps=1,
-                          recipe=str(recipe))  # fmt: skip
+                          recipe=str(recipe), only=only)  # fmt: skip
         run_study(request, lambda line: None)
+        written = page.read_text(encoding="utf-8")
+        assert ("jointly" in written) == (only is None) == ("--only" not in written)
     names = sorted(p.name for p in (tmp_path / "out" / "cells").iterdir())
     assert names == ["calibrated-rounding-no-training.0.json", "jointly.0.json", "jointly.1.json"]
     both = [json.loads((tmp_path / "out" / "cells" / n).read_text())["kl"] for n in names[1:]]
     assert both[0] != both[1]
-    page = (tmp_path / "out" / "few.html").read_text(encoding="utf-8")
-    assert "2 seeds" in page and f"--recipe {recipe}" in page
+    assert "2 seeds" in written and f"--recipe {recipe}" in written
 
 
 # ---------------------------------------------------------------- bad input
+
+
+def test_settings_that_no_name_has() -> None:
+    from dqw.study import table
+    from dqw.study.runner import chosen
+
+    settings = [table.TEACHER, table.UNTRAINED]
+    assert chosen(settings, "no training") == settings
+    with pytest.raises(UserError, match="no setting's name: give a part of one, of calibrated"):
+        chosen(settings, "teacher")
 
 
 @pytest.mark.parametrize(

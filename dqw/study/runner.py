@@ -14,7 +14,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import shlex
 import shutil
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,7 +48,8 @@ class Request:
     model: the teacher, float; None: whisper-base from the Python package index. student,
     student_layers: as for `dqw compress`. data, eval_data: speech to learn (or calibrate) from and
     to measure on; None: the demo's clips. recipe: a TOML file or one that ships, in place of the
-    study's own. limit: measure on at most this many clips. steps: of every training cell; None: 60,
+    study's own. limit: measure on at most this many clips. only: settings whose name holds this
+    text, and what stands beside them in the table. steps: of every training cell; None: 60,
     or 2 with ``quick``.
     """
 
@@ -62,6 +65,7 @@ class Request:
     seeds: int = 3
     steps: int | None = None
     limit: int | None = None
+    only: str | None = None
     quick: bool = False
 
 
@@ -85,7 +89,9 @@ def run_study(request: Request, say: Callable[[str], None] = print) -> Path | No
     check_folder(request.out)
     recipe = Recipe.named(request.recipe or study.recipe)
     lab = open_lab(study, request, recipe, say)
-    settings = study.settings(Scope(lab.student, lab.recipe, request.quick, lab.packed))
+    settings = chosen(
+        study.settings(Scope(lab.student, lab.recipe, request.quick, lab.packed)), request.only
+    )
     about = describe(study, request, lab)
     claim(request.out, about)
     seeds = 1 if request.quick else request.seeds
@@ -114,9 +120,22 @@ def command(request: Request) -> str:
         "seeds": "" if request.seeds == 3 else request.seeds,
         "steps": request.steps,
         "limit": request.limit,
+        "only": shlex.quote(request.only) if request.only else None,
     }
     words = [f"--{name} {value}" for name, value in given.items() if value]
     return " ".join(["dqw study", request.study, *words, *(["--quick"] if request.quick else [])])
+
+
+def chosen(settings: list[Setting], only: str | None) -> list[Setting]:
+    """Those whose name holds ``only``, and baselines. Raises UserError where no name does."""
+    if only is None:
+        return settings
+    found = [s for s in settings if s.baseline or only in s.name]
+    if all(s.baseline for s in found):
+        some = "; ".join(s.name for s in settings if not s.baseline)
+        some = textwrap.shorten(some, 300)
+        raise UserError(f"--only {only!r} is in no setting's name: give a part of one, of {some}.")
+    return found
 
 
 def find_study(name: str) -> Study:
