@@ -58,10 +58,10 @@ def quantize(
 
 
 def packed_copy(model: nn.Module, recipe: Recipe) -> nn.Module:
-    """A packed model by ``recipe`` beside ``model``, which stays as it is; what is not packed they
-    share, unless it is moved or trained."""
-    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return freeze(quantize(copy.deepcopy(model, shared), recipe))
+    """A packed model by ``recipe`` beside ``model``, which stays as it is: what is packed is not
+    copied first, what is not has a copy, as ``freeze`` rounds it."""
+    weights: list[Any] = [model.get_submodule(name).weight for name in recipe.plan(model)]
+    return freeze(quantize(copy.deepcopy(model, {id(w): w for w in weights}), recipe))
 
 
 def keep_from_broadcasts(model: nn.Module) -> None:

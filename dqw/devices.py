@@ -55,28 +55,40 @@ def multiplied(x: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def lowered(model: Any, *others: Any) -> Iterator[None]:
     """bfloat16 matrix products within the block, where the model's device has them in hardware;
-    on a CPU attention of ``model`` and ``others`` runs on dqw's kernel. Their layers' LayerNorms
-    then give bfloat16, as it is what products take: each would round float32 for itself.
+    on a CPU attention of ``model`` and ``others`` runs on dqw's kernel. LayerNorms of their layers
+    then give bfloat16, as each product would round for itself; not where some are packed or have
+    int8 activations, which take float32.
 
     Weights may change within it: autocast's own copies, which would be those of the first use, are
     switched off.
     """
     import torch
-    from torch.nn import LayerNorm, ModuleList
 
     from dqw.attention import native_attention
 
     lowers = fast_precision(model.device.type) == "bf16"
-    layers = [m for one in (model, *others) for m in one.modules() if isinstance(m, ModuleList)]
-    norms = {m for some in layers for m in some.modules() if isinstance(m, LayerNorm)}
+    norms = [norm for one in (model, *others) if lowers for norm in _norms(one)]
     with ExitStack() as stack:
         stack.enter_context(
             torch.autocast(model.device.type, torch.bfloat16, enabled=lowers, cache_enabled=False)
         )
         stack.enter_context(native_attention(model, *others))
-        for norm in norms if lowers else ():
+        for norm in norms:
             stack.callback(norm.register_forward_hook(lambda _, __, y: multiplied(y)).remove)
         yield
+
+
+def _norms(model: Any) -> set[Any]:
+    """LayerNorms of the layers of ``model`` whose outputs autocast's products alone take."""
+    from torch.nn import LayerNorm, ModuleList
+
+    from dqw.linear import QuantModule
+
+    packed = [m for m in model.modules() if isinstance(m, QuantModule)]
+    if any(m.frozen or m.spec.activations == "int8" for m in packed):
+        return set()
+    layers = [m for m in model.modules() if isinstance(m, ModuleList)]
+    return {m for some in layers for m in some.modules() if isinstance(m, LayerNorm)}
 
 
 def move_to(model: Any, device: str, exact: bool = False) -> None:

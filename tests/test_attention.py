@@ -1,16 +1,20 @@
 """Attention of float Whispers on the kernel: where it serves, and that it leaves no trace."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_tiny_whisper
 from kernel_helpers import BF16_SETS, instruction_set, needs_library
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.whisper.modeling_whisper import WhisperAttention
 
+import dqw
 from dqw import attention
 from dqw.attention import attend, native_attention
+from dqw.convert import quant_modules
 from dqw.devices import lowered
 
 pytestmark = needs_library
@@ -83,8 +87,24 @@ def test_lowered_layers_round_their_inputs_once(monkeypatch: pytest.MonkeyPatch)
     assert set(seen) == {torch.bfloat16}
     assert last.dtype == torch.float32 and torch.equal(last, plain)
     seen.clear()
-    model.model.encoder(features)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.model.encoder(features)
     assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_layers_that_take_float32_get_it(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dqw.devices.fast_precision", lambda *_: "bf16")
+    model = dqw.quantize(make_tiny_whisper(max_source_positions=POSITIONS).eval())
+    if frozen:
+        dqw.freeze(model)
+    norms = [m for m in model.model.encoder.layers.modules() if isinstance(m, nn.LayerNorm)]
+    with lowered(model):
+        assert all(bool(m._forward_hooks) != frozen for m in norms)
+    for module in quant_modules(model).values():
+        module.spec = replace(module.spec, activations="int8")
+    with lowered(model):
+        assert not any(m._forward_hooks for m in norms)
 
 
 @torch.no_grad()

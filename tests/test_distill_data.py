@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_helpers import needs_library
 from speech_helpers import Noise, clips, one_thread, tiny_model, tiny_processor  # noqa: F401
 from test_trainer import run
 
 from dqw.distill import DistillConfig, TrainConfig
 from dqw.distill.config import AugmentConfig
 from dqw.distill.data import Collator, EpochSampler, LabelEncoder, SpeechDataset
-from dqw.distill.labels import is_loop, read_labels, write_labels
+from dqw.distill.labels import _writer, is_loop, read_labels, write_labels
 from dqw.distill.losses import IGNORE
 from dqw.distill.prepare import prepare, windows
 from dqw.errors import UserError
+from dqw.linear import QuantLinear
+from dqw.whisper.fast import fast_encoder
 
 
 def test_labels_are_whispers_sequence_and_forced_tokens_are_not_trained(encoder):
@@ -178,6 +181,18 @@ def test_teacher_labels_are_written_once_and_survive_a_torn_line(tmp_path):
     path.write_text("no json\n")
     with pytest.raises(UserError, match="row 1 is not a teacher label"):
         read_labels(path)
+
+
+@needs_library
+def test_texts_are_written_by_an_int8_encoder_and_a_float_decoder() -> None:
+    teacher = tiny_model().eval()
+    before = {name: weight.clone() for name, weight in teacher.state_dict().items()}
+    writer = _writer(teacher)
+    for part, activations in ((writer.model.encoder, "int8"), (writer.model.decoder, "float")):
+        found = {m.spec.activations for m in part.modules() if isinstance(m, QuantLinear)}
+        assert found == {activations}
+    assert fast_encoder(writer.model.encoder) is not None
+    assert all(torch.equal(before[n], w) for n, w in teacher.state_dict().items())
 
 
 def test_loops_are_told_from_speech():

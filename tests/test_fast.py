@@ -207,11 +207,23 @@ def test_where_bfloat16_stands_in_for_int8(tier, group):
     wanted = plainly_encoded(model, batch)
     with instruction_set(tier):
         rounded = fast_encoder(model.model.encoder)(batch, bf16=True)
-        set_activations(model.model.encoder.layers, "int8")  # convolutions have no groups
+        set_activations(model.model.encoder, "int8")
         found = fast_encoder(model.model.encoder)(batch, bf16=True)
         int8 = fast_encoder(model.model.encoder)(batch)
     assert torch.equal(found, rounded) == (tier == "amx" or group > 0)
     assert (found - wanted).norm() < 1.5 * (int8 - wanted).norm()
+
+
+@pytest.mark.parametrize("tier", BF16_SETS)
+@pytest.mark.parametrize("group", [0, 16])
+def test_keys_and_values_do_too(tier, group):
+    model = packed(make_tiny_whisper(), group_size=group)
+    states = ids_and_states()[1]
+    with instruction_set(tier):
+        rounded = fast_decoder(model).cross(states, CROSS_TYPES.index("float32"), bf16=True)
+        set_activations(model, "int8")
+        found = fast_decoder(model).cross(states, CROSS_TYPES.index("float32"), bf16=True)
+    assert torch.equal(found, rounded) == (tier == "amx" or group > 0)
 
 
 @pytest.mark.parametrize("width", [48, 96])

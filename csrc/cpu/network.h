@@ -46,8 +46,8 @@ struct Area {
 size_t product_own_bytes(const Weight& w, int64_t m, const LinearKernels& k);
 size_t product_shared_bytes(const Weight& w, int64_t m, const LinearKernels& k);
 
-// y (m, rows) = x (m, cols) W^T + bias, x and y float32; many rows are multiplied in bfloat16 if
-// `k` has that (see tier(bool)). Every thread of the team calls it with the same arguments; x must
+// y (m, rows) = x (m, cols) W^T + bias, x and y float32; many rows may be multiplied in bfloat16
+// (takes_bf16; see tier(bool)). Every thread of the team calls it with the same arguments; x must
 // be written by all (a barrier) before, y is after the next barrier, except that finish(row begin,
 // row end, column begin, column end) runs on the thread that has just written these of y.
 template <class F>

@@ -156,7 +156,7 @@ def _page(
         "holds zero is called a tie. In the answer that is the interval of all differences from "
         "the least together (Bonferroni), pair by pair each one's own: there one in twenty true "
         "ties will not be called so. "
-        f"All cells: {study.name}.csv.</p>",
+        f"These cells: {study.name}.csv.</p>",
     ]
     return (
         "<!doctype html>\n<html lang=en><meta charset=utf-8>"

@@ -89,22 +89,30 @@ def run_study(request: Request, say: Callable[[str], None] = print) -> Path | No
     check_folder(request.out)
     recipe = Recipe.named(request.recipe or study.recipe)
     lab = open_lab(study, request, recipe, say)
-    settings = chosen(
-        study.settings(Scope(lab.student, lab.recipe, request.quick, lab.packed)), request.only
-    )
+    everything = study.settings(Scope(lab.student, lab.recipe, request.quick, lab.packed))
+    settings = chosen(everything, request.only)
     about = describe(study, request, lab)
     claim(request.out, about)
     seeds = 1 if request.quick else request.seeds
-    cells = [(s, seed) for s in settings for seed in range(seeds if s.phases else 1)]
+    cells = cells_of(settings, seeds)
     run_cells(lab, cells, say)
+    if all(cell_path(request.out, *cell).exists() for cell in cells_of(everything, seeds)):
+        shutil.rmtree(lab.states, ignore_errors=True)
     left = [cell for cell in cells if not cell_path(request.out, *cell).exists()]
     if left:
-        say(f"{len(left)} of {len(cells)} cells are another process's, which will write the page")
+        say(
+            f"{len(left)} of {len(cells)} cells are another process's: if it has other settings "
+            "than this one, start this command again for its page"
+        )
         return None
     found = read_cells(request.out, cells)
     page = write_report(request.out, study, settings, found, about, command(request))
     say(f"wrote {page}")
     return page
+
+
+def cells_of(settings: list[Setting], seeds: int) -> list[tuple[Setting, int]]:
+    return [(s, seed) for s in settings for seed in range(seeds if s.phases else 1)]
 
 
 def command(request: Request) -> str:
@@ -299,8 +307,6 @@ def run_cells(lab: Lab, cells: list[tuple[Setting, int]], say: Callable[[str], o
                     if not setting.layers:
                         say(one_line(setting, seed, row))
             bar()
-    if all(cell_path(lab.out, *cell).exists() for cell in cells):
-        shutil.rmtree(lab.states, ignore_errors=True)
 
 
 def _place(first: Changed) -> tuple[int, int]:

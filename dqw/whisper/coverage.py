@@ -21,8 +21,9 @@ _KNOWN += (TiedProjection,)  # type: ignore[assignment]
 _DEVICES = ("cpu", "meta")  # meta: a folder that is looked at, not loaded
 _SELF = ("q_proj", "k_proj", "v_proj", "out_proj")
 # Modules whose hooks need no call: transformers' recorder stays where hidden states were asked for
-# once, and calls that ask run plainly; ``narrowed`` has the positions cut, as the networks do it.
-_IDLE = ("transformers.utils.output_capturing", "dqw.whisper.context")
+# once, and calls that ask run plainly; ``narrowed`` has the positions cut, as the networks do it;
+# ``lowered`` has float layers round what they are given.
+_IDLE = ("transformers.utils.output_capturing", "dqw.whisper.context", "dqw.devices")
 
 
 def uncovered(model: Any) -> str:

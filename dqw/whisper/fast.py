@@ -94,7 +94,8 @@ def _norms(layer: Any) -> list[Tensor]:
 class FastEncoder:
     """The native encoder: features (clips, mels, frames) → states (clips, frames / 2, width).
 
-    bf16: products may be of bfloat16, with float32 sums, where the machine is faster so (AMX).
+    bf16: products may be of bfloat16, with float32 sums, where the machine is faster so
+    (``takes_bf16`` in csrc/cpu/network.h).
     """
 
     def __init__(self, encoder: Any) -> None:
