@@ -87,7 +87,7 @@ inline int byte_rows(const Weight& w, int64_t m, const LinearKernels& k) {
 
 // Many rows. In tiles and with groups whatever the activations are: int8 ones are rounded less
 // here. With a scale a row two cores of a Zen 4 multiply int8 at 500 to 630 GOP/s and bfloat16 at
-// 380: base's encoder takes 205 and 255 ms.
+// 380: base's encoder takes 199 to 218 and 241 to 269 ms (docs/results.md).
 inline bool takes_bf16(const Weight& w, int64_t m, const LinearKernels& k) {
     return k.bf16 && m > k.bf16->few && (k.bf16->tiles || w.w.group || !w.int8);
 }

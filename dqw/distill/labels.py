@@ -1,7 +1,7 @@
 """Texts for audio that has none: the teacher writes them, once.
 
 On a CPU a copy of the teacher in 8 bits writes them, on the native networks, the encoder with int8
-activations: 110 clips take whisper-base 38 s instead of 167, two cores of a Zen 4, and of their
+activations: 110 clips take whisper-base 38 to 46 s instead of 167, two cores of a Zen 4; of their
 2814 words 100 are not the float model's, most of them names and punctuation. 99 are not where the
 encoder's activations are floats, 138 where the decoder's are int8. On a GPU the float model does,
 in CUDA graphs.

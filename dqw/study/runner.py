@@ -112,6 +112,7 @@ def run_study(request: Request, say: Callable[[str], None] = print) -> Path | No
 
 
 def cells_of(settings: list[Setting], seeds: int) -> list[tuple[Setting, int]]:
+    """Each setting that trains with every seed, the others with one."""
     return [(s, seed) for s in settings for seed in range(seeds if s.phases else 1)]
 
 
