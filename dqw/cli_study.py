@@ -51,7 +51,8 @@ def study(
         int | None, typer.Option(help="Measure on at most this many clips, evenly spaced.")
     ] = None,
     only: Annotated[
-        str | None, typer.Option(help='Settings whose name holds this, like "per row".')
+        list[str] | None,
+        typer.Option(help='Settings whose name holds this, like "per row"; may be repeated.'),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few settings, clips, steps and one seed: minutes.")
@@ -77,7 +78,7 @@ def study(
         seeds=seeds,
         steps=steps,
         limit=limit,
-        only=only,
+        only=tuple(only or ()),
         quick=quick,
     )
     run_study(request, lambda line: err.print(line, markup=False))

@@ -304,13 +304,13 @@ def test_seeds_are_cells_of_their_own(
     recipe = tmp_path / "few.toml"
     recipe.write_text("[train]\nbatch_size = 1\nlr = 0.01\n[distill]\ncalibration_clips = 2\n")
     page = tmp_path / "out" / "few.html"
-    for seeds, only in ((1, "no training"), (1, None), (2, None)):
+    for seeds, only in ((1, ("no training",)), (1, ()), (2, ())):
         request = Request("few", tmp_path / "out", str(base), data=str(speech),
                           eval_data=str(speech), seeds=seeds, steps=1,
                           recipe=str(recipe), only=only)  # fmt: skip
         run_study(request, lambda line: None)
         written = page.read_text(encoding="utf-8")
-        assert ("jointly" in written) == (only is None) == ("--only" not in written)
+        assert ("jointly" in written) == (not only) == ("--only" not in written)
     names = sorted(p.name for p in (tmp_path / "out" / "cells").iterdir())
     assert names == ["calibrated-rounding-no-training.0.json", "jointly.0.json", "jointly.1.json"]
     both = [json.loads((tmp_path / "out" / "cells" / n).read_text())["kl"] for n in names[1:]]
@@ -325,10 +325,14 @@ def test_settings_that_no_name_has() -> None:
     from dqw.study import table
     from dqw.study.runner import chosen
 
-    settings = [table.TEACHER, table.UNTRAINED]
-    assert chosen(settings, "no training") == settings
-    with pytest.raises(UserError, match="no setting's name: give a part of one, of calibrated"):
-        chosen(settings, "teacher")
+    joint = table.Setting("jointly", phases=table.JOINT)
+    settings = [table.TEACHER, table.UNTRAINED, joint]
+    assert chosen(settings, ()) == settings
+    assert chosen(settings, ("no training",)) == settings[:2]
+    assert chosen(settings, ("jointly", "no training")) == settings
+    for texts in (("teacher",), ("jointly", "teacher")):
+        with pytest.raises(UserError, match="'teacher' is in no setting's name: give a part of"):
+            chosen(settings, texts)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import shlex
 import shutil
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,8 +48,8 @@ class Request:
     model: the teacher, float; None: whisper-base from the Python package index. student,
     student_layers: as for `dqw compress`. data, eval_data: speech to learn (or calibrate) from and
     to measure on; None: the demo's clips. recipe: a TOML file or one that ships, in place of the
-    study's own. limit: measure on at most this many clips. only: settings whose name holds this
-    text, and what stands beside them in the table. steps: of every training cell; None: 60,
+    study's own. limit: measure on at most this many clips. only: settings whose name holds one
+    of these texts, and the study's baselines; none: all. steps: of every training cell; None: 60,
     or 2 with ``quick``.
     """
 
@@ -65,7 +65,7 @@ class Request:
     seeds: int = 3
     steps: int | None = None
     limit: int | None = None
-    only: str | None = None
+    only: tuple[str, ...] = ()
     quick: bool = False
 
 
@@ -129,22 +129,25 @@ def command(request: Request) -> str:
         "seeds": "" if request.seeds == 3 else request.seeds,
         "steps": request.steps,
         "limit": request.limit,
-        "only": shlex.quote(request.only) if request.only else None,
     }
     words = [f"--{name} {value}" for name, value in given.items() if value]
+    words += [f"--only {shlex.quote(text)}" for text in request.only]
     return " ".join(["dqw study", request.study, *words, *(["--quick"] if request.quick else [])])
 
 
-def chosen(settings: list[Setting], only: str | None) -> list[Setting]:
-    """Those whose name holds ``only``, and baselines. Raises UserError where no name does."""
-    if only is None:
+def chosen(settings: list[Setting], only: Sequence[str]) -> list[Setting]:
+    """Those whose name holds one of the texts ``only``, and baselines; all where it is empty.
+    Raises UserError for a text that no name holds."""
+    if not only:
         return settings
-    found = [s for s in settings if s.baseline or only in s.name]
-    if all(s.baseline for s in found):
-        some = "; ".join(s.name for s in settings if not s.baseline)
-        some = textwrap.shorten(some, 300)
-        raise UserError(f"--only {only!r} is in no setting's name: give a part of one, of {some}.")
-    return found
+    for text in only:
+        if not any(text in s.name for s in settings if not s.baseline):
+            some = "; ".join(s.name for s in settings if not s.baseline)
+            some = textwrap.shorten(some, 300)
+            raise UserError(
+                f"--only {text!r} is in no setting's name: give a part of one, of {some}."
+            )
+    return [s for s in settings if s.baseline or any(text in s.name for text in only)]
 
 
 def find_study(name: str) -> Study:
