@@ -228,7 +228,7 @@ def test_grids_compares_within_bits_and_scales(base: Path, speech: Path, tmp_pat
     code, printed = study("grids", base, speech, out)
     assert code == 0, printed
     found = {r["setting"]: r for r in rows(out / "grids.csv")}
-    assert set(found) >= {"float teacher", "apot 4 bits, per row", "pot 4 bits, groups of 64"}
+    assert set(found) >= {"float teacher", "apot 4 bits, per row", "pot 4 bits, groups of 16"}
     assert float(found["float teacher"]["kl"]) == pytest.approx(0, abs=1e-6)
     packed = float(found["uniform 4 bits, per row"]["mib"])
     assert packed < 0.5 * float(found["float teacher"]["mib"])

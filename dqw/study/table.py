@@ -187,7 +187,7 @@ def _ratio(scope: Scope) -> list[Setting]:
 
 def _grids(scope: Scope) -> list[Setting]:
     found = [TEACHER]
-    for group in (0, 64) if scope.quick else (0, 16, 64):  # 64 last: between the others
+    for group in (0, 16):  # what larger ones give lies between
         for bits in (4,) if scope.quick else WIDTHS:
             for grid in GRIDS:
                 if bits == 2 and grid in ("apot", "pot"):
