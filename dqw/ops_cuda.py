@@ -39,9 +39,23 @@ def _say_once(text: str) -> None:
 
 
 def _check_packed(
-    weight: Tensor, scale: Tensor, levels: Tensor, rows: int, cols: int, bits: int, group_size: int
+    weight: Tensor,
+    scale: Tensor,
+    levels: Tensor,
+    rows: int,
+    cols: int,
+    bits: int,
+    group_size: int,
+    *others: Tensor | None,
 ) -> None:
-    """A kernel must not read beyond a tensor; the reference would raise by itself."""
+    """A kernel must not read beyond a tensor, or on another device than that of ``others``; the
+    reference would raise by itself."""
+    for t in (scale, levels, *others):
+        if t is not None and t.device != weight.device:
+            raise ValueError(
+                f"packed weight is on {weight.device}, but another tensor on {t.device}: "
+                "move the model and its input to one device"
+            )
     groups = -(-cols // group_size) if group_size else 1
     shapes = [(rows, groups)] if group_size else [(rows, 1), (1, 1)]
     if weight.numel() != packed_bytes(rows, cols, bits) or not weight.is_contiguous():
@@ -51,8 +65,8 @@ def _check_packed(
         )
     if tuple(scale.shape) not in shapes:
         raise ValueError(f"scale has shape {tuple(scale.shape)}, but {shapes[0]} is needed")
-    if levels.dtype != torch.int16 or levels.numel() != 2**bits:
-        raise ValueError(f"levels must be int16 of {2**bits} entries")
+    if levels.dtype != torch.int16 or levels.numel() != 2**bits or not levels.is_contiguous():
+        raise ValueError(f"levels must be contiguous int16 of {2**bits} entries")
 
 
 def fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
@@ -123,7 +137,7 @@ def quant_embedding(
 ) -> Tensor:
     from dqw_kernels import dequantize as kernel
 
-    _check_packed(weight, scale, levels, rows, cols, bits, group_size)
+    _check_packed(weight, scale, levels, rows, cols, bits, group_size, ids)
     y = kernel.gather(ids, weight, scale, levels, rows, cols, bits, group_size)
     return y.view(*ids.shape, cols)
 
@@ -204,7 +218,7 @@ def quant_linears(
             x, weights, scales, levels, biases, rows, bits, group_size, gelu
         )
     for w, s, n in zip(weights, scales, rows, strict=True):
-        _check_packed(w, s, levels, n, cols, bits, group_size)
+        _check_packed(w, s, levels, n, cols, bits, group_size, x)
     flat = x.reshape(x.shape[:-1].numel(), cols).contiguous()
     given = [x.new_empty(0) if b is None else b.to(x.dtype).contiguous() for b in biases]
     ys = torch.ops.dqw_cuda.gemv(flat, weights, scales, levels, given, rows, bits, group_size, gelu)
@@ -227,7 +241,7 @@ def quant_linear(
 
     cols = x.shape[-1]
     flat = x.reshape(x.shape[:-1].numel(), cols)
-    _check_packed(weight, scale, levels, rows, cols, bits, group_size)
+    _check_packed(weight, scale, levels, rows, cols, bits, group_size, x, bias)
     if bias is not None and bias.numel() != rows:
         raise ValueError(f"bias must have {rows} entries, got {bias.numel()}")
     if not int8_activations and gemv_serves(x, [weight], [scale], levels, bits, group_size):
@@ -237,7 +251,7 @@ def quant_linear(
     if int8_activations and not fits:
         _say_once(
             f"int8 activations with {cols} columns in groups of {group_size} run on dqw's slow "
-            "PyTorch reference on a GPU: use groups of a multiple of 16."
+            "PyTorch reference on a GPU: use groups of a multiple of 16, and up to 65536 columns."
         )
         return reference.quant_linear(
             x, weight, scale, levels, bias, rows, bits, group_size, int8_activations

@@ -242,9 +242,9 @@ def quant_linear(
 ) -> Tensor:
     """y = x Wᵀ + bias for x (…, K), packed W (rows, K) → (…, rows) in x's dtype.
 
-    Float activations: float32 products with the dequantized matrix; for many rows of bfloat16 x a
-    kernel may round the matrix to bfloat16 too, as ``torch.nn.functional.linear`` would have it,
-    with float32 sums. float32 and float16 x are never rounded. Int8 activations: x is rounded
+    Float activations: float32 products with the dequantized matrix; for bfloat16 x, and on a GPU
+    for float16, a kernel may round the matrix to x's dtype too, as ``torch.nn.functional.linear``
+    would have it, with float32 sums. x itself is never rounded. Int8 activations: x is rounded
     as in ``fake_quant_activation``; sums of integers are exact (here in float64), then
     float(sum) × (row scale × weight scale) per channel, or per group
     row scale × Σ_g float(sum_g) × scale_g.

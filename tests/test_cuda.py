@@ -3,6 +3,8 @@
 Skipped where there is none. `make gpu` runs this file, the bench, and compute-sanitizer.
 """
 
+import copy
+
 import pytest
 import torch
 from conftest import make_tiny_whisper
@@ -13,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import dqw
 from dqw import grids, ops, ops_cuda, packing, reference
-from dqw.recipe import QuantConfig, Recipe
+from dqw.recipe import QuantConfig, QuantSpec, Recipe
 from dqw.together import forget_together
 from dqw.whisper.fast_model import speed_up
 
@@ -165,6 +167,25 @@ def test_fake_quant_from_the_clip(granularity: str) -> None:
         t.zero_()
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, want))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_lowered_model_learns(dtype: torch.dtype) -> None:
+    """``model.half()`` takes clips and windows along; a window's ends lose nothing."""
+    spec = QuantSpec(bits=4, grid="apot", group_size=16)
+    exact = dqw.QuantLinear.from_linear(torch.nn.Linear(64, 32), spec).cuda()
+    lower = copy.deepcopy(exact).to(dtype)
+    assert lower.quantizer.window.dtype == dtype
+    assert torch.equal(lower.quantizer.window.float(), exact.quantizer.window)
+    lower(torch.randn(3, 64, dtype=dtype).cuda()).sum().backward()
+    assert lower.quantizer.clip.grad.isfinite().all()
+
+
+def test_tensors_of_two_devices() -> None:
+    for dtype in (torch.float32, torch.float16):
+        x, weight, scale, levels, bias, *rest = arguments(4, "channel", False, 2, dtype)
+        with pytest.raises(ValueError, match="move the model"):
+            ops.quant_linear(x, weight, scale, levels.cpu(), bias, *rest)
 
 
 def test_fake_quant_of_several() -> None:

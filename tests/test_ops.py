@@ -6,6 +6,7 @@ from torch.library import opcheck
 
 from dqw import grids, ops, reference
 from dqw.linear import QuantLinear
+from dqw.ops_cuda import _check_packed
 from dqw.packing import pack
 from dqw.recipe import QuantSpec
 from tests.kernel_helpers import all_grids
@@ -196,3 +197,17 @@ def test_a_layer_takes_its_own_width_alone(cols: int) -> None:
     layer.freeze()
     with pytest.raises(RuntimeError, match=f"x has {cols} columns, and the layer takes 70"):
         layer(torch.randn(2, cols))
+
+
+def test_a_gpu_kernel_reads_one_device_alone() -> None:
+    """Checked before a launch; without a GPU, `meta` is another device than the CPU."""
+    weight, scale, levels = packed(6, 64, 4)
+    sizes = (6, 64, 4, 0)
+    _check_packed(weight, scale, levels, *sizes, torch.ones(1, 64), None)
+    for tensors in ((scale.to("meta"), levels), (scale, levels.to("meta"))):
+        with pytest.raises(ValueError, match="on meta: move the model and its input to one device"):
+            _check_packed(weight, *tensors, *sizes)
+    with pytest.raises(ValueError, match="to one device"):
+        _check_packed(weight, scale, levels, *sizes, torch.ones(1, 64, device="meta"))
+    with pytest.raises(ValueError, match="contiguous int16"):
+        _check_packed(weight, scale, levels.repeat_interleave(2)[::2], *sizes)

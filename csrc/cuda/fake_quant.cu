@@ -82,14 +82,14 @@ Inputs checked(const Tensor& x, const Tensor& clip, const Tensor& bucket,
     DQW_CHECK(bucket.scalar_type() == ScalarType::Short && bucket.dim() == 1 &&
                   bucket.numel() % 2 == 1 && bucket.numel() > 1 && bucket.numel() <= 1 << 16,
               "bucket must be the int16 table of a grid: 2 * level_max + 1 entries");
-    DQW_CHECK(!window || (window->scalar_type() == ScalarType::Float && window->numel() == 2),
-              "window must be float32: the smallest and the largest scale");
+    DQW_CHECK(!window || (float_of(window->scalar_type()) && window->numel() == 2),
+              "window must be two floats: the smallest and the largest scale");
     const auto here = x.get_device_index();
     DQW_CHECK(clip.get_device_index() == here && bucket.get_device_index() == here &&
                   (!window || window->get_device_index() == here),
               "clip, bucket and window must be on the device of x: move the model to it");
     Inputs in = {dense(x), dense(clip), dense(bucket), std::nullopt};
-    if (window) in.window = dense(*window);
+    if (window) in.window = dense(as(*window, ScalarType::Float));  // after model.half()
     return in;
 }
 
@@ -119,6 +119,7 @@ class Launcher {
         config.blockDim = threads;
         config.stream = stream_;
         const cudaError_t found = cudaLaunchKernelEx(&config, kernel, arguments);
+        if (found != cudaSuccess) cudaGetLastError();  // said here, not of torch's next kernel
         if (error_ == cudaSuccess) error_ = found;
     }
     void check(const char* who) const {

@@ -165,6 +165,7 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
     const bool served = bfloat16 ? with_kernel<__nv_bfloat16>(a, b, g, launch)
                                  : with_kernel<__half>(a, b, g, launch);
     DQW_CHECK(served, "no kernel for ", bits, " bits in groups of ", group);
+    if (error != cudaSuccess) cudaGetLastError();  // said here, not of torch's next kernel
     DQW_CHECK(error == cudaSuccess, "dqw_cuda::gemv: ", cudaGetErrorString(error));
     return ys;
 }
