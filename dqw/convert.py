@@ -68,7 +68,10 @@ def keep_from_broadcasts(model: nn.Module) -> None:
     """Let DistributedDataParallel pass over the tables of ``model``: they are constant, and int16,
     which no collective can broadcast."""
     model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
-        name for name, buffer in model.named_buffers() if not buffer.is_floating_point()
+        name
+        # Layers share a table until ``to`` gives each its own.
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if not buffer.is_floating_point()
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig
+from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig, table
 from dqw.errors import UserError
 from dqw.grids import at_bits, check_grid
 
@@ -79,7 +79,7 @@ class QuantSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "QuantSpec":
         """The inverse of ``to_dict``. Raises UserError for a key it does not know."""
-        return cls(**{"group_size": None, **_known(cls, values, "quantization spec")})
+        return table(cls, {"group_size": None, **values}, "quantization spec")
 
 
 @dataclass
@@ -192,14 +192,17 @@ class Recipe:
         parts: dict[str, Any] = {}
         data = dict(data)  # the caller's stays as it is
         for part in fields(cls):
-            values = dict(data.pop(part.name, {})) if part.name in data else {}
-            kind: Any = part.default_factory
-            if part.name == "quant":
-                values["override"] = [
-                    Override(**_known(Override, row, f"{where} [[quant.override]]"))
-                    for row in values.get("override", [])
-                ]
-            parts[part.name] = kind(**_known(kind, values, f"{where} [{part.name}]"))
+            values = data.pop(part.name, {})
+            if part.name == "quant" and isinstance(values, dict):
+                rules = values.get("override", [])
+                if not isinstance(rules, list):
+                    raise UserError(
+                        f"{where} has a table [quant.override]: write [[quant.override]], as there "
+                        "may be several."
+                    )
+                rules = [table(Override, rule, f"{where} [[quant.override]]") for rule in rules]
+                values = {**values, "override": rules}
+            parts[part.name] = table(part.default_factory, values, f"{where} [{part.name}]")
         if data:
             raise UserError(
                 f"{where} has the unknown table [{next(iter(data))}]: "
@@ -288,26 +291,3 @@ def _overridden(spec: QuantSpec, rule: Override) -> QuantSpec:
     if changes:  # of an earlier rule's step nothing is left
         spec = replace(spec, step=None, per_tensor=False)
     return replace(spec, **changes)
-
-
-def _known(kind: Any, values: dict[str, Any], where: str) -> dict[str, Any]:
-    """``values`` if each key is a field of the dataclass ``kind``, of its type; else UserError."""
-    known = {f.name: f for f in fields(kind)}
-    for key, value in values.items():
-        if key not in known:
-            raise UserError(f"{where} has the unknown key {key!r}: known are {', '.join(known)}.")
-        default = known[key].default
-        if isinstance(default, bool | int | float | str) and not _same_kind(default, value):
-            raise UserError(
-                f"{where}: {key} is {value!r}, but a {type(default).__name__} is needed, like "
-                f"{default!r}."
-            )
-    return values
-
-
-def _same_kind(default: Any, value: Any) -> bool:
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(default, bool) and isinstance(value, bool)
-    if isinstance(default, float):
-        return isinstance(value, int | float)
-    return isinstance(value, type(default)) or value is None

@@ -169,7 +169,7 @@ def test_the_projection_follows_its_embedding_to_another_device() -> None:
 
 def test_tables_are_kept_from_broadcasts() -> None:
     """DistributedDataParallel sends all other buffers to its processes, and int16 cannot be."""
-    model = dqw.quantize(make_tiny_whisper())
+    model = dqw.quantize(make_tiny_whisper()).to(torch.device("cpu", 0))  # tables are copied
     ignored = set(model._ddp_params_and_buffers_to_ignore)
     sent = {name: buffer for name, buffer in model.named_buffers() if name not in ignored}
     assert any(name.endswith("bucket") for name in ignored)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,12 @@ def test_a_folder_in_use_and_a_run_with_other_settings(tmp_path):
         run(tmp_path, train=replace(SHORT, lr=1e-2), resume=True)
     with pytest.raises(UserError, match=r"data.clips = 6, now it is 4"):
         run(tmp_path, items=clips(4), resume=True)
+    path = tmp_path / "checkpoint-3/run.json"
+    written = path.read_text()
+    path.write_text(written.replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(UserError, match=r"run.processes = 2, now it is 1: resume with the same"):
+        run(tmp_path, resume=True)
+    path.write_text(written)
     louder = tiny_model(d_model=64)
     louder.model.decoder.layer_norm.weight.data *= 2
     with pytest.raises(UserError, match=r"models.teacher = '\w+', now it is '"):
@@ -55,6 +62,21 @@ def test_half_written_checkpoints_are_never_taken(tmp_path):
     assert store.newest(tmp_path) is None
     store.clean(tmp_path)
     assert not list(tmp_path.glob(".unfinished*"))
+
+
+def test_a_resumed_run_saves_and_logs_as_it_is_told(tmp_path):
+    """transformers goes by the intervals that the checkpoint was written with."""
+    plan = replace(SHORT, steps=5, save_steps=2, keep_checkpoints=9)
+    run(tmp_path, train=plan)
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    run(tmp_path, train=replace(plan, save_steps=1, log_steps=5), resume=True)
+    made = [path.name for path in store.checkpoints(tmp_path)]
+    assert made == [f"checkpoint-{step}" for step in (2, 3, 4, 5)]
+    rows = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").open()]
+    assert rows == [1, 2, 5]
+    state = json.loads((tmp_path / "checkpoint-2/trainer_state.json").read_text())
+    assert len(state["log_history"]) == 1, "log.jsonl has them all"
 
 
 FULL = "I/O error: No space left on device (os error 28)"

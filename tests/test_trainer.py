@@ -21,9 +21,10 @@ from dqw.distill.model import Batch, DistillModel, teacher_pass
 from dqw.distill.pair import is_multilingual
 from dqw.distill.prepare import prepare
 from dqw.distill.progress import Display
+from dqw.distill.run import _may_skip
 from dqw.distill.stepping import parameter_groups, spec_augment
 from dqw.errors import UserError
-from dqw.recipe import Recipe
+from dqw.recipe import QuantConfig, Recipe
 
 SHORT = TrainConfig(
     steps=3, batch_size=2, lr=1e-3, clip_lr=1e-3, precision="float32", tensorboard=False
@@ -194,7 +195,7 @@ def test_spec_augment_masks_what_is_spoken(encoder):
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     teacher = tiny_model(d_model=64)
     teacher.model.decoder.layer_norm.weight.data[0] = float("nan")
-    with pytest.raises(UserError, match=r"kl is no number at step 1: lower train.lr"):
+    with pytest.raises(UserError, match=r"kl.* is no number at step 1: start again in"):
         run(tmp_path, teacher=teacher)
 
 
@@ -315,6 +316,44 @@ def test_models_that_do_not_fit(tmp_path):
     with pytest.raises(UserError, match="needs distilled hidden states"):
         run(tmp_path, config=DistillConfig(hidden=0), guidance=GuidanceConfig(mode="mutual"))
     assert is_multilingual(student)
+    with pytest.raises(UserError, match=r"the student is packed.* call dqw.quantize"):
+        run(tmp_path, dqw.freeze(dqw.quantize(tiny_model())))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cache_features": "always", "workers": 1}, "keeps nothing where train.workers read"),
+        ({"language": "klingon"}, "train.language is 'klingon', which Whisper does not know"),
+        pytest.param(
+            {"precision": "fp16"},
+            "is for a GPU, and torch finds none: take 'auto'",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"),
+        ),
+    ],
+)
+def test_settings_that_would_have_no_effect(tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        run(tmp_path, train=replace(SHORT, **changes))
+
+
+def test_a_constant_rate_warms_up_where_it_is_told_to(tmp_path):
+    reports = []
+    plan = replace(SHORT, schedule="constant", warmup_steps=2)
+    run(tmp_path, train=plan, progress=reports.append)
+    rates = [report.learning_rate for report in reports]
+    assert rates[0] < rates[1] < rates[2] or rates[0] < rates[1] == rates[2], rates
+
+
+def test_parameters_that_may_go_without_a_gradient():
+    """DistributedDataParallel waits for all others."""
+    config, everywhere = DistillConfig(hidden=0), GuidanceConfig()
+    plain = dqw.quantize(tiny_model())
+    spare = dqw.quantize(tiny_model(), Recipe(quant=QuantConfig(rest_bits=8)))
+    assert not _may_skip(plain, config, everywhere)
+    assert _may_skip(spare, config, everywhere)
+    assert _may_skip(plain, config, GuidanceConfig(mode="random"))
+    assert _may_skip(plain, DistillConfig(), everywhere)
 
 
 def test_guidance_has_rounding_errors_to_choose_by_after_calibration(tmp_path):

@@ -9,6 +9,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from dqw.devices import fast_precision, has_gpu
 from dqw.distill.config import TrainConfig
+from dqw.errors import UserError
 from dqw.processes import PATIENCE
 
 
@@ -17,12 +18,17 @@ def training_arguments(
 ) -> Seq2SeqTrainingArguments:
     """`TrainConfig` in transformers' words; `max_steps` is set once the clips are counted."""
     precision = fast_precision() if train.precision == "auto" else train.precision
+    if precision == "fp16" and not has_gpu():
+        raise UserError("train.precision = 'fp16' is for a GPU, and torch finds none: take 'auto'.")
+    schedule = train.schedule
+    if schedule == "constant" and train.warmup_steps:  # which transformers' "constant" has not
+        schedule = "constant_with_warmup"
     args = Seq2SeqTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=train.batch_size,
         gradient_accumulation_steps=train.accumulate,
         learning_rate=train.lr,
-        lr_scheduler_type=train.schedule,
+        lr_scheduler_type=schedule,
         warmup_steps=train.warmup_steps,
         max_grad_norm=train.max_grad_norm,
         max_steps=1,

@@ -27,6 +27,7 @@ class ReportCallback(TrainerCallback):
         self.last: StepReport | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.compute_steps(args, state.max_steps)  # a checkpoint brings its own intervals
         if state.is_world_process_zero:
             self.display.start(state.max_steps, state.global_step)
         self.pace.tick()

@@ -8,8 +8,8 @@ checks every value and raises `UserError` naming the key.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
 from dqw.errors import UserError
 
@@ -36,17 +36,54 @@ def _in_range(
         raise UserError(f"{key} = {value!r} is out of range: give a number of {bound}{above}.")
 
 
-def _table(key: str, value: Any, kind: Any) -> Any:
-    """`value` as a `kind`: TOML gives nested tables as dicts."""
-    if isinstance(value, kind):
-        return value
-    known = [entry.name for entry in fields(kind)]
-    if not isinstance(value, dict):
-        raise UserError(f"{key} = {value!r} is not a table: give {', '.join(known)} under it.")
-    for name in value:
-        if name not in known:
-            raise UserError(f"{key} has the unknown key {name!r}: known are {', '.join(known)}.")
-    return kind(**value)
+def table(kind: Any, values: Any, where: str) -> Any:
+    """The dataclass `kind` of a table's `values`, as TOML and JSON give them.
+
+    Raises UserError, starting with `where`, for what is no table, a key that `kind` does not have
+    or lacks, and a value of another type.
+    """
+    if isinstance(values, kind):
+        return values
+    known = {entry.name: entry for entry in fields(kind)}
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is {values!r}, no table: give {', '.join(known)} under it.")
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{where} has the unknown key {key!r}: known are {', '.join(known)}.")
+        if not _is_a(hints[key], value):
+            default = known[key].default
+            like = f", like {default!r}" if default not in (MISSING, None) else ""
+            raise UserError(
+                f"{where}: {key} is {value!r}, but {_called(hints[key])} is needed{like}."
+            )
+    for key, entry in known.items():
+        if key not in values and entry.default is MISSING and entry.default_factory is MISSING:
+            raise UserError(f"{where} lacks {key}: add it.")
+    return kind(**values)
+
+
+def _is_a(hint: Any, value: Any) -> bool:
+    """Whether `value` is of a type of `table`'s: plain ones, lists, unions and dataclasses."""
+    parts = get_args(hint)
+    if get_origin(hint) is list:
+        return isinstance(value, list) and all(_is_a(parts[0], v) for v in value)
+    if parts:
+        return any(_is_a(part, value) for part in parts)
+    if is_dataclass(hint):
+        return True  # its own table is read on its own
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _called(hint: Any) -> str:
+    """A type in words."""
+    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    if get_origin(hint) is list:
+        return "a list"
+    parts = [part for part in get_args(hint) if part is not type(None)]
+    return words.get(parts[0] if parts else hint, str(hint))
 
 
 @dataclass
@@ -160,8 +197,8 @@ class DistillConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
-        self.spec_augment = _table("distill.spec_augment", self.spec_augment, SpecAugmentConfig)
-        self.augment = _table("distill.augment", self.augment, AugmentConfig)
+        self.spec_augment = table(SpecAugmentConfig, self.spec_augment, "distill.spec_augment")
+        self.augment = table(AugmentConfig, self.augment, "distill.augment")
         for key in ("ce", "kl", "hidden"):
             _in_range(f"distill.{key}", getattr(self, key), 0)
         if self.ce == self.kl == self.hidden == 0:
@@ -306,6 +343,11 @@ def check_settings(config: DistillConfig, train: TrainConfig) -> None:
     """Raise UserError where there is nothing to train, or two tables exclude each other."""
     if not train.wanted:
         raise UserError("train.steps and train.epochs are both 0: give one of them to train.")
+    if train.cache_features == "always" and train.workers:
+        raise UserError(
+            "train.cache_features = 'always' keeps nothing where train.workers read the clips, as "
+            "they end with each epoch: set one of them to 'auto' or 0."
+        )
     if config.audio_context == "dynamic" and train.freeze_encoder:
         raise UserError(
             "distill.audio_context = 'dynamic' needs an encoder that learns to hear less: set "

@@ -101,8 +101,8 @@ def needs_costs(strategy: str) -> bool:
 def match(strategy: str, cost: Tensor) -> Matching:
     """The matching of `strategy` for a cost matrix (L_S, L_T); static rules read its shape alone.
 
-    `none` gives an empty tuple. Raises UserError for an unknown strategy, ValueError for a cost
-    matrix that is not two-dimensional, is empty, or holds a NaN.
+    `none` gives an empty tuple. Raises UserError for an unknown strategy or a cost matrix that
+    holds a NaN, ValueError for one that is not two-dimensional or is empty.
     """
     if strategy == "none":
         return ()
@@ -123,7 +123,10 @@ def _rows(cost: Tensor) -> list[list[float]]:
     if cost.dim() != 2 or cost.numel() == 0:
         raise ValueError(f"a cost matrix has shape (L_S, L_T), not {tuple(cost.shape)}")
     if bool(torch.isnan(cost).any()):
-        raise ValueError("the cost matrix holds a NaN: the hidden states have diverged")
+        raise UserError(
+            "hidden states are no numbers any more: start again in another folder with a lower "
+            "train.lr, or look at the clips and the teacher."
+        )
     rows: list[list[float]] = cost.detach().to("cpu", torch.float64).tolist()
     return rows
 

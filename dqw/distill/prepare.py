@@ -14,6 +14,7 @@ from dqw.distill.config import DistillConfig, TrainConfig
 from dqw.distill.data import SAMPLE_RATE, Example, LabelEncoder, SpeechItem
 from dqw.distill.labels import write_labels
 from dqw.errors import UserError
+from dqw.whisper.data import language_code
 
 # A clip this little over the window is cut by rounding, not by speech.
 SLACK_SECONDS = 0.05
@@ -83,6 +84,8 @@ def prepare(
     and labelled by the teacher, with its own `processor`. Raises UserError if nothing is left to
     learn from, or if a labelled clip has no language and the model needs one.
     """
+    language = None if train.language is None else str(train.language)
+    language = language_code(language, "train.language")
     made = Prepared()
     labelled: list[tuple[SpeechItem, float]] = []
     unlabelled: list[tuple[SpeechItem, float]] = []
@@ -110,14 +113,14 @@ def prepare(
             processor,
             [item for item, _ in unlabelled],
             labels_path,
-            language=train.language,
+            language=language,
             batch_size=train.label_batch_size,
             progress=progress,
         )
     for item, seconds in labelled:
-        _add(made, item, seconds, None, encoder, train.language)
+        _add(made, item, seconds, None, encoder, language)
     for item, seconds in unlabelled:
-        _add(made, item, seconds, texts.get(item.id), encoder, train.language)
+        _add(made, item, seconds, texts.get(item.id), encoder, language)
     if not made.examples:
         reasons = "; ".join(f"{reason}: {len(ids)}" for reason, ids in made.skipped.items())
         raise UserError(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from dqw.calibrate import calibrate, layer_count
-from dqw.convert import stored_plan
+from dqw.convert import quant_modules, stored_plan
 from dqw.devices import lowered
 from dqw.digest import digest, weights_digest
 from dqw.distill import checkpoint as store
@@ -108,6 +108,11 @@ def distill(
     train, folder = train or TrainConfig(), Path(output_dir)
     check_settings(config, train)
     check_models(student, teacher, teacher_processor)
+    if any(module.frozen for module in quant_modules(student).values()):
+        raise UserError(
+            "the student is packed, and packed weights do not learn: load a float checkpoint and "
+            "call dqw.quantize."
+        )
     if guidance.mode in ("quant_guided", "distill_guided", "mutual") and not config.uses_hidden:
         raise UserError(
             f"guidance.mode = {guidance.mode!r} needs distilled hidden states, and none are "
@@ -120,7 +125,7 @@ def distill(
     encoder = LabelEncoder(
         processor.tokenizer, is_multilingual(student), student.config.max_target_positions
     )
-    args = training_arguments(train, folder, _may_skip(config, guidance))
+    args = training_arguments(train, folder, _may_skip(student, config, guidance))
     teacher.to(args.device)
     # Other processes read the labels that the first one has written.
     with args.main_process_first(local=False):
@@ -140,7 +145,11 @@ def distill(
         augment=config.augment,
         seed=train.seed if config.augment.seed is None else config.augment.seed,
         cache=train.cache_features == "always"
-        or (train.cache_features == "auto" and len(made.examples) <= CACHED_CLIPS),
+        or (
+            train.cache_features == "auto"
+            and not train.workers  # each would fill a cache of its own, and end with the epoch
+            and len(made.examples) <= CACHED_CLIPS
+        ),
     )
     if found is None and config.calibration_clips:
         # Rounding hears whole windows: of clips that are not joined, silence for the most part.
@@ -185,6 +194,7 @@ def distill(
     report.trainer = trainer
     trainer.extra_settings = {
         "data": {"clips": len(dataset), "content": made.fingerprint()},
+        "run": {"processes": args.world_size},
         "models": {
             "teacher": weights_digest(teacher),
             "student's bits": digest((), sorted(stored_plan(student).items())),
@@ -302,9 +312,10 @@ def _resume_step(
     return step
 
 
-def _may_skip(config: DistillConfig, guidance: GuidanceConfig) -> bool:
+def _may_skip(student: Any, config: DistillConfig, guidance: GuidanceConfig) -> bool:
     """Whether a step may leave parameters without a gradient: unchosen clips, unused maps."""
-    return guidance.mode != "all" or config.uses_hidden
+    rest = any(module.rest_quantizer is not None for module in quant_modules(student).values())
+    return guidance.mode != "all" or config.uses_hidden or rest
 
 
 def _result(

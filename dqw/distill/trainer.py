@@ -249,14 +249,17 @@ class DistillTrainer(Seq2SeqTrainer):
             steps = self.sums.pop("steps")
             logs |= {name: float(value) / steps for name, value in self.sums.items()}
             self.sums = {}
-            lost = [name for name in TOKEN_LOSSES if not math.isfinite(logs.get(name, 0.0))]
+            names = (*TOKEN_LOSSES, "hidden", "grad_norm")
+            lost = [name for name in names if not math.isfinite(logs.get(name, 0.0))]
             if lost and self.accelerator.scaler is None:  # float16 leaves such steps out by itself
                 raise UserError(
-                    f"{' and '.join(lost)} is no number at step {self.state.global_step}: lower "
-                    "train.lr, or look at the clips and the teacher, and resume from the last "
-                    "checkpoint."
+                    f"{' and '.join(lost)} is no number at step {self.state.global_step}: start "
+                    "again in another folder with a lower train.lr, or look at the clips and the "
+                    "teacher."
                 )
         super().log(logs, start_time)
+        # log.jsonl has them all; a checkpoint would hold them once more.
+        del self.state.log_history[:-1]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the base class walks over all parameters at every step for it."""
