@@ -190,6 +190,12 @@ def whole_clips(
     from bench import plot as plotting
     from bench import transcribe_table as tables
 
+    folders = [("--model", asked.model), ("--float-model", asked.float_model)]
+    for option, path in [*folders, *(("--openvino-model", path) for path in asked.openvino)]:
+        if path is not None and not path.is_dir():
+            raise UserError(f"{option} {path} is no folder: check the path.")
+    if asked.audio is not None and not asked.audio.exists():
+        raise UserError(f"--audio {asked.audio} does not exist: check the path.")
     if not asked.lengths and not asked.files:
         raise UserError("--lengths none leaves nothing to time: add --files, such as --files 100.")
     for file, option in ((csv_file, "--csv"), (json_file, "--json"), (plot, "--plot")):

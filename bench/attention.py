@@ -78,9 +78,12 @@ def main(
         raise UserError("the C++ library is not loaded: see what `dqw info` says.")
     if width % HEAD or width <= 0:
         raise UserError(f"--width {width} is no multiple of {HEAD}, a head's width.")
+    lengths = positions.split(",")
+    if not all(n.isdecimal() and int(n) for n in lengths) or queries < 0 or threads < 1:
+        raise UserError("--positions, --queries and --threads are whole numbers from 1 on.")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    for n in positions.split(","):
+    for n in lengths:
         table = Table("", "ms", "GFLOP/s", "error", title=f"{n} positions, width {width}")
         for name, ms, rate, error in compare(int(n), width, quick, queries):
             table.add_row(name, f"{ms:.2f}", f"{rate:.0f}", f"{error:.1e}")

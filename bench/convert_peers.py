@@ -49,12 +49,12 @@ def main(
     from dqw.whisper.rivals import rival_bytes
     from dqw.whisper.samples import fetch_base_model
 
-    out.mkdir(parents=True, exist_ok=True)
-    source = float_model or str(fetch_base_model(out / "base", console.print))
     folder = out / "hf"
     if shape is not None:
         choose("--shape", shape, tuple(SHAPES))
         check_shape(folder, shape)
+    out.mkdir(parents=True, exist_ok=True)
+    source = float_model or str(fetch_base_model(out / "base", console.print))
     if not (folder / "tokenizer.json").is_file():
         model, processor = load_whisper(source)
         if shape is not None:

@@ -17,6 +17,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from bench.__main__ import exit_with_a_sentence
+
 
 def main(
     model: Annotated[str, typer.Option(help="A float Whisper: hub id or folder.")],
@@ -62,4 +64,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    exit_with_a_sentence(lambda: typer.run(main))

@@ -50,7 +50,7 @@ def choose(what: str, value: str, known: tuple[str, ...]) -> str:
 
 
 def parse_ops(text: str) -> tuple[str, ...]:
-    return OPS if text == "all" else (choose("--op", text, (*OPS, "all")),)
+    return OPS if text == "all" else (choose("--op", text, (*OPS, "all", "transcribe")),)
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...] | None:

@@ -51,8 +51,10 @@ class _Group(TyperGroup):
                 raise
             name = error.filename2 or error.filename  # of a rename, what it was to become
             where = f" for {name}" if name else ""
-            sentence = f"{(error.strerror or '').lower()}{where}: free or choose another place"
-            code = 1
+            cure = "free or choose another place"
+            if error.errno == errno.EACCES:  # to read or to write
+                cure = "give yourself access to it, or name another path"
+            sentence, code = f"{(error.strerror or '').lower()}{where}: {cure}", 1
         err.print(f"Error: {sentence}", style="red", markup=False, soft_wrap=True)
         raise typer.Exit(code)
 
@@ -154,26 +156,36 @@ def transcribe(
         raise UserError("several formats can't be printed at once; give --output-dir")
     if output_dir is None and len(audio) > 1 and forms[0] in ("srt", "vtt"):
         raise UserError(f"{forms[0]} of several files can't be printed at once; give --output-dir")
+    from dqw.whisper.files import check_writable, write_atomic
+
     if output_dir is not None:
         _check_names(audio)
         if "txt" in forms:
             _check_references(audio, output_dir)
+        check_writable(output_dir / "any", "--output-dir")
     total = sum(audio_seconds(path) for path in audio)
 
     from dqw.whisper.engines import open_engine
-    from dqw.whisper.files import write_atomic
     from dqw.whisper.transcribe import Transcript, iter_transcripts
     from dqw.whisper.writers import TIMED, render
 
     with err.status(f"loading {escape(model)}"):
         engine = open_engine(model, beam_size, activations, device)
     timed = timestamps or any(name in TIMED for name in forms)
-    waiting: dict[int, Transcript] = {}
-    printed = 0
+    waiting: dict[int, Transcript | None] = {}
+    printed = damaged = 0
+
+    def leave_out(index: int, error: UserError) -> None:
+        nonlocal damaged
+        damaged += 1
+        waiting[index] = None
+        err.print(f"Error: {error}; the others go on", style="red", markup=False, soft_wrap=True)
+
     with audio_progress(total) as advance:
         steps = iter_transcripts(
-            engine, audio, language, task, beam_size, timed, batch_size, advance, audio_context
-        )
+            engine, audio, language, task, beam_size, timed, batch_size, advance, audio_context,
+            damaged=leave_out if len(audio) > 1 else None,
+        )  # fmt: skip
         for index, transcript in steps:
             if output_dir is not None:
                 for name in forms:
@@ -182,11 +194,19 @@ def transcribe(
                 continue
             waiting[index] = transcript
             while printed in waiting:  # in the order given, as soon as possible
-                text = render(waiting.pop(printed), forms[0], timestamps)
-                _print_transcript(text, audio[printed], forms[0], len(audio) > 1)
+                found = waiting.pop(printed)
+                if found is not None:
+                    text = render(found, forms[0], timestamps)
+                    with advance.aside():
+                        _print_transcript(text, audio[printed], forms[0], len(audio) > 1)
                 printed += 1
     if output_dir is not None:
-        err.print(f"wrote {len(audio) * len(forms)} files to {output_dir}", markup=False)
+        written = (len(audio) - damaged) * len(forms)
+        err.print(f"wrote {written} files to {output_dir}", markup=False, soft_wrap=True)
+        if "txt" in forms and any(p.parent.resolve() == output_dir.resolve() for p in audio):
+            err.print("beside audio dqw eval and compress take a .txt for what is said there")
+    if damaged:
+        raise typer.Exit(1)
 
 
 def _forms(given: list[str]) -> list[str]:
@@ -274,12 +294,34 @@ def info(
 # ---------------------------------------------------------------- shared
 
 
-@contextmanager
-def audio_progress(total: float) -> Iterator[Any]:
-    """Yields advance(seconds of audio); shows a bar with the speed on stderr while it lasts.
+class AudioBar:
+    """What `audio_progress` yields: called with seconds of audio, it advances by them."""
 
-    total: seconds of all audio; 0: not known.
-    """
+    def __init__(self, bar: Any, task: Any, total: float) -> None:
+        self._bar, self._task, self._total = bar, task, total
+        self._start, self._done = time.perf_counter(), 0.0
+
+    def __call__(self, seconds: float) -> None:
+        self._done += seconds
+        speed = f"{self._done / (time.perf_counter() - self._start):.1f} × real time"
+        total = max(self._total, self._done) if self._total else None
+        self._bar.update(self._task, completed=self._done, total=total, speed=speed)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The bar makes room for what is written to stdout, where both are on one terminal."""
+        shared = err.is_terminal and sys.stdout.isatty()
+        if shared:
+            self._bar.stop()
+        yield
+        if shared:
+            self._bar.start()
+
+
+@contextmanager
+def audio_progress(total: float) -> Iterator[AudioBar]:
+    """Shows a bar with the speed on stderr while it lasts. total: seconds of all audio; 0: not
+    known."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -288,17 +330,9 @@ def audio_progress(total: float) -> Iterator[Any]:
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
     )
-    start, done = time.perf_counter(), 0.0
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task("", total=total or None, speed="")
-
-        def advance(seconds: float) -> None:
-            nonlocal done
-            done += seconds
-            speed = f"{done / (time.perf_counter() - start):.1f} × real time"
-            bar.update(task, completed=done, total=max(total, done) if total else None, speed=speed)
-
-        yield advance
+    # rich would send what goes to stdout to the bar's console, stderr.
+    with Progress(*columns, console=err, transient=True, redirect_stdout=False) as bar:
+        yield AudioBar(bar, bar.add_task("", total=total or None, speed=""), total)
 
 
 import dqw.cli_compress  # noqa: E402  adds compress and demo

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from dqw.cli import app, err
+from dqw.errors import UserError
 
 _COMPRESS_EXAMPLES = (
     "Examples: dqw compress --teacher openai/whisper-base --data speech/ --budget 33MiB --out "
@@ -130,6 +131,11 @@ def compress(
         resume=resume,
         budget=parse_bytes(budget) if budget else None,
     )
+    amount, manner = (
+        {"--steps": steps, "--epochs": epochs},
+        {"--batch-size": batch_size, "--lr": lr},
+    )
+    _check_training(amount, manner, ptq_only, chosen.train.wanted)
     keep_freed_memory()
     run(job, chosen, lambda line: err.print(line, markup=False))
     leave()
@@ -149,6 +155,21 @@ def demo(
 
     keep_freed_memory()
     run_demo(out, Console(highlight=False))
+
+
+def _check_training(
+    amount: dict[str, float | None], manner: dict[str, float | None], ptq_only: bool, wanted: bool
+) -> None:
+    """Options of training where nothing trains: UserError for how much, a word for how."""
+    asked = [name for name, value in amount.items() if value]
+    if ptq_only and asked:
+        raise UserError(f"--ptq-only trains nothing: leave out it or {' and '.join(asked)}.")
+    idle = [name for name, value in manner.items() if value is not None]
+    if idle and (ptq_only or not wanted):
+        err.print(
+            f"nothing is trained without --epochs or --steps: {' and '.join(idle)} will do nothing",
+            style="yellow", markup=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def load_recipe(name: str, **overrides: dict[str, Any]) -> Any:

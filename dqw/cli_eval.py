@@ -75,11 +75,14 @@ def evaluate(
     import json
 
     from dqw.whisper.data import load_items
+    from dqw.whisper.files import check_writable, write_atomic
 
-    items = load_items(data, language, need_text=True, limit=limit)
+    for option, path in (("--json", json_file), ("--save-transcripts", save_transcripts)):
+        if path is not None:
+            check_writable(path, option)
+    items = load_items(data, language, need_text=True, limit=limit, say=_say)
 
     from dqw.whisper.evaluate import open_evaluator
-    from dqw.whisper.files import write_atomic
     from dqw.whisper.tables import print_scores
 
     with err.status(f"loading {escape(model)}"):
@@ -128,6 +131,10 @@ def evaluate(
                     "english_spelling_map": spelling}  # fmt: skip
         figures = {**settings, **_machine(evaluator.package), **result.to_dict()}
         write_atomic(json_file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+
+
+def _say(line: str) -> None:
+    err.print(line, markup=False, soft_wrap=True)
 
 
 def _machine(package: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ def study(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of cells and page; a rerun goes on there. [runs/study-NAME]"),
+        typer.Option(help="Folder of cells and page; a rerun goes on there. \\[runs/study-NAME]"),
     ] = None,
     model: Annotated[
         str | None,

@@ -207,7 +207,19 @@ def carried_over(weight: Tensor, moment: Tensor, cross: Tensor) -> Tensor:
     h = moment.double()
     h.diagonal().add_(CARRY_DAMPING * h.diagonal().mean() + 1e-12)
     lacking = (weight @ (cross - moment)).double()
-    return weight + torch.cholesky_solve(lacking.T, torch.linalg.cholesky(h)).T.float()
+    return weight + torch.cholesky_solve(lacking.T, factor(h)).T.float()
+
+
+def factor(h: Tensor) -> Tensor:
+    """The lower Cholesky factor of a damped moment ``h``, (n, n) float64. Where inputs hardly vary,
+    float32 sums can leave it a little indefinite: then of ``h`` with more damping."""
+    found, failed = torch.linalg.cholesky_ex(h)
+    more = 1e-6 * h.diagonal().mean()
+    while bool(failed) and more < h.diagonal().mean():
+        h = h + more * torch.eye(len(h), dtype=h.dtype, device=h.device)
+        found, failed = torch.linalg.cholesky_ex(h)
+        more = more * 10
+    return torch.linalg.cholesky(h) if failed else found  # it says what is wrong
 
 
 class Curvature(NamedTuple):
@@ -226,7 +238,7 @@ class Curvature(NamedTuple):
         dead = diagonal <= 0
         diagonal += dead + damping * diagonal.mean()
         # H = V Vᵀ with an upper V, the Cholesky factor from the other end, gives H⁻¹ = V⁻ᵀ V⁻¹.
-        v = torch.linalg.cholesky(h.flip(0, 1)).flip(0, 1).float()
+        v = factor(h.flip(0, 1)).flip(0, 1).float()
         eye = torch.eye(len(h), device=h.device)
         return cls(h.float(), torch.linalg.solve_triangular(v, eye, upper=True))
 

@@ -23,6 +23,7 @@ from dqw.errors import UserError
 from dqw.processes import agreed, is_main, wait
 from dqw.recipe import Recipe
 from dqw.save import save_student
+from dqw.whisper.files import check_writable
 from dqw.whisper.report import model_bytes
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ _SETTINGS = "recipe.json"  # in the run's folder: what it began with
 _NO_DATA = (
     "--data is missing: give a manifest.jsonl, an audio folder or a dataset; or --ptq-only, which "
     "does without."
+)
+_NO_SPEECH = (
+    "--budget measures layers on speech: give --data, a manifest.jsonl, an audio folder or a "
+    "dataset; or leave --budget out."
 )
 
 
@@ -130,7 +135,7 @@ def load_data(job: Job, say: Say) -> list[Item]:
 
     if job.data is None:
         if not job.ptq_only or job.budget:
-            raise UserError(_NO_DATA)
+            raise UserError(_NO_SPEECH if job.budget else _NO_DATA)
         return []
     items = load_items(job.data, language=job.language)
     seconds = sum(item.seconds or 0 for item in items)
@@ -170,6 +175,7 @@ def check_output(job: Job) -> None:
         raise UserError(
             f"{out.parent} cannot be made ({error.strerror}): give another --out."
         ) from error
+    check_writable(out, "--out")
     if job.ptq_only:
         if job.resume:
             raise UserError("nothing is trained, so there is no run to resume: leave out --resume.")

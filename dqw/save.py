@@ -42,7 +42,9 @@ def save_student(
             save_processor(processor, partial)
             _seal(partial, file_sha256(partial / "model.safetensors"))
             (partial / "README.md").write_text(_card(out.name), encoding="utf-8")
+            mode = (partial / "config.json").stat().st_mode
             for file in partial.iterdir():
+                file.chmod(mode)  # safetensors makes files that their owner alone may read
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
             os.rename(partial, out)

@@ -1,6 +1,7 @@
 """Whatever is wrong with the input: one sentence on stderr, exit code 1, nothing written."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,27 @@ def test_damaged_models(tmp_path, damage, command):
     audio = write_tone(tmp_path / "a.wav")
     arguments = ("info", folder) if command == "info" else ("transcribe", audio, "--model", folder)
     assert str(folder) in run(tmp_path, *arguments)
+
+
+def test_a_folder_without_its_processor(tmp_path):
+    """What ``model.save_pretrained`` leaves."""
+    audio = write_tone(tmp_path / "a.wav")
+    for part, names in (
+        ("tokenizer", ("tokenizer.json", "vocab.json")),
+        ("feature extractor", ("preprocessor_config.json", "processor_config.json")),
+    ):
+        folder = save_tiny(tmp_path / part)
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        sentence = run(tmp_path, "transcribe", audio, "--model", folder)
+        assert f"lacks its {part}" in sentence and "save the processor there, too" in sentence
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_a_pipe_is_no_audio_file(model, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    sentence = run(tmp_path, "transcribe", tmp_path / "pipe", "--model", model)
+    assert "is a pipe or a device; write the audio to a file first" in sentence
 
 
 def test_a_damaged_faster_whisper_model(tmp_path):

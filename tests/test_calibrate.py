@@ -23,6 +23,7 @@ from dqw.compensate import (
     Moment,
     carried_over,
     compensated,
+    factor,
     round_layers,
 )
 from dqw.convert import quant_modules
@@ -72,6 +73,18 @@ def test_dead_inputs_and_few_rows_are_no_trouble() -> None:
     x[:, 7] = 0
     quantizer = FakeQuantize(QuantSpec(group_size=None), w)
     assert compensated(w, Curvature.of(x.T @ x), quantizer).isfinite().all()
+
+
+def test_a_moment_that_sums_left_indefinite_is_damped_more() -> None:
+    h = torch.diag(torch.tensor([1.0, 1e-3, -2e-7], dtype=torch.float64))
+    lower = factor(h)
+    added = (lower @ lower.T - h).diagonal()
+    assert (added > 2e-7).all() and (added < 1e-4).all()
+    fine = torch.diag(torch.tensor([1.0, 1e-3], dtype=torch.float64))
+    assert torch.equal(factor(fine), torch.linalg.cholesky(fine))
+    for wrong in (-torch.eye(2, dtype=torch.float64), torch.full((2, 2), float("nan")).double()):
+        with pytest.raises(torch.linalg.LinAlgError):
+            factor(wrong)
 
 
 def test_an_embedding_is_damped_more_because_its_rows_are_inputs() -> None:

@@ -1,5 +1,6 @@
 """The command line: what it prints and writes, and how it ends."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -7,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from errno import ENOSPC
+from errno import EACCES, ENOSPC
 from io import StringIO
 
 import pytest
@@ -61,6 +62,73 @@ def test_transcribe_prints_text_on_stdout_alone(model, audio):
     assert one.exit_code == 0 and one.stdout.endswith("\n") and len(one.stdout) > 1
     both = dqw_("transcribe", *audio, "--model", model, "--language", "en")
     assert both.stdout.startswith(f"{audio[0]}:\n{one.stdout}{audio[1]}:\n")
+
+
+@pytest.mark.parametrize("form", ["txt", "json"])
+def test_transcribe_into_a_file_while_a_terminal_shows_the_bar(model, audio, tmp_path, form):
+    """rich would send the text to the bar's terminal; on one terminal lines are not broken."""
+    import pty
+
+    plain = dqw_("transcribe", *audio, "--model", model, "--language", "en", "--format", form)
+    command = [sys.executable, "-m", "dqw", "transcribe", *map(str, audio), "--model", str(model),
+               "--language", "en", "--format", form]  # fmt: skip
+    environment = {**os.environ, "COLUMNS": "20", "TERM": "xterm"}
+    for both in (False, True):
+        master, slave = pty.openpty()
+        with open(tmp_path / "out.txt", "wb") as file:
+            run = subprocess.Popen(command, stdout=slave if both else file, stderr=slave,
+                                   env=environment)  # fmt: skip
+        os.close(slave)
+        shown = b""
+        with contextlib.suppress(OSError):  # the end of a terminal
+            while part := os.read(master, 65536):
+                shown += part
+        os.close(master)
+        assert run.wait() == 0
+        assert b"audio" in shown, "a bar"
+        if both:
+            shown = shown.replace(b"\r\n", b"\n")
+            assert all(line in shown for line in plain.stdout.encode().split(b"\n"))
+        else:
+            assert (tmp_path / "out.txt").read_bytes() == plain.stdout.encode()
+
+
+@pytest.mark.parametrize("printed", [True, False])
+def test_a_damaged_file_leaves_the_others(model, audio, tmp_path, printed):
+    cut = tmp_path / "cut.flac"
+    whole = write_tone(tmp_path / "whole.flac", 5.0).read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])
+    out = tmp_path / "out"
+    where = () if printed else ("--output-dir", out)
+    result = dqw_("transcribe", audio[0], cut, audio[1], "--model", model, *where)
+    assert result.exit_code == 1 and "cut.flac is corrupt or cut off" in result.stderr
+    assert "the others go on" in result.stderr
+    if printed:
+        alone = dqw_("transcribe", *audio, "--model", model)
+        assert result.stdout == alone.stdout
+    else:
+        assert sorted(path.name for path in out.iterdir()) == ["a.txt", "b.txt"]
+        assert "wrote 2 files" in result.stderr
+
+
+def test_places_are_tried_before_the_work(model, audio, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(json.dumps({"audio": "a.wav", "text": "hello", "language": "en"}))
+    evaluation = ("eval", "--model", "nowhere", "--data", manifest)
+    for command, option in (
+        (("transcribe", audio[0], "--model", "nowhere"), "--output-dir"),
+        (evaluation, "--json"),
+        (evaluation, "--save-transcripts"),
+    ):
+        result = dqw_(*command, option, tmp_path / "file" / "figures")
+        assert result.exit_code == 1 and f"{option}: nothing can be written" in result.stderr
+
+
+def test_a_word_of_caution_beside_the_audio(model, audio, tmp_path):
+    for out, said in ((tmp_path, True), (tmp_path / "out", False)):
+        result = dqw_("transcribe", audio[0], "--model", model, "--output-dir", out)
+        assert result.exit_code == 0 and ("take a .txt for what is said" in result.stderr) == said
 
 
 def test_transcribe_json_lines(model, audio):
@@ -135,6 +203,7 @@ def test_eval_prints_counts_and_writes_figures(model, audio, tmp_path):
     assert "no normalizer.json" in result.stdout
     stored = json.loads(figures.read_text())
     assert stored["languages"]["en"]["units"] == 2 and stored["languages"]["ja"]["units"] == 2
+    assert "1 of 3 clips are left out, as they have no text" in result.stderr
     assert stored["clips"] == 2 and stored["versions"]["dqw"] == dqw.__version__
     lines = [json.loads(line) for line in saved.read_text().splitlines()]
     assert [(row["id"], row["reference"]) for row in lines] == [
@@ -229,6 +298,16 @@ def test_a_full_disk_is_one_sentence(model, audio, tmp_path, monkeypatch):
     assert list(out.iterdir()) == []
 
 
+def test_what_may_not_be_read_is_one_sentence(model, audio, monkeypatch):
+    def closed(*_):
+        raise PermissionError(EACCES, os.strerror(EACCES), "a.wav")
+
+    monkeypatch.setattr("dqw.whisper.audio._streams", closed)
+    result = dqw_("transcribe", audio[0], "--model", model)
+    assert result.exit_code == 1
+    assert "permission denied for a.wav: give yourself access to it" in result.stderr
+
+
 def test_a_file_name_that_is_not_utf_8(model, audio, tmp_path):
     odd = tmp_path / os.fsdecode(b"caf\xe9.wav")
     odd.write_bytes(audio[0].read_bytes())
@@ -265,7 +344,7 @@ def test_names_that_cannot_be_written_are_one_sentence(model, tmp_path):
     assert result.exit_code == 1 and "Error: file name too long for" in result.stderr
     (tmp_path / "a.txt").write_text("")
     result = dqw_("transcribe", audio, "--model", model, "--output-dir", out)
-    assert result.exit_code == 1 and "Error: not a directory for" in result.stderr
+    assert result.exit_code == 1 and "(not a directory); choose another place" in result.stderr
 
 
 @pytest.mark.parametrize("total, words", [(0.0, "5 s of audio"), (9.0, "5 of 9 s of audio")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,8 @@ def test_the_default_shares_out_its_bytes_and_trains_only_when_asked(
         ("apot, pot, uniform", ["--grid", "log", "--ptq-only"]),
         ("choose 16, 32, 64, 128", ["--group-size", "48", "--ptq-only"]),
         ("--data is missing", []),
+        ("--budget measures layers on speech: give --data", ["--ptq-only", "--budget", "1MiB"]),
+        ("--ptq-only trains nothing", ["--ptq-only", "--data", "DATA", "--epochs", "2"]),
         ("like 4,4", ["--student-layers", "4", "--ptq-only"]),
         ("the teacher has 2", ["--student-layers", "4,1", "--ptq-only"]),
         ("is not known", ["--recipe", "best", "--ptq-only"]),
@@ -267,15 +270,22 @@ def test_a_killed_compression_resumes_to_the_same_folder(
 
 def test_the_folder_works_in_pipeline_and_generate(base: Path, tmp_path: Path) -> None:
     """What a user of transformers types, after `import dqw`, in a fresh process."""
-    out = tmp_path / "small"
-    assert run_dqw("compress", "--teacher", base, "--ptq-only", "--out", out)[0] == 0
+    out, teacher = tmp_path / "small", tmp_path / "teacher"
+    shutil.copytree(base, teacher)
+    settings = json.loads((teacher / "generation_config.json").read_text())
+    del settings["task"]  # as OpenAI's own checkpoints lack it
+    (teacher / "generation_config.json").write_text(json.dumps(settings))
+    assert run_dqw("compress", "--teacher", teacher, "--ptq-only", "--out", out)[0] == 0
+    # Without it pipeline's prompt would have no task where it gets no language.
+    assert json.loads((out / "generation_config.json").read_text())["task"] == "transcribe"
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1, "the same may read them all"
     audio = write_tone(tmp_path / "a.wav")
     code = (
         "import sys, dqw, soundfile\n"
         "from transformers import pipeline\n"
         "asr = pipeline('automatic-speech-recognition', model=sys.argv[1])\n"
         "wave, rate = soundfile.read(sys.argv[2], dtype='float32')\n"
-        "text = asr({'raw': wave, 'sampling_rate': rate}, generate_kwargs={'language': 'en'})\n"
+        "text = asr({'raw': wave, 'sampling_rate': rate})\n"
         "asr.model.save_pretrained(sys.argv[3])\n"
         "print('TEXT', text['text'], type(asr.model.model.encoder.layers[0].fc1).__name__)\n"
     )

@@ -227,8 +227,20 @@ def speech(
     train = []
     if request.data is not None and study.calibrates:
         train = load_items(request.data, request.language)
-    test = load_items(request.eval_data, request.language, need_text=True)
+    test = load_items(request.eval_data, request.language, need_text=True, say=say)
+    learned = {path for item in train if (path := _path(item)) is not None}
+    shared = [item.id for item in test if _path(item) in learned]
+    if shared:
+        say(
+            f"Warning: --data and --eval-data share {len(shared)} clips, such as {shared[0]}; "
+            "figures on what is learned from are too good"
+        )
     return train, spread(test, limit)
+
+
+def _path(item: Item) -> Path | None:
+    """Where a clip's audio lies; None: within a dataset."""
+    return item.audio.resolve() if isinstance(item.audio, Path) else None
 
 
 def spoken(items: list[Item], model: Any) -> list[Item]:

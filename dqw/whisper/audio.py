@@ -81,6 +81,8 @@ def is_silent(audio: np.ndarray) -> bool:
 def _check_file(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder, not an audio file; name the files in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is a pipe or a device; write the audio to a file first")
     if not path.is_file():
         raise UserError(f"audio file {path} does not exist; check the path")
     if path.stat().st_size == 0:

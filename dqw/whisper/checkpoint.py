@@ -163,6 +163,8 @@ def _load_transformers(
 
     import dqw  # noqa: F401  (registers the packed format with transformers)
 
+    if not on_hub:
+        _check_processor(Path(name))
     try:
         with quiet_transformers():
             loaded: Any = WhisperForConditionalGeneration.from_pretrained(
@@ -182,6 +184,20 @@ def _load_transformers(
         )
     _modernize(model, processor)
     return model.eval(), processor
+
+
+def _check_processor(folder: Path) -> None:
+    """Raise UserError where a folder has weights alone, as ``model.save_pretrained`` leaves it."""
+    parts = {
+        "feature extractor": ("preprocessor_config.json", "processor_config.json"),
+        "tokenizer": ("tokenizer.json", "vocab.json"),
+    }
+    for part, names in parts.items():
+        if not any((folder / name).is_file() for name in names):
+            raise UserError(
+                f"{folder} lacks its {part} ({' or '.join(names)}); save the processor there, too "
+                f"(processor.save_pretrained({str(folder)!r})), or {_COPY}"
+            )
 
 
 def _explain(name: str, error: Exception, on_hub: bool) -> UserError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ def load_items(
     *,
     need_text: bool = False,
     limit: int | None = None,
+    say: Callable[[str], object] = lambda line: None,
 ) -> list[Item]:
     """The clips of `data`, in its order.
 
@@ -75,7 +76,7 @@ def load_items(
     or a Hugging Face dataset as name[:config][:split].
     `language`: keep only the clips of this language; clips that name none are taken to be in it.
     `need_text`: leave out clips without a transcript (an error when none has one).
-    `limit`: at most this many clips.
+    `limit`: at most this many clips. `say` hears how many were left out for lack of a text.
     Raises UserError with the row or file and the cure.
     """
     if limit is not None and limit < 1:
@@ -88,9 +89,16 @@ def load_items(
         if not items:
             raise UserError(f"{data} has no clip in '{code}'; it has {', '.join(languages)}")
     if need_text:
-        items = [item for item in items if item.text is not None]
-        if not items:
-            raise UserError(f"no clip of {data} has a text; scoring needs transcripts")
+        with_text = [item for item in items if item.text is not None]
+        left = len(items) - len(with_text)
+        if not with_text:
+            raise UserError(
+                f"no clip of {data} has a text; scoring needs transcripts: the key 'text' of a "
+                "manifest's row, or NAME.txt beside NAME.wav"
+            )
+        if left:
+            say(f"{left} of {len(items)} clips are left out, as they have no text")
+        items = with_text
     return items[:limit]
 
 

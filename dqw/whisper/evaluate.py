@@ -14,6 +14,7 @@ import torch
 from dqw.convert import choose_activations
 from dqw.devices import move_to
 from dqw.errors import UserError
+from dqw.recipe import ACTIVATIONS
 from dqw.whisper.audio import SAMPLE_RATE
 from dqw.whisper.checkpoint import load_whisper
 from dqw.whisper.data import Item
@@ -186,6 +187,8 @@ def open_evaluator(
         if device != "cpu":
             raise UserError(f"--device is for dqw's own engine, not for {engine}: leave one out.")
         kind = "" if activations == "auto" else activations
+        if kind not in ("", *ACTIVATIONS):
+            raise UserError(f"--activations is {kind!r}: choose auto, float or int8.")
         if kind and engine != "transformers":
             raise UserError(f"--activations is for packed models, which {engine} does not read.")
         rival = open_rival(engine, model, torch.get_num_threads(), beam_size, kind)

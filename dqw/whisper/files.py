@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -41,6 +42,27 @@ def write_atomic(
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path, option: str) -> None:
+    """Before long work whose result will be ``path``. Raises UserError, starting with ``option``,
+    where it cannot be written; folders are not made."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file.")
+    if path.exists() and not _replaceable(path):
+        return
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{option}: nothing can be written to {folder} ({(error.strerror or '').lower()}); "
+            "choose another place."
+        ) from None
 
 
 def _replaceable(path: Path) -> bool:

@@ -104,6 +104,8 @@ def inspect_folder(folder: str | Path) -> Report:
     Raises UserError for what is no model folder or is damaged.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the model's folder")
     if not folder.is_dir():
         raise UserError(f"the model folder {folder} does not exist; check the path")
     config: dict[str, Any] = {}

@@ -130,7 +130,8 @@ _BYTES = _byte_letters()
 
 
 def prompt_ids(tokenizer: WhisperTokenizer) -> dict[str, Any]:
-    """The generation settings that are ids of special tokens: languages, tasks, timestamps.
+    """The generation settings that are ids of special tokens: languages, tasks, timestamps. And the
+    task, which `generate` would otherwise leave out of the prompt where no language is given.
 
     A multilingual vocabulary starts its special tokens at 50257, an English-only one at 50256.
     """
@@ -145,6 +146,7 @@ def prompt_ids(tokenizer: WhisperTokenizer) -> dict[str, Any]:
     if multilingual:
         settings["lang_to_id"] = {t: i for t, i in ids.items() if start < i < translate}
         settings["task_to_id"] = {"transcribe": ids["<|transcribe|>"], "translate": translate}
+        settings["task"] = "transcribe"
     return settings
 
 

@@ -126,11 +126,13 @@ def iter_transcripts(
     batch_size: int = 8,
     heard: Callable[[float], None] | None = None,
     audio_context: str = "auto",
+    damaged: Callable[[int, UserError], None] | None = None,
 ) -> Iterator[tuple[int, Transcript]]:
     """(index, transcript) as they get ready, longest clips first; arguments as `transcribe`.
 
     `heard` is called with the seconds of audio that were done since its last call, after each
-    batch or window.
+    batch or window; `damaged` with audio that turns out to be so, which is then left out. None:
+    its UserError is raised.
     """
     if task not in TASKS:
         raise UserError(f"the task is '{task}'; choose transcribe or translate")
@@ -151,7 +153,13 @@ def iter_transcripts(
     batches: dict[tuple[_Run, int], list[_Clip]] = {}
     for index in order:
         source = audios[index]
-        audio = load_audio(source, SAMPLE_RATE if isinstance(source, np.ndarray) else None)
+        try:
+            audio = load_audio(source, SAMPLE_RATE if isinstance(source, np.ndarray) else None)
+        except UserError as error:
+            if damaged is None:
+                raise
+            damaged(index, error)
+            continue
         clip = _Clip(index, audio, codes[index])
         if is_silent(audio):
             decoder.heard(clip.seconds)
