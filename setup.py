@@ -99,7 +99,7 @@ class BuildExtension(build_ext):
         if wanted != "0":
             try:
                 why = compile_cuda(target, wanted == "1", bool(self.force))
-            except OSError as error:
+            except (OSError, ImportError) as error:  # the latter: no torch to build against
                 if wanted == "1":
                     raise
                 why = str(error).splitlines()[0]
@@ -121,8 +121,9 @@ class BuildExtension(build_ext):
     def announce_fallback(self, why: str) -> None:
         print(
             f"dqw: the C++ extension was not built ({why}). dqw works without it, on the slower "
-            "plain PyTorch reference; install a C++20 compiler (for example g++ 12) and run "
-            "`pip install --no-build-isolation -e .` again to have the fast kernels.",
+            "plain PyTorch reference; install a C++20 compiler (g++ 11 or newer) and run `pip "
+            "install 'setuptools>=77' && pip install --no-build-isolation -e .` again to have the "
+            "fast kernels.",
             file=sys.stderr,
         )
 
@@ -186,6 +187,8 @@ def compile_cuda(target: Path, demanded: bool, force: bool) -> str:
     if archs == [""]:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
         archs = [arch for arch in ("75", "80", "90", "100") if f"compute_{arch}\n" in known]
+        if not archs:
+            raise OSError(f"{nvcc} knows none of sm_75 to sm_100: set DQW_CUDA_ARCHS")
     command = [nvcc, "-shared", "-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000", "--threads", "2"]
     for arch in archs:

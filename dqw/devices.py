@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sysconfig
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqw.errors import UserError
@@ -102,4 +106,18 @@ def move_to(model: Any, device: str, exact: bool = False) -> None:
         return
     if not has_gpu():
         raise UserError("torch finds no CUDA GPU: leave out --device, or install a torch for CUDA.")
+    if lacking := lacks_for_triton():
+        warnings.warn(
+            f"Triton builds its launcher at the first kernel, and this machine lacks {lacking}: "
+            "install gcc and Python's headers (python3-dev) where that fails.",
+            stacklevel=2,
+        )
     model.to(best_device(), None if exact else torch.float16)
+
+
+def lacks_for_triton() -> str:
+    """What Triton needs of the system and does not find: "a C compiler", "Python.h" or ""."""
+    named = os.environ.get("CC")
+    if not any(shutil.which(compiler) for compiler in ((named,) if named else ("gcc", "clang"))):
+        return "a C compiler"
+    return "" if (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file() else "Python.h"

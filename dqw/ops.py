@@ -263,7 +263,10 @@ def _load_cpu_kernels() -> None:
         _cpu_reason = "DQW_BACKEND=reference is set"
         return
     if not _LIBRARY_FILE.exists():
-        _cpu_reason = "the C++ library was not built; install dqw where a C++ compiler is"
+        _cpu_reason = (
+            f"there is no {_LIBRARY_FILE}; install dqw with a C++20 compiler (g++ 11 or newer), "
+            "and run an installed dqw outside its checkout"
+        )
     else:
         try:
             torch.ops.load_library(str(_LIBRARY_FILE))
@@ -273,6 +276,12 @@ def _load_cpu_kernels() -> None:
             )
     if _cpu_reason:
         warnings.warn(f"dqw runs on its slow PyTorch reference: {_cpu_reason}.", stacklevel=2)
+    elif torch.ops.dqw_cpu.instruction_set() == "scalar" and "DQW_CPU_ISA" not in os.environ:
+        warnings.warn(
+            "dqw has fast CPU kernels for x86-64 with AVX2 or newer; on this processor plain C++ "
+            "runs, which is slow.",
+            stacklevel=2,
+        )
 
 
 _load_cpu_kernels()

@@ -1,9 +1,14 @@
 """Shared fixtures: a tiny random Whisper, and uninitialised memory that shows."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# With these typer and rich colour what they print, and tests look for plain words.
+for _name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
+    os.environ.pop(_name, None)
 
 
 def make_tiny_whisper(**changes: int):  # type: ignore[no-untyped-def]

@@ -5,12 +5,14 @@ The second takes the CPU for a GPU, as far as that goes without one.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from whisper_helpers import run_dqw, save_speech, save_tiny
 
+from dqw.devices import lacks_for_triton
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
 from dqw.whisper.fast import FastDecoder
 from dqw.whisper.gpu import Graphs
@@ -78,3 +80,13 @@ def test_on_a_gpu(packed: Path) -> None:
         for where in ((), ("--device", "cuda"))
     ]
     assert words[0] == words[1] and words[0][0] == 0, words
+
+
+def test_what_triton_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/gcc" if name == "gcc" else None)
+    assert lacks_for_triton() in ("", "Python.h")
+    monkeypatch.setattr("sysconfig.get_paths", lambda: {"include": "/nowhere"})
+    assert lacks_for_triton() == "Python.h"
+    monkeypatch.setenv("CC", "icc")
+    assert lacks_for_triton() == "a C compiler"

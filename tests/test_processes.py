@@ -30,7 +30,8 @@ os._exit(0)
 
 def torchrun(*args: str | Path) -> subprocess.CompletedProcess[str]:
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    # One GPU would be given to both processes, which NCCL refuses.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, *run], capture_output=True, text=True, env=env, timeout=200
     )

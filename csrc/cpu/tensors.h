@@ -74,7 +74,7 @@ inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType type) {
         strides[i] = step;
     }
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
         static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
         static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0, &handle));
     Tensor t(handle);
