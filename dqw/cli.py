@@ -163,7 +163,13 @@ def transcribe(
         if "txt" in forms:
             _check_references(audio, output_dir)
         check_writable(output_dir / "any", "--output-dir")
-    total = sum(audio_seconds(path) for path in audio)
+    total = 0.0
+    for path in audio:
+        try:
+            total += audio_seconds(path)
+        except UserError:  # of several, a damaged one is left out; one that is not there, no
+            if len(audio) == 1 or not path.is_file():
+                raise
 
     from dqw.whisper.engines import open_engine
     from dqw.whisper.transcribe import Transcript, iter_transcripts

@@ -255,10 +255,11 @@ torch.library.register_autograd(
 
 _LIBRARY_FILE = Path(__file__).parent / "_C.so"
 _cpu_reason = ""  # why the compiled CPU kernels do not serve; empty if they do
+plain_cpp = False  # whether none of them has instructions of this processor
 
 
 def _load_cpu_kernels() -> None:
-    global _cpu_reason
+    global _cpu_reason, plain_cpp
     if os.environ.get("DQW_BACKEND", "auto") == "reference":
         _cpu_reason = "DQW_BACKEND=reference is set"
         return
@@ -276,7 +277,9 @@ def _load_cpu_kernels() -> None:
             )
     if _cpu_reason:
         warnings.warn(f"dqw runs on its slow PyTorch reference: {_cpu_reason}.", stacklevel=2)
-    elif torch.ops.dqw_cpu.instruction_set() == "scalar" and "DQW_CPU_ISA" not in os.environ:
+        return
+    plain_cpp = torch.ops.dqw_cpu.instruction_set() == "scalar"
+    if plain_cpp and "DQW_CPU_ISA" not in os.environ:
         warnings.warn(
             "dqw has fast CPU kernels for x86-64 with AVX2 or newer; on this processor plain C++ "
             "runs, which is slow.",

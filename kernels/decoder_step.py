@@ -233,17 +233,15 @@ def _choose(logits_ptr, tokens_ptr, state_ptr, bans_ptr, keys_ptr, sums_ptr, tic
             lowest = tl.where(last < 0, first, last + tl.where(closes, 0, 1))
             lowest = tl.where(is_first, first, lowest)
             highest = tl.where(is_first, latest, vocabulary - 1)
-            may_text = (i < first - 1) & (is_first == 0) & ((closes & (i < end)) == 0)
-            may_time = (i >= lowest) & (i <= highest) & ((is_time & (closes == 0)) == 0) & known
+            may_text = (i < first - 1) & (is_first == 0) & ((closes & (i < end)) == 0) & allowed
+            may_time = (i >= lowest) & (i <= highest) & ((is_time & (closes == 0)) == 0) & allowed
             text = tl.where(may_text, score, -float("inf"))
             times = tl.where(may_time, score, -float("inf"))
-            # The rule weighs all tokens, also those that can't be taken.
             tops = sums_ptr + own * 3
             tl.store(tops, tl.max(text, axis=0))
             top = tl.max(times, axis=0)
             tl.store(tops + 1, top)
             tl.store(tops + 2, tl.sum(tl.where(may_time, tl.exp(score - top), 0.0), axis=0))
-            times = tl.where(allowed, times, -float("inf"))
             tl.store(keys_ptr + own * 2 + 1, tl.max(_key(times, i), axis=0))
             score = text
         score = tl.where(allowed, score, -float("inf"))

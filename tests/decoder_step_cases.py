@@ -137,6 +137,7 @@ def choose(device: str) -> None:
         said[:, :begin] = torch.tensor([50, 60, 70])
         logits = 3 * torch.randn(rows, vocabulary)
         logits[: trial % 4, first:] += 2.0
+        logits[trial % 4, :150:7] += 4.0  # they are suppressed, and have no say against times
         logits[3] = logits[3].round()  # the first of several that are alike
         state = _state("cpu", at=at, begin=begin, times=int(times), end=end, time=first,
                        latest=first + 20 if trial % 2 else vocabulary - 1)  # fmt: skip

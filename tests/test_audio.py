@@ -159,6 +159,28 @@ def test_what_is_cut_is_seen_before_decoding(tmp_path, form, endian):
             read(path)
 
 
+@pytest.mark.parametrize("rate", [8_000, 16_000, 22_050, 44_100, 96_000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_flac_from_a_pipe_states_no_length(tmp_path, rate, channels):
+    path = tmp_path / "a.flac"
+    dice = np.random.default_rng(rate)
+    for seconds in (0.001, 0.3, 2.1):
+        samples = round(seconds * rate)
+        wave = dice.uniform(-0.5, 0.5, (samples, channels)) * dice.uniform(0, 1, (samples, 1))
+        soundfile.write(path, wave, rate)
+        whole, length = load_audio(path), audio_seconds(path)
+        data = bytearray(path.read_bytes())
+        data[21] &= 0xF0  # samples, then the sum of all
+        data[22:42] = bytes(20)
+        path.write_bytes(data)
+        assert audio_seconds(path) == length == samples / rate
+        assert np.array_equal(load_audio(path), whole)
+        path.write_bytes(data[:-1])
+        for read in (load_audio, audio_seconds):
+            with pytest.raises(UserError, match="cut off: its last frame is not whole"):
+                read(path)
+
+
 @pytest.mark.parametrize("stated", [0xFFFFFFFF, 0x7FFFF000, 0x7FFFFFFF, 0x80000000])
 def test_a_streamed_wav_states_no_length_and_is_whole(tmp_path, stated):
     path = write_tone(tmp_path / "a.wav", 0.5)

@@ -111,6 +111,15 @@ def test_a_damaged_file_leaves_the_others(model, audio, tmp_path, printed):
         assert "wrote 2 files" in result.stderr
 
 
+def test_a_header_that_is_damaged_leaves_the_others_too(model, audio, tmp_path):
+    (tmp_path / "empty.wav").touch()
+    result = dqw_("transcribe", audio[0], tmp_path / "empty.wav", "--model", model)
+    assert result.exit_code == 1 and "empty (0 bytes)" in result.stderr and "go on" in result.stderr
+    assert result.stdout.startswith(f"{audio[0]}:\n")
+    result = dqw_("transcribe", audio[0], tmp_path / "nowhere.wav", "--model", model)
+    assert result.exit_code == 1 and "does not exist" in result.stderr and not result.stdout
+
+
 def test_places_are_tried_before_the_work(model, audio, tmp_path):
     (tmp_path / "file").write_text("no folder")
     manifest = tmp_path / "manifest.jsonl"

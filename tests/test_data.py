@@ -7,7 +7,7 @@ import pytest
 from whisper_helpers import write_tone
 
 from dqw.errors import UserError
-from dqw.whisper.data import language_code, load_items
+from dqw.whisper.data import DatasetAudio, language_code, load_items
 
 
 @pytest.fixture
@@ -38,6 +38,13 @@ def test_manifest_rows(folder):
     assert load_items(folder) == [first, second]  # the folder's manifest is used
     assert load_items(path, need_text=True) == [first]
     assert load_items(path, limit=1) == [first]
+
+
+@pytest.mark.parametrize("cell", [None, {"bytes": None, "path": "/nowhere/a.wav"}, {}])
+def test_a_row_of_a_dataset_without_audio(cell):
+    audio = DatasetAudio([{"audio": cell}], 0, "audio", "speech row 0")
+    with pytest.raises(UserError, match=r"speech row 0 has no audio \(.*\); leave that row out"):
+        audio.read_bytes()
 
 
 def test_language_keeps_its_clips_and_the_unlabelled(folder):

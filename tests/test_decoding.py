@@ -7,7 +7,7 @@ from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
 )
 
-from dqw.whisper.decoding import LoopGuard, SuppressTokens, cut_loop, loop_period
+from dqw.whisper.decoding import LoopGuard, Rules, SuppressTokens, cut_loop, loop_period
 
 TIME = 1000  # the first timestamp
 SPEECH = [5, 9, 3, 7, 5, 9, 2, 8, 4, 6]
@@ -52,6 +52,19 @@ def test_the_guard_ends_looping_rows_only():
     assert out[0].argmax() == 0 and torch.isinf(out[0, 1:]).all()
     assert torch.equal(out[1], scores[1])
     assert torch.equal(guard(rows[:, :-1], scores), scores)  # looks at every eighth step
+
+
+def test_suppressed_tokens_have_no_say_against_timestamps():
+    """OpenAI's order, and transformers': else a weak word is taken where a time is due."""
+    first, end = 30, 20
+    rules = Rules(2, 40, end, first, always=(5,), timestamps=True)
+    scores = torch.full((1, 60), 1e-4)
+    scores[0, 5], scores[0, 7], scores[0, 40:] = 0.6, 0.06, 0.02  # times: 0.4 together
+    scores = scores.log()
+    said = torch.tensor([[1, 2, first, 3, 4]])
+    for processor in rules.processors():
+        scores = processor(said, scores)
+    assert scores.argmax() >= first
 
 
 @pytest.mark.parametrize("length", [3, 4, 5])

@@ -153,6 +153,20 @@ def test_a_nan_stays_in_its_head(tier: str) -> None:
 
 
 @pytest.mark.parametrize("tier", INSTRUCTION_SETS)
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_nan_in_a_query_or_a_key_alone(tier: str, exact: bool) -> None:
+    """As torch: a query's makes its own row NaN, a key's makes all."""
+    for place, rows in ((0, [9]), (1, list(range(40)))):
+        torch.manual_seed(place)
+        parts = [torch.randn(1, 1, 40, 32) for _ in range(3)]
+        parts[place][0, 0, 9, 3] = float("nan")
+        with instruction_set(tier):
+            found = torch.ops.dqw_cpu.attention(*parts, not exact)
+        bad = found[0, 0].isnan().all(1).nonzero().flatten().tolist()
+        assert bad == rows and found[0, 0].isnan().any(1).sum() == len(rows)
+
+
+@pytest.mark.parametrize("tier", INSTRUCTION_SETS)
 @pytest.mark.parametrize(("queries", "positions"), [(1, 40), (7, 1500), (30, 33), (60, 1)])
 def test_queries_may_be_others_than_the_positions(tier: str, queries: int, positions: int) -> None:
     """Two clips of two heads, as a decoder attends to the audio."""

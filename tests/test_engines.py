@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,12 +24,12 @@ import dqw
 from dqw.cli import app
 from dqw.errors import UserError
 from dqw.recipe import Override, QuantConfig, Recipe
-from dqw.whisper.checkpoint import load_whisper, save_processor
+from dqw.whisper.checkpoint import load_whisper, quiet_transformers, save_processor
 from dqw.whisper.decoding import LoopGuard, SuppressTokens, TimestampRules
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
 from dqw.whisper.native import sinusoids
 from dqw.whisper.tokenizer import Pieces
-from dqw.whisper.transcribe import iter_transcripts, transcribe
+from dqw.whisper.transcribe import _Decoder, iter_transcripts, transcribe
 from dqw.whisper.windows import Recording
 
 RATE = 16_000
@@ -303,3 +304,32 @@ def test_what_was_heard_adds_up(folder):
     found = dict(iter_transcripts(open_engine(folder), audios, heard=heard.append))
     assert len(found) == 5 and len(heard) > 5
     assert sum(heard) == pytest.approx(7.3, abs=0.02)
+
+
+def test_tokens_that_were_added_are_text(folder, tmp_path):
+    """Behind the times, too; what is not ASCII stands there as it is, not as letters for bytes."""
+    shutil.copytree(folder, tmp_path / "added")
+    path = tmp_path / "added" / "tokenizer.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    last = max(token["id"] for token in stored["added_tokens"])
+    for i, text in enumerate(("dqw", "漢字é")):
+        more = {"id": last + 1 + i, "content": text, "special": False}
+        stored["added_tokens"].append({**stored["added_tokens"][0], **more})
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    engine = SimpleNamespace(text=Pieces(path).text)
+    decoder = _Decoder.__new__(_Decoder)
+    decoder.engine, decoder.first_timestamp = engine, last - 1500
+    assert decoder._text([last - 1500, last + 1, last, last + 2]) == "dqw漢字é"
+
+
+def test_blocks_of_quiet_may_overlap():
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    first, second = quiet_transformers(), quiet_transformers()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # of another thread
+    assert logging.get_verbosity() == logging.ERROR
+    second.__exit__(None, None, None)
+    assert logging.get_verbosity() == before

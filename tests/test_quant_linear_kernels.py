@@ -265,6 +265,22 @@ def test_nan_and_infinity_stay_in_their_row(isa: str, int8: bool) -> None:
         assert torch.equal(zeros, torch.zeros(5, 20))
 
 
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize(("int8", "group"), [(False, 0), (False, 16), (True, 0), (True, 24)])
+def test_autocast_changes_nothing(isa: str, int8: bool, group: int) -> None:
+    """Where torch multiplies in here, it must not do so in 16 bits."""
+    levels = grids.levels("apot", 4)
+    weight, _ = random_weight(37, 96, 4, levels)
+    scale, _ = random_scale(37, 96, str(group) if group else "channel")
+    x, bias = torch.randn(40, 96), torch.randn(37)
+    with instruction_set(isa):
+        found = ops.quant_linear(x, weight, scale, levels, bias, 37, 4, group, int8)
+        with torch.autocast("cpu", torch.bfloat16):
+            again = ops.quant_linear(x, weight, scale, levels, bias, 37, 4, group, int8)
+            through = torch.ops.dqw.quant_linear(x, weight, scale, levels, bias, 37, 4, group, int8)
+    assert torch.equal(again, found) and torch.equal(through, found)
+
+
 def test_shapes_and_strides() -> None:
     levels = grids.levels("apot", 3)
     weight, _ = random_weight(9, 40, 3, levels)

@@ -13,6 +13,8 @@
 // without vector instructions, and in int8 group sizes that are no multiple of 16 and rows longer
 // than the int32 sums allow.
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include "product_bf16.h"
 #include "tensors.h"
 
@@ -160,11 +162,14 @@ void product_by_factors(Linear& a, const void* x, const Factors& f, const Linear
     });
 }
 
-Tensor product(const Tensor& a, const Tensor& b, int64_t begin, int64_t length) {
+// out (m, rows) = some columns of a (m, cols) and b (rows, cols), all of one type. Not through the
+// dispatcher: autocast, which is still on in here, would have the product in 16 bits.
+void product(const Tensor& out, const Tensor& a, const Tensor& b, int64_t begin, int64_t length) {
     Tensor left = a, right = b;
-    return dense(torch::stable::matmul(
-        torch::stable::narrow(left, 1, begin, length),
-        torch::stable::transpose(torch::stable::narrow(right, 1, begin, length), 0, 1)));
+    left = torch::stable::narrow(left, 1, begin, length);
+    right = torch::stable::narrow(right, 1, begin, length);
+    right = torch::stable::transpose(right, 0, 1);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out.get(), left.get(), right.get()));
 }
 
 Tensor cast(const Tensor& t, ScalarType type) {
@@ -178,7 +183,8 @@ Tensor matmul_float(Linear& a, const Tensor& x, const LinearKernels& k) {
     torch::stable::parallel_for(0, a.w.rows, 16, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; n++) k.dequantize(a.w, n, out + n * a.w.cols);
     });
-    Tensor y = product(as_float(x), w, 0, a.w.cols);
+    Tensor y = new_tensor({a.m, a.w.rows}, ScalarType::Float);
+    product(y, as_float(x), w, 0, a.w.cols);
     float* result = static_cast<float*>(y.mutable_data_ptr());
     for (int64_t i = 0; a.bias && i < a.m * a.w.rows; i++) result[i] += a.bias[i % a.w.rows];
     return y;
@@ -221,9 +227,10 @@ Tensor matmul_int8(Linear& a, const Tensor& x, const LinearKernels& k) {
     float* out = static_cast<float*>(y.mutable_data_ptr());
     std::fill(out, out + a.m * rows, 0.0f);
     std::vector<float> scale(rows);
+    const Tensor sums = new_tensor({a.m, rows}, type);
     for (int64_t g = 0; g < groups; g++) {
         const int64_t begin = g * group;
-        const Tensor sums = product(q, w, begin, std::min(group, cols - begin));
+        product(sums, q, w, begin, std::min(group, cols - begin));
         const void* sum = sums.const_data_ptr();
         for (int64_t n = 0; n < rows; n++) {
             scale[n] = k.scale(a.w, n, g);

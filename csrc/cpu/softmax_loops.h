@@ -24,20 +24,22 @@ DQW_INLINE f32 exponential(f32 x) {
 
 DQW_INLINE int64_t round_up_to_16(int64_t n) { return (n + 15) / 16 * 16; }
 
-// scores[0:n] to e^(score - largest), zeros up to a multiple of 16; returns their sum.
+// scores[0:n] to e^(score - largest), zeros up to a multiple of 16; returns their sum, NaN where a
+// score was: max and exponential forget it.
 DQW_INLINE float softmax(float* scores, int64_t n) {
     const int64_t end = round_up_to_16(n);
     for (int64_t i = n; i < end; i++) scores[i] = -__FLT_MAX__;
     f32 top = all(-__FLT_MAX__);
     for (int64_t i = 0; i < end; i += W) top = max(top, load(scores + i));
     const f32 shift = all(largest(top));
-    f32 total = zero();
+    f32 total = zero(), nan = zero();
     for (int64_t i = 0; i < end; i += W) {
-        const f32 e = exponential(sub(load(scores + i), shift));
+        const f32 x = sub(load(scores + i), shift), e = exponential(x);
         store(scores + i, e);
         total = add(total, e);
+        nan = add(nan, where_nan(x, x, zero()));
     }
-    return sum(total);  // what the padding adds, e^-87 each, is below float32's step
+    return sum(add(total, nan));  // what the padding adds, e^-87 each, is below float32's step
 }
 
 }  // namespace

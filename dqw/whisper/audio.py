@@ -2,7 +2,7 @@
 
 Reads wav, flac, mp3 and ogg (whatever libsndfile opens) at any rate and channel count. A damaged
 file is an error, never a shorter transcript. libsndfile itself stays silent about files that were
-cut off or that hold more than it reads: `mp3`, `ogg` and `chunks` see to those.
+cut off or that hold more than it reads: `mp3`, `ogg`, `flac` and `chunks` see to those.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import soundfile
 import soxr
 
 from dqw.errors import UserError
-from dqw.whisper import chunks, mp3, ogg
+from dqw.whisper import chunks, flac, mp3, ogg
 
 SAMPLE_RATE = 16_000
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au")
@@ -155,6 +155,12 @@ def _streams(file: BinaryIO, name: str) -> list[_Stream]:
         whole = [_Stream(io.BytesIO(part.encoded()), 2 * 1152) for part in parts]
         return whole or [_Stream(io.BytesIO(data), None)]  # layer II, or no mp3 behind the ID3
     _refuse_cut(name, chunks.missing(file))
+    file.seek(0)
+    if head.startswith(b"fLaC") and not flac.states_length(file.read(26)):
+        file.seek(0)
+        whole_flac = flac.with_length(file.read())
+        _refuse_cut(name, "" if whole_flac else "its last frame is not whole")
+        return [_Stream(io.BytesIO(whole_flac or b""))]
     file.seek(0)
     return [_Stream(file, None if head.startswith((b"RIF", b"RF64")) else 0)]
 

@@ -7,6 +7,7 @@ device, on one stream of its own, so that libraries keep one workspace there and
 from __future__ import annotations
 
 import functools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_capturing = threading.Lock()
 _SHAPES = 16  # graphs that are kept, each for one set of shapes
 
 
@@ -25,16 +27,19 @@ def _aside(device: int) -> torch.cuda.Stream:
 def captured(function: Callable[[], Any], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Any]:
     """The graph of what ``function`` launches, and what it returned while it was captured.
 
-    It runs once before that: libraries and Triton set up then what may not be captured.
+    It runs once before that: libraries and Triton set up then what may not be captured. One thread
+    of the process captures at a time, as what another one launches on that stream would be in its
+    graph.
     """
     aside = _aside(torch.cuda.current_device())
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        function()
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool, aside, capture_error_mode="thread_local"):
-        outputs = function()
+    with _capturing:
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            function()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool, aside, capture_error_mode="thread_local"):
+            outputs = function()
     return graph, outputs
 
 

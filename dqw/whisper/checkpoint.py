@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _COPY = "copy the folder again"
+_hushing = threading.Lock()
+_quiet, _loud = 0, (0, 0, False)  # blocks of quiet_transformers, and how it was before the first
 
 
 def load_whisper(
@@ -113,22 +116,30 @@ def save_processor(processor: WhisperProcessor, folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Errors only, and no progress bars, from transformers and the hub within the block."""
+    """Errors only, and no progress bars, from transformers and the hub within the block, and while
+    another thread is within it."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub_level = hub_logging.get_verbosity()
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    global _quiet, _loud
+    with _hushing:
+        if not _quiet:
+            level, hub_level = logging.get_verbosity(), hub_logging.get_verbosity()
+            _loud = level, hub_level, logging.is_progress_bar_enabled()
+            logging.set_verbosity_error()
+            hub_logging.set_verbosity_error()
+            logging.disable_progress_bar()
+        _quiet += 1
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
-        if bars:
-            logging.enable_progress_bar()
+        with _hushing:
+            _quiet -= 1
+            if not _quiet:
+                logging.set_verbosity(_loud[0])
+                hub_logging.set_verbosity(_loud[1])
+                if _loud[2]:
+                    logging.enable_progress_bar()
 
 
 def weight_files(folder: Path) -> list[str]:

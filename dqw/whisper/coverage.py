@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import dqw.ops  # noqa: F401  loads the library
-from dqw import ops_cuda
+from dqw import ops, ops_cuda
 from dqw.conv import QuantConv1d
 from dqw.embedding import QuantEmbedding, TiedProjection
 from dqw.grids import level_max
@@ -95,6 +94,8 @@ def _reason(part: nn.Module, named: list[tuple[str, Any]], heads: int) -> str:
     config: Any = part.config
     if not hasattr(torch.ops.dqw_cpu, "decoder_step"):
         return "the C++ library is not loaded"
+    if ops.plain_cpp:  # a row at a time: 30 s of audio would take the encoder 28 s, not 2
+        return "it would run in plain C++, where torch's products of many rows are faster"
     if part.training:
         return "it is in training mode"
     if config.activation_function != "gelu" or config.scale_embedding:

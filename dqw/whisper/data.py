@@ -52,10 +52,14 @@ class DatasetAudio:
     name: str
 
     def read_bytes(self) -> bytes:
-        cell = self.dataset[self.row][self.column]
+        cell = self.dataset[self.row][self.column] or {}
         if cell.get("bytes") is not None:
             return cell["bytes"]
-        return Path(cell["path"]).read_bytes()
+        path = cell.get("path")
+        if not path or not Path(path).is_file():
+            why = f"{path} is not there" if path else "its cell is empty"
+            raise UserError(f"{self.name} has no audio ({why}); leave that row out")
+        return Path(path).read_bytes()
 
     def __str__(self) -> str:
         return self.name

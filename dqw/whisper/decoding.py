@@ -49,7 +49,7 @@ class Rules:
         if not self.timestamps:
             return [suppress, guard]
         times = TimestampRules(self.first_timestamp, self.end, self.latest, self.begin)
-        return [times, suppress, guard]
+        return [suppress, times, guard]  # tokens that can't be taken have no say against times
 
 
 class SuppressTokens:

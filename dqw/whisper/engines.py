@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,6 +33,8 @@ from dqw.whisper.tokenizer import Pieces
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+_hearing = threading.Lock()  # ``narrowed`` and ``lowered`` change a model that threads may share
 
 
 class Engine(Protocol):
@@ -87,7 +90,7 @@ class PlainEngine:
         if native is not None:
             return native(features, bf16=True)
         rounding = lowered(encoder) if self._rounds else nullcontext()
-        with rounding, narrowed(encoder, features.shape[-1] // 2):
+        with _hearing, rounding, narrowed(encoder, features.shape[-1] // 2):
             return encoder(features.to(self.model.device, self.model.dtype))[0]
 
     def native(self) -> FastDecoder | Graphs | None:

@@ -44,6 +44,7 @@ from dqw.whisper.gpu_batch import Batch, Shape
 _BURST = 4  # tokens between two looks: a look waits for the GPU, a token behind the end is lost
 _BATCHES = 3  # numbers of sequences that are kept, with their caches and graphs
 _SHARE = 1 / 3  # of the GPU's memory that their caches may take
+_making = threading.Lock()  # two threads with a model's first call share its graphs
 
 
 def graphs_of(model: Any) -> Graphs | None:
@@ -53,11 +54,12 @@ def graphs_of(model: Any) -> Graphs | None:
         model.__dict__.pop("_dqw_graphs", None)
         return None
     key = identity(model)
-    known = model.__dict__.get("_dqw_graphs")
-    if known is None or known[0] != key or known[1] is None:  # None: of a copy
-        model.__dict__.pop("_dqw_graphs", None)  # its memory first
-        known = model.__dict__["_dqw_graphs"] = key, Graphs(model)
-    return known[1]
+    with _making:
+        known = model.__dict__.get("_dqw_graphs")
+        if known is None or known[0] != key or known[1] is None:  # None: of a copy
+            model.__dict__.pop("_dqw_graphs", None)  # its memory first
+            known = model.__dict__["_dqw_graphs"] = key, Graphs(model)
+        return known[1]
 
 
 def _on_gpu(model: Any) -> bool:
@@ -120,10 +122,11 @@ class Graphs:
     def encode(self, features: Tensor) -> Tensor:
         """Features (clips, mels, frames) → states (clips, frames / 2, width), in the model's
         dtype."""
-        with self._at_work():
-            moved = features.to(self._norm.device, self._norm.dtype)
-            states = self._roomy(lambda: self._encodings(self._encoded, moved))
-        return states.clone()  # out here: no inference tensor, unless the caller wants one
+        with self.lock:  # until it is copied: another thread's call would overwrite it
+            with self._at_work():
+                moved = features.to(self._norm.device, self._norm.dtype)
+                states = self._roomy(lambda: self._encodings(self._encoded, moved))
+            return states.clone()  # out here: no inference tensor, unless the caller wants one
 
     def _encoded(self, features: Tensor) -> Tensor:
         e = self.encoder
@@ -171,7 +174,8 @@ class Graphs:
 
     def detect(self, states: Tensor, start: int, ids: Sequence[int]) -> list[int]:
         """The likeliest of ``ids`` behind the token ``start``, for each clip."""
-        logits = self.session(states, 1).step(torch.full((len(states), 1), start))
+        with self.lock:  # a session lasts until another call
+            logits = self.session(states, 1).step(torch.full((len(states), 1), start))
         choice = torch.tensor(list(ids), device=logits.device)
         return choice[logits.index_select(1, choice).argmax(1)].tolist()
 

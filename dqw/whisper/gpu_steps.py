@@ -148,7 +148,7 @@ def choose(
     """Write the likeliest token that the rules allow to ``tokens[:, AT + 1]``; the prompt stays.
 
     logits (rows, vocabulary); tokens (rows, room) int64. The rules are those of
-    ``dqw.whisper.decoding``: TimestampRules, then SuppressTokens as ``bans``. keys, sums, tickets:
+    ``dqw.whisper.decoding``: SuppressTokens as ``bans``, then TimestampRules. keys, sums, tickets:
     as of ``choice_scratch``.
     """
     if logits.is_cuda:
@@ -160,9 +160,9 @@ def choose(
     state[NEXT] = at + 1
     if at + 1 < begin:
         return
-    scores = logits.float()
+    banned = bans & (NEVER | NOT_FIRST if at + 1 == begin else NEVER)
+    scores = logits.float().masked_fill(banned != 0, -torch.inf)
     if times:
         rules = TimestampRules(first_time, end, latest - first_time, begin)
         scores = rules(tokens[:, : at + 1], scores)
-    banned = bans & (NEVER | NOT_FIRST if at + 1 == begin else NEVER)
-    tokens[:, at + 1] = scores.masked_fill(banned != 0, -torch.inf).argmax(-1)
+    tokens[:, at + 1] = scores.argmax(-1)

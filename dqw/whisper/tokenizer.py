@@ -83,7 +83,7 @@ class Pieces:
             ids: dict[str, int] = _value(stored, _VOCABULARY, _MERGES)
             added = _value(stored, _ADDED, _VOCABULARY)
             special = {token["id"] for token in added if token["special"]}
-            ids |= {token["content"]: token["id"] for token in added}
+            ids |= {_as_letters(token["content"]): token["id"] for token in added}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}); copy it again") from None
         del stored
@@ -127,6 +127,12 @@ def _byte_letters() -> dict[int, int]:
 
 
 _BYTES = _byte_letters()
+_LETTERS = {byte: chr(letter) for letter, byte in _BYTES.items()}
+
+
+def _as_letters(text: str) -> str:
+    """A token that was added stands there as it is, not as letters for its bytes."""
+    return text if text.isascii() else "".join(_LETTERS[byte] for byte in text.encode())
 
 
 def prompt_ids(tokenizer: WhisperTokenizer) -> dict[str, Any]:
