@@ -64,6 +64,8 @@ class Base:
             raise UserError(
                 f"--base {self.revision} does not build ({last}): choose a revision that does."
             )
+        if not (self.tree / "dqw_kernels").exists():  # an installed one would be this checkout's
+            (self.tree / "dqw_kernels").symlink_to(self.tree / "kernels")
         shutil.rmtree(self.tree / "bench", ignore_errors=True)
         shutil.copytree(ROOT / "bench", self.tree / "bench")
 
@@ -76,9 +78,9 @@ class Base:
             stdout=subprocess.PIPE,
             text=True,
         )
-        served = self.ask({})["library"]
-        if not Path(served).is_relative_to(self.tree.resolve()):
-            raise UserError(f"--base {self.revision} would time {served}: unset PYTHONPATH.")
+        for served in self.ask({}).values():
+            if not Path(served).resolve().is_relative_to(self.tree.resolve()):
+                raise UserError(f"--base {self.revision} would time {served}: unset PYTHONPATH.")
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
         assert self.process and self.process.stdin and self.process.stdout

@@ -4,6 +4,7 @@
 problems of another shape are dropped · {"run": key, "repeats": n} → {"seconds": s}.
 """
 
+import contextlib
 import json
 import sys
 
@@ -15,6 +16,10 @@ from bench.rows import Problem
 
 def main() -> None:
     torch.set_num_threads(int(sys.argv[1]))
+    with contextlib.suppress(ImportError):  # an early revision has it not
+        from dqw.heap import keep_freed_memory
+
+        keep_freed_memory()  # as the other end does
     answers, sys.stdout = sys.stdout, sys.stderr  # nothing else may answer
     kept: dict[int, timing.Candidate] = {}
     shape = None
@@ -32,9 +37,12 @@ def main() -> None:
         elif "run" in question:
             answer = {"seconds": kept[question["run"]](question["repeats"])}
         else:
+            import dqw_kernels
+
             from dqw import ops
 
-            answer = {"library": ops.__file__}
+            kernels = dqw_kernels.__file__ or dqw_kernels.__path__[0]
+            answer = {"library": ops.__file__, "kernels": kernels}
         print(json.dumps(answer), file=answers, flush=True)
 
 

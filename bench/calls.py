@@ -4,13 +4,15 @@
 those weights. Only torch, dqw's operators and the problem are needed.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bench.rows import Problem
-from bench.timing import Call
+from bench.timing import Call, last_level_cache
 
 Builder = Callable[[], Call]
 
@@ -61,13 +63,27 @@ def embedding(p: Problem) -> tuple[Builder, int]:
 
     packed, scale, levels = packed_matrix(p)
 
-    def make() -> Call:
+    def make(many: int = 1) -> Call:
         w, s = packed.clone(), scale.clone()
-        ids = torch.randint(0, p.N, (p.M,), device=p.device)
-        return lambda: ops.quant_embedding(ids, w, s, levels, p.N, p.K, p.bits, p.group_size)
+        turns = tokens(p, many)
+        return lambda: ops.quant_embedding(
+            next(turns), w, s, levels, p.N, p.K, p.bits, p.group_size
+        )
 
-    # What one call touches.
-    return make, max(1, size(packed, scale) * p.M // p.N)
+    whole = size(packed, scale)
+    make.cold = partial(make, cold_calls(whole * p.M // p.N))  # type: ignore[attr-defined]
+    return make, whole
+
+
+def tokens(p: Problem, many: int) -> Iterator[Tensor]:
+    """ids (M) of ``many`` calls, over and over."""
+    return itertools.cycle(torch.randint(0, p.N, (many, p.M), device=p.device).unbind())
+
+
+def cold_calls(touched: int) -> int:
+    """Lookups, of ``touched`` bytes each, after which the first one's rows have left the caches; of
+    few rows 4096 are enough: others of the table's copies come between."""
+    return max(1, min(4096, 2 * last_level_cache() // max(touched, 1)))
 
 
 def fake_quant(p: Problem) -> tuple[Builder, int]:
@@ -104,5 +120,6 @@ def fake_quant_call(
     def step() -> None:
         x.grad = scale.grad = None
         function(x, scale).backward(grad)
+        x.grad = scale.grad = None  # no memory that the next call gives back counts for it
 
     return step, x

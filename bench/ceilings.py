@@ -6,6 +6,7 @@ Reading depends on where the data lie, so it is measured for a working set of th
 matmul stand in for them. On a GPU: a copy, read and written, and cuBLAS (bench/cuda.py).
 """
 
+import math
 import time
 from collections.abc import Callable
 from functools import cache
@@ -64,7 +65,9 @@ def read_gbps(size: int, threads: int, device: str = "cpu") -> float:
     if size == COLD:  # an H100 copies 200 MB at 3.0 TB/s, for its L2 has a quarter, and 1 GB at 2.4
         far = 20 * last_level_cache() if device == "cuda" else max(4 * last_level_cache(), 2**27)
         return _read_gbps(far, threads, device)
-    return _read_gbps(2 ** max(14, (size - 1).bit_length()), threads, device)
+    # An eighth of an octave more at most: near the end of a cache, twice as much is in another.
+    eighths = math.ceil(8 * math.log2(max(size, 2**14)))
+    return _read_gbps(round(2 ** (eighths / 8)) // 64 * 64, threads, device)
 
 
 @cache

@@ -8,13 +8,14 @@ bench/packages.py.
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench import cuda, packages
+from bench import calls, cuda, packages
 from bench.calls import Builder, fake_quant_call
 from bench.packages import Unfit
 from bench.rows import Problem
@@ -167,6 +168,7 @@ def argmin(p: Problem, data: Data) -> tuple[Builder, int]:
 
 def argmin_over_levels(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
     """Straight-through by hand."""
+    levels, scale = levels.to(x.dtype), scale.to(x.dtype)
     u = (x / scale).clamp(-levels[-1], levels[-1])
     magnitude = levels[(u.detach().abs().unsqueeze(-1) - levels).abs().argmin(-1)]
     rounded = magnitude * u.detach().sign()
@@ -180,11 +182,14 @@ def embedding_float(dtype: torch.dtype) -> Callable[[Problem, Data], tuple[Build
     def build(p: Problem, data: Data) -> tuple[Builder, int]:
         table = torch.randn(p.N, p.K, device=p.device).to(dtype)
 
-        def make() -> Call:
-            ids = torch.randint(0, p.N, (p.M,), device=p.device)
-            return lambda: F.embedding(ids, table)
+        def make(many: int = 1) -> Call:
+            own = table.clone() if many > 1 else table
+            turns = calls.tokens(p, many)
+            return lambda: F.embedding(next(turns), own)
 
-        return make, p.M * p.K * table.element_size()
+        touched = p.M * p.K * table.element_size()
+        make.cold = partial(make, calls.cold_calls(touched))  # type: ignore[attr-defined]
+        return make, calls.size(table)
 
     return build
 

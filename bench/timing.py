@@ -19,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 Call = Callable[[], object]
 Candidate = Callable[[int], float]  # repeats → seconds of all of them
-# OpenVINO's and libgomp's threads spin for some milliseconds after their last call.
+# OpenVINO's and libgomp's threads spin for some milliseconds after their last call; a call whose
+# package does so for longer has a ``rest`` of its own.
 REST = 5e-3  # seconds
 
 
@@ -47,6 +48,7 @@ def local(call: Call, device: str = "cpu", name: str = "a call", graphed: bool =
         synchronize(device)
         return time.perf_counter() - start
 
+    run.rest = getattr(call, "rest", REST)  # type: ignore[attr-defined]
     return run
 
 
@@ -74,12 +76,14 @@ def time_interleaved(
         repeats[name] = max(1, int(span / max(seconds, 1e-7)))
         slow[name] = seconds > 0.2  # what was thrown out of the caches is no part of such a call
     samples: dict[str, list[float]] = {name: [] for name in candidates}
+    rest = max((getattr(run, "rest", REST) for run in candidates.values()), default=REST)
     for _ in range(rounds):
         for name, run in candidates.items():
-            time.sleep(REST)
+            time.sleep(rest)
             if not slow[name]:
                 run(1)
             samples[name].append(run(repeats[name]) / repeats[name])
+            rest = getattr(run, "rest", REST)
     return {name: summary(values) for name, values in samples.items()}
 
 
@@ -107,13 +111,16 @@ def rotated(build: Callable[[], Call], weight_bytes: int, cold: bool) -> Call:
     """One call; if ``cold`` as many with weights of their own as exceed the caches, in turns."""
     if not cold:
         return build()
+    build = getattr(build, "cold", build)
     copies = max(2, -(-3 * last_level_cache() // (2 * max(weight_bytes, 1))))
-    calls = itertools.cycle([build() for _ in range(copies)])
+    made = [build() for _ in range(copies)]
+    calls = itertools.cycle(made)
 
     def turn() -> object:
         return next(calls)()
 
     turn.copies = copies  # type: ignore[attr-defined]
+    turn.rest = getattr(made[0], "rest", REST)  # type: ignore[attr-defined]
     return turn
 
 

@@ -8,6 +8,7 @@ not), and of what is done once a clip. Peak memory is that of loading and the lo
 grow. Peers that are not installed, or lack their model, are named with the reason.
 """
 
+import hashlib
 import json
 import os
 import statistics
@@ -99,6 +100,7 @@ class Engine:
     megabytes: float = 0.0
     files: Files | None = None
     dynamic: bool = False
+    model: str = ""
 
     @property
     def label(self) -> str:
@@ -243,7 +245,7 @@ def start(
             skipped[f"{name} {kind}"] = answer.get("error", "it ended while loading")
             return None
         if engine is None:
-            engine = Engine(name, kind, process, dynamic=answer["dynamic"])
+            engine = Engine(name, kind, process, dynamic=answer["dynamic"], model=str(path))
         engine.process = process
         engine.load.append(answer["load"])
         if first is not None:
@@ -291,7 +293,8 @@ def candidates(
     asked: Asked, base: Path, skipped: dict[str, str], report: Report
 ) -> list[tuple[str, str, Path]]:
     """(engine, kind, its model) of all that can run here."""
-    packed = asked.model or packed_base(asked.folder / "packed", base, report)
+    name = "packed" if base.name == "base" else f"{base.name}-packed"
+    packed = asked.model or packed_base(kept(asked.folder, base) / name, base, report)
     if asked.device == "cuda":
         return on_gpu(asked, base, packed, skipped)
     kinds = 1 if asked.quick else 2
@@ -314,10 +317,12 @@ def candidates(
             else:
                 skipped[name] = f"{base} is no CTranslate2 folder"
         elif name == "whisper.cpp":
-            written = whisper_cpp(asked.folder, base, 1 if asked.quick else 3, skipped, report)
+            own = kept(asked.folder, base)
+            written = whisper_cpp(own, base, 1 if asked.quick else 3, skipped, report)
             found += [(name, kind, path) for kind, path in written]
         else:
-            folders = asked.openvino or tuple(sorted(asked.folder.glob("openvino-*")))
+            # Beside the float model, where python -m bench.convert_peers puts both.
+            folders = asked.openvino or tuple(sorted(base.parent.glob("openvino-*")))
             found += [(name, path.name.removeprefix("openvino-"), path) for path in folders]
             if not folders:
                 skipped[name] = "it has no model: python -m bench.convert_peers makes one"
@@ -330,9 +335,20 @@ def on_gpu(
     """The packed and the float model, in CUDA graphs and by transformers' generate."""
     here = {"dqw-float": ("float16", base), "dqw-generate": ("float", packed)}
     here["transformers"] = ("float16", base)
-    names = asked.peers or tuple(here)
+    names = tuple(here) if asked.peers is None else asked.peers
     skipped |= {name: "not timed on a GPU" for name in names if name not in here}
     return [("dqw", "float", packed), *((name, *here[name]) for name in names if name in here)]
+
+
+def kept(folder: Path, base: Path) -> Path:
+    """Where what is made of ``base`` stays: of a model from elsewhere in a folder of its own, as
+    the next run may name another of the same name."""
+    if base.resolve().parent == folder.resolve():
+        return folder
+    key = hashlib.sha256(str(base.resolve()).encode()).hexdigest()[:8]
+    own = folder / f"{base.name}-{key}"
+    own.mkdir(parents=True, exist_ok=True)
+    return own
 
 
 def packed_base(folder: Path, base: Path, report: Report) -> Path:

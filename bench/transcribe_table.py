@@ -91,7 +91,8 @@ def grows(engine: Engine) -> str:
 def rows(engines: list[Engine], threads: int) -> list[dict[str, Any]]:
     found = []
     for e in engines:
-        own = {"op": "transcribe", "engine": e.name, "kind": e.kind, "threads": threads}
+        own = {"op": "transcribe", "engine": e.name, "kind": e.kind, "model": e.model}
+        own["threads"] = threads
         of_engine = {
             "load_seconds": min(e.load, default=None),
             "first_text_seconds": e.first_text,

@@ -162,7 +162,7 @@ def transcribe(
         _check_names(audio)
         if "txt" in forms:
             _check_references(audio, output_dir)
-        check_writable(output_dir / "any", "--output-dir")
+        check_writable(output_dir / f".{os.getpid()}.part", "--output-dir")
     total = 0.0
     for path in audio:
         try:
@@ -181,13 +181,27 @@ def transcribe(
     waiting: dict[int, Transcript | None] = {}
     printed = damaged = 0
 
-    def leave_out(index: int, error: UserError) -> None:
-        nonlocal damaged
-        damaged += 1
-        waiting[index] = None
-        err.print(f"Error: {error}; the others go on", style="red", markup=False, soft_wrap=True)
-
     with audio_progress(total) as advance:
+
+        def print_ready() -> None:  # in the order given, as soon as possible
+            nonlocal printed
+            while printed in waiting:
+                found = waiting.pop(printed)
+                if found is not None:
+                    text = render(found, forms[0], timestamps)
+                    with advance.aside():
+                        _print_transcript(text, audio[printed], forms[0], len(audio) > 1)
+                printed += 1
+
+        def leave_out(index: int, error: UserError) -> None:
+            nonlocal damaged
+            damaged += 1
+            words = f"Error: {error}; the others go on"
+            err.print(words, style="red", markup=False, soft_wrap=True)
+            if output_dir is None:
+                waiting[index] = None
+                print_ready()
+
         steps = iter_transcripts(
             engine, audio, language, task, beam_size, timed, batch_size, advance, audio_context,
             damaged=leave_out if len(audio) > 1 else None,
@@ -199,13 +213,7 @@ def transcribe(
                     write_atomic(path, render(transcript, name, timestamps))
                 continue
             waiting[index] = transcript
-            while printed in waiting:  # in the order given, as soon as possible
-                found = waiting.pop(printed)
-                if found is not None:
-                    text = render(found, forms[0], timestamps)
-                    with advance.aside():
-                        _print_transcript(text, audio[printed], forms[0], len(audio) > 1)
-                printed += 1
+            print_ready()
     if output_dir is not None:
         written = (len(audio) - damaged) * len(forms)
         err.print(f"wrote {written} files to {output_dir}", markup=False, soft_wrap=True)
@@ -316,7 +324,7 @@ class AudioBar:
     @contextmanager
     def aside(self) -> Iterator[None]:
         """The bar makes room for what is written to stdout, where both are on one terminal."""
-        shared = err.is_terminal and sys.stdout.isatty()
+        shared = err.is_interactive and sys.stdout.isatty()
         if shared:
             self._bar.stop()
         yield

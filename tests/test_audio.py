@@ -175,7 +175,7 @@ def test_a_flac_from_a_pipe_states_no_length(tmp_path, rate, channels):
         path.write_bytes(data)
         assert audio_seconds(path) == length == samples / rate
         assert np.array_equal(load_audio(path), whole)
-        path.write_bytes(data[:-1])
+        path.write_bytes(data[:-1] + b"\xff\xf8\xc9")  # a last word that looks like a frame's first
         for read in (load_audio, audio_seconds):
             with pytest.raises(UserError, match="cut off: its last frame is not whole"):
                 read(path)

@@ -84,6 +84,15 @@ def test_peers_find_their_models(tmp_path, monkeypatch):
     assert found[-1] == ("openvino", "int4", tmp_path / "openvino-int4")
 
 
+def test_what_is_made_of_two_models_of_one_name_lies_apart(tmp_path):
+    folder = tmp_path / "bench"
+    assert (
+        transcribe.kept(folder, folder / "base") == transcribe.kept(folder, folder / "hf") == folder
+    )
+    one, two = (transcribe.kept(folder, tmp_path / name / "hf") for name in "ab")
+    assert one != two and {one.parent, two.parent} == {folder} and one.is_dir()
+
+
 def test_stretches_and_files_from_a_recording(tmp_path):
     file = tmp_path / "talk.wav"
     soundfile.write(file, tone(31), 16_000)
@@ -117,7 +126,7 @@ def test_the_bench_runs_and_writes(tmp_path, monkeypatch):
     save_processor(processor, tmp_path / "packed")
     write_tone(tmp_path / "speech" / "a.wav", 0.4)
     write_tone(tmp_path / "speech" / "b.wav", 0.9)
-    (tmp_path / "runs" / "openvino-bad").mkdir(parents=True)
+    (tmp_path / "openvino-bad").mkdir(parents=True)  # beside the float model
     monkeypatch.setattr(transcribe, "find_spec", lambda name: name)
     monkeypatch.setattr(transcribe, "FOLDER", tmp_path / "runs")
     monkeypatch.setattr("bench.table.machine", lambda o, ceilings_too: {"cores": 2})
@@ -189,7 +198,8 @@ def test_time_is_drawn_by_length(tmp_path):
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--peers", "openvino-genai"], "choose one of all, none, dqw-float"),
         (["--lengths", "11", "--plot", "a.png"], "two --lengths or more"),
-        (["--float-model", "no-such-folder"], "no folder with a tokenizer.json"),
+        (["--float-model", "no-such-folder"], "is no folder: check the path"),
+        (["--bits", "3"], "--bits is for operators, not for --op transcribe"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, words, tmp_path, monkeypatch):

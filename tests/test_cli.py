@@ -111,6 +111,16 @@ def test_a_damaged_file_leaves_the_others(model, audio, tmp_path, printed):
         assert "wrote 2 files" in result.stderr
 
 
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_damage_that_is_met_last_holds_nothing_back(model, audio, tmp_path, size):
+    """The others wait for the first to be printed, in the order given."""
+    (tmp_path / "empty.wav").touch()
+    files = (tmp_path / "empty.wav", *audio)
+    result = dqw_("transcribe", *files, "--model", model, "--batch-size", size)
+    assert result.exit_code == 1
+    assert [str(path) in result.stdout for path in files] == [False, True, True]
+
+
 def test_a_header_that_is_damaged_leaves_the_others_too(model, audio, tmp_path):
     (tmp_path / "empty.wav").touch()
     result = dqw_("transcribe", audio[0], tmp_path / "empty.wav", "--model", model)

@@ -44,6 +44,13 @@ def test_growing_timestamps_do_not_hide_a_loop():
     assert cut_loop(loop, TIME) == loop[:4]
 
 
+def test_added_tokens_are_no_times():
+    """A new language's pieces stand behind the times, and 32 of them are no loop."""
+    added = [TIME + 1501 + i for i in range(40)]
+    assert not loop_period(added, TIME) and cut_loop(added, TIME) == added
+    assert loop_period([TIME + i for i in range(40)], TIME) == 1
+
+
 def test_the_guard_ends_looping_rows_only():
     guard = LoopGuard(end=0, first_timestamp=TIME)
     rows = torch.tensor([[9] * 8 + [1, 2] * 16, list(range(100, 140))])

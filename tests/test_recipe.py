@@ -118,6 +118,12 @@ def test_a_grid_that_is_asked_for_is_not_replaced_by_steps(option: str, value: o
     assert found.allocate == "bits" and getattr(found, option) == value
 
 
+def test_none_turns_off_what_0_does() -> None:
+    """As a QuantConfig made in Python may have it; TOML has no word for it."""
+    recipe = Recipe(quant=QuantConfig(group_size=None))  # type: ignore[arg-type]
+    assert Recipe.from_dict(recipe.to_dict()).quant.linear_spec().group_size is None
+
+
 def test_a_dict_stays_as_it_is() -> None:
     data = {"quant": {"bits": 3, "override": [{"match": "*.fc1", "bits": 8}]}}
     assert Recipe.from_dict(data).quant == Recipe.from_dict(data).quant

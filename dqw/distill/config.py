@@ -51,6 +51,8 @@ def table(kind: Any, values: Any, where: str) -> Any:
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{where} has the unknown key {key!r}: known are {', '.join(known)}.")
+        if value is None and known[key].default not in (MISSING, None):
+            continue  # of settings that 0 turns off
         if not _is_a(hints[key], value):
             default = known[key].default
             like = f", like {default!r}" if default not in (MISSING, None) else ""

@@ -252,11 +252,8 @@ class DistillTrainer(Seq2SeqTrainer):
             names = (*TOKEN_LOSSES, "hidden", "grad_norm")
             lost = [name for name in names if not math.isfinite(logs.get(name, 0.0))]
             if lost and self.accelerator.scaler is None:  # float16 leaves such steps out by itself
-                raise UserError(
-                    f"{' and '.join(lost)} is no number at step {self.state.global_step}: start "
-                    "again in another folder with a lower train.lr, or look at the clips and the "
-                    "teacher."
-                )
+                words = f"{' and '.join(lost)} is no number"
+                raise UserError(_diverged(words, self.state.global_step))
         super().log(logs, start_time)
         # log.jsonl has them all; a checkpoint would hold them once more.
         del self.state.log_history[:-1]
@@ -269,6 +266,9 @@ class DistillTrainer(Seq2SeqTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.should_save:
+            for name, parameter in self.pupil.named_parameters():
+                if not parameter.isfinite().all():  # a step that was not logged, or the last
+                    raise UserError(_diverged(f"{name} holds no numbers", self.state.global_step))
             scaler = self.accelerator.scaler
             assert self.optimizer is not None
             store.save(
@@ -312,6 +312,13 @@ class DistillTrainer(Seq2SeqTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to load: see `seed_step`."""
+
+
+def _diverged(what: str, step: int) -> str:
+    return (
+        f"{what} at step {step}: start again in another folder with a lower train.lr, or look at "
+        "the clips and the teacher."
+    )
 
 
 def settings_of(*configs: Any) -> dict[str, Any]:

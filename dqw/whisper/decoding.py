@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+_LAST_TIME = 1500  # the last timestamp's number, of 30 s
 _LONGEST = 32
 _COPIES = 4
 _SPAN = 32
@@ -142,7 +143,7 @@ def is_loop(tokens: Sequence[int], first_timestamp: int) -> bool:
 
 def loop_period(tokens: Sequence[int], first_timestamp: int) -> int:
     """Length of the piece that the tail of `tokens` repeats, or 0. Timestamps count as equal."""
-    tokens = [min(token, first_timestamp) for token in tokens]
+    tokens = _timeless(tokens, first_timestamp)
     for period in range(1, _LONGEST + 1):
         span = period * max(_COPIES, -(-_SPAN // period))
         if span > len(tokens):
@@ -153,12 +154,21 @@ def loop_period(tokens: Sequence[int], first_timestamp: int) -> int:
     return 0
 
 
+def is_time(token: int, first_timestamp: int) -> bool:
+    """Behind the times stand tokens that somebody added to the vocabulary."""
+    return first_timestamp <= token <= first_timestamp + _LAST_TIME
+
+
+def _timeless(tokens: Sequence[int], first_timestamp: int) -> list[int]:
+    return [first_timestamp if is_time(token, first_timestamp) else token for token in tokens]
+
+
 def cut_loop(tokens: Sequence[int], first_timestamp: int) -> list[int]:
     """`tokens` with one copy left of the loop at its end; unchanged where there is none."""
     period = loop_period(tokens, first_timestamp)
     if not period:
         return list(tokens)
-    same = [min(token, first_timestamp) for token in tokens]
+    same = _timeless(tokens, first_timestamp)
     start = len(tokens) - period
     while start and same[start - 1] == same[start - 1 + period]:
         start -= 1

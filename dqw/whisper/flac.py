@@ -38,6 +38,8 @@ def with_length(data: bytes) -> bytes | None:
 
 def _end(head: bytes) -> tuple[int, int] | None:
     """The number of a frame, or of its first sample, and its samples; None: no frame begins so."""
+    if len(head) < 6:
+        return None
     size, rate = head[2] >> 4, head[2] & 15
     if not size or rate == 15 or head[3] & 1:
         return None

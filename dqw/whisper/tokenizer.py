@@ -83,12 +83,12 @@ class Pieces:
             ids: dict[str, int] = _value(stored, _VOCABULARY, _MERGES)
             added = _value(stored, _ADDED, _VOCABULARY)
             special = {token["id"] for token in added if token["special"]}
-            ids |= {_as_letters(token["content"]): token["id"] for token in added}
+            own = {token["id"]: _as_letters(token["content"]) for token in added}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}); copy it again") from None
         del stored
-        pieces = [""] * (max(ids.values()) + 1)
-        for piece, number in ids.items():
+        pieces = [""] * (max(*ids.values(), *own) + 1)
+        for number, piece in (*((n, p) for p, n in ids.items()), *own.items()):
             pieces[number] = "" if number in special else piece
         # Side by side: as strings of their own they would take five times as much.
         self._letters = "".join(pieces)

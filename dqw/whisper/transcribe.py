@@ -9,6 +9,7 @@ clips, and the short last window of a recording, without padding; those of one l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from dqw.whisper.audio import (
 )
 from dqw.whisper.context import CHOICES
 from dqw.whisper.data import language_code
-from dqw.whisper.decoding import Rules, cut_loop
+from dqw.whisper.decoding import Rules, cut_loop, is_time
 from dqw.whisper.engines import Engine, PlainEngine
 from dqw.whisper.features import silence
 from dqw.whisper.windows import Recording, Stretch
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 Source = str | Path | EncodedAudio | np.ndarray
 TASKS = ("transcribe", "translate")
 _TICK = 0.02  # seconds a timestamp token stands for
-_LAST_TIME = 1500  # the last timestamp's number, of 30 s
 _LONG_BATCH = 4 * 3600.0  # seconds of recordings that are heard at once: 460 MB of features
 
 
@@ -185,8 +185,8 @@ def _seconds_hint(source: Source) -> float:
         return len(source) / SAMPLE_RATE
     try:
         return audio_seconds(source) if isinstance(source, str | Path) else 0.0
-    except UserError:  # it is told where it is loaded
-        return 0.0
+    except UserError:  # it is told where it is loaded: first, before there is work to lose
+        return math.inf
 
 
 def _segment(start: float, end: float, seconds: float, text: str) -> Segment:
@@ -311,7 +311,8 @@ class _Decoder:
         prompt = self._prompts(languages, timestamps)
         begin = prompt.shape[1]
         decoder = self.engine.native() if self.beams == 1 else None
-        rules = self._rules(begin, timestamps and decoder is not None)  # generate has its own times
+        # generate has rules of its own for times, but these come after what is suppressed.
+        rules = self._rules(begin, timestamps)
         if decoder is not None:
             rows = decoder.greedy(states, prompt, rules)
         else:
@@ -356,11 +357,8 @@ class _Decoder:
         return code if self.multilingual else "en"
 
     def _text(self, tokens: list[int]) -> str:
-        return self.engine.text([t for t in tokens if not self._is_time(t)]).strip()
-
-    def _is_time(self, token: int) -> bool:
-        """Behind the times stand tokens that somebody added to the vocabulary."""
-        return self.first_timestamp <= token <= self.first_timestamp + _LAST_TIME
+        said = [token for token in tokens if not is_time(token, self.first_timestamp)]
+        return self.engine.text(said).strip()
 
     def _segments(self, tokens: list[int], seconds: float) -> list[Segment]:
         """Tokens between timestamps; a piece without an end lasts to the end of the clip."""
@@ -374,7 +372,7 @@ class _Decoder:
             piece.clear()
 
         for token in tokens:
-            if not self._is_time(token):
+            if not is_time(token, self.first_timestamp):
                 piece.append(token)
                 continue
             moment = (token - self.first_timestamp) * _TICK

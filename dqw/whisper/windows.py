@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dqw.whisper.decoding import is_time
+
 _TICK = 0.02  # seconds a timestamp token stands for
 _FRAME = 0.01  # seconds of a frame of the features
 
@@ -52,11 +54,11 @@ class Recording:
     def take(self, tokens: list[int]) -> int:
         """Keep what was heard in the window and move it; returns how many frames were heard."""
         left = self.left
-        is_time = [token >= self.first for token in tokens]
-        cuts = [i for i in range(1, len(tokens)) if is_time[i - 1] and is_time[i]]
+        times = [is_time(token, self.first) for token in tokens]
+        cuts = [i for i in range(1, len(tokens)) if times[i - 1] and times[i]]
         moved = left
         if cuts:
-            all_heard = not is_time[-2] and is_time[-1]
+            all_heard = not times[-2] and times[-1]
             begin = 0
             for cut in [*cuts, len(tokens)] if all_heard else cuts:
                 last = cut == cuts[-1] and not all_heard
@@ -66,8 +68,8 @@ class Recording:
                 moved = round((tokens[begin - 1] - self.first) * _TICK / _FRAME)
         else:
             end = self.first + left // 2
-            times = [token for token in tokens if token > self.first]
-            self._keep(self.first, times[-1] if times else end, tokens)
+            later = [t for t, timed in zip(tokens, times, strict=True) if timed and t > self.first]
+            self._keep(self.first, later[-1] if later else end, tokens)
         moved = moved or left
         self.at += moved
         return min(moved, left)  # a model may hear times in the padding
