@@ -40,9 +40,10 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "
 def parse_bytes(text: str) -> int:
     """ "32MiB", "32 MB" or "33554432" → bytes. Raises UserError for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
-    if not found or float(found[1]) == 0:
+    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    if not size:
         raise UserError(f"--budget is {text!r}: give a size, like 32MiB or 34MB.")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
+    return size
 
 
 def allocate(choices: Sequence[Sequence[Choice]], budget: int) -> list[Choice]:

@@ -135,6 +135,11 @@ def compress(
         {"--steps": steps, "--epochs": epochs},
         {"--batch-size": batch_size, "--lr": lr},
     )
+    if budget and any(option is not None for option in (bits, embedding_bits)):
+        err.print(
+            "--budget chooses each layer's bits: --bits and --embedding-bits will do nothing",
+            style="yellow", markup=False, soft_wrap=True,
+        )  # fmt: skip
     _check_training(amount, manner, ptq_only, chosen.train.wanted)
     keep_freed_memory()
     run(job, chosen, lambda line: err.print(line, markup=False))

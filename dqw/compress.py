@@ -23,7 +23,7 @@ from dqw.errors import UserError
 from dqw.processes import agreed, is_main, wait
 from dqw.recipe import Recipe
 from dqw.save import save_student
-from dqw.whisper.files import check_writable
+from dqw.whisper.files import check_writable, write_atomic
 from dqw.whisper.report import model_bytes
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     check_output(job)
     if not job.ptq_only:
         check_settings(recipe.distill, recipe.train)
+        check_guidance(job, recipe)
     items = load_data(job, say)
     pair = load_models(job, say)
     heals = lacks_layers(job, pair)
@@ -127,6 +128,17 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
         if job.budget and size > job.budget:
             say(f"that is {size - job.budget} bytes over --budget: training has spread the codes")
     return job.out
+
+
+def check_guidance(job: Job, recipe: Recipe) -> None:
+    """Raise UserError where bytes are shared out and guidance leaves layers float."""
+    guidance = recipe.guidance
+    leaves = guidance.mode in ("random", "distill_guided", "mutual") and guidance.quantize_ratio < 1
+    if leaves and (job.budget or recipe.quant.allocate != "none"):
+        raise UserError(
+            f"guidance.mode = {guidance.mode!r} leaves layers unquantized, which no budget counts: "
+            "leave --budget out and set quant.allocate = 'none', or guidance.quantize_ratio = 1."
+        )
 
 
 def load_data(job: Job, say: Say) -> list[Item]:
@@ -206,11 +218,14 @@ def load_models(job: Job, say: Say) -> Pair:
     elif job.student and job.student != job.teacher:
         say(f"student: {job.student}")
         student, processor = load_whisper(job.student)
+    elif job.ptq_only and job.data is None:
+        student = teacher  # nobody teaches, and two of large-v3 take 12 GB
     else:
         student = copy.deepcopy(teacher)
     if quant_modules(student):
         raise UserError("the student is quantized already: give a float checkpoint.")
-    check_models(student, teacher, teacher_processor)
+    if student is not teacher:
+        check_models(student, teacher, teacher_processor)
     return Pair(teacher, student, processor, teacher_processor)
 
 
@@ -285,7 +300,8 @@ def train(job: Job, recipe: Recipe, pair: Pair, items: list[Item]) -> None:
         if run.exists() and not job.resume:
             shutil.rmtree(run)
         run.mkdir(parents=True, exist_ok=True)
-        settings.write_text(wanted, encoding="utf-8")
+        if not settings.exists() or settings.read_text(encoding="utf-8") != wanted:
+            write_atomic(settings, wanted)  # all that holds the layers' plan
     wait()
     distill(
         pair.student,

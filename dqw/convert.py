@@ -5,7 +5,7 @@ float Whisper → ``quantize`` swaps modules that learn → ``freeze`` turns the
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -44,8 +44,9 @@ def quantize(
     recipe = recipe or Recipe()
     if quant_modules(model):
         raise UserError("the model is quantized already: start from a float checkpoint.")
-    rest = recipe.rest_spec()
-    for name, spec in recipe.plan(model).items():
+    rest, plan = recipe.rest_spec(), recipe.plan(model)
+    _check_tied(model, plan)
+    for name, spec in plan.items():
         if progress is not None:
             progress(name)
         module = model.get_submodule(name)
@@ -55,6 +56,21 @@ def quantize(
     round_together(model)
     keep_from_broadcasts(model)
     return model
+
+
+def _check_tied(model: nn.Module, plan: Mapping[str, QuantSpec]) -> None:
+    """Raise UserError where the plan has an embedding that the output projection does not read: a
+    folder could not hold both."""
+    embedding = _input_embedding(model)
+    if not any(embedding is model.get_submodule(name) for name in plan):
+        return
+    projection = model.get_output_embeddings()  # type: ignore[operator]
+    weight = getattr(projection, "weight", None)
+    if isinstance(projection, nn.Linear) and weight is not embedding.weight:  # type: ignore[union-attr]
+        raise UserError(
+            "this model's output projection is not its embedding, and dqw packs the two as one: "
+            "leave the embedding float (--embedding-bits 0)."
+        )
 
 
 def packed_copy(model: nn.Module, recipe: Recipe) -> nn.Module:

@@ -132,11 +132,12 @@ class Probe:
     def _decode(self, model: Any, heard: list[Tensor], first: int = 0) -> list[Tensor]:
         """The decoder's last states of every batch's tokens, (tokens, width) float32. first: as in
         ``_resumed``, for the own model."""
+        device = model.device  # the states of another model may have been made elsewhere
         passes = [
             partial(
                 model.model.decoder,
-                input_ids=batch["decoder_input_ids"].to(states.device),
-                encoder_hidden_states=multiplied(states),  # once, not in every layer
+                input_ids=batch["decoder_input_ids"].to(device),
+                encoder_hidden_states=multiplied(states.to(device)),  # once, not in every layer
                 use_cache=False,
             )
             for batch, states in zip(self.batches, heard)

@@ -164,6 +164,11 @@ def test_the_default_shares_out_its_bytes_and_trains_only_when_asked(
         ("choose 16, 32, 64, 128", ["--group-size", "48", "--ptq-only"]),
         ("--data is missing", []),
         ("--budget measures layers on speech: give --data", ["--ptq-only", "--budget", "1MiB"]),
+        ("give a size, like 32MiB", ["--data", "DATA", "--budget", "0.5"]),
+        (
+            "leaves layers unquantized, which no budget counts",
+            ["--student", "BASE", "--data", "DATA", "--recipe", "paper-base", "--budget", "9MiB"],
+        ),
         ("--ptq-only trains nothing", ["--ptq-only", "--data", "DATA", "--epochs", "2"]),
         ("like 4,4", ["--student-layers", "4", "--ptq-only"]),
         ("the teacher has 2", ["--student-layers", "4,1", "--ptq-only"]),

@@ -16,6 +16,7 @@ from whisper_helpers import tiny
 import dqw
 from dqw import reference
 from dqw.convert import quant_modules, round_float_rest
+from dqw.errors import UserError
 from dqw.hf import packed_state
 from dqw.packing import pack_scales, unpack_scales
 from dqw.recipe import Override, QuantConfig, QuantSpec, Recipe
@@ -165,6 +166,15 @@ def test_the_projection_follows_its_embedding_to_another_device() -> None:
     model = dqw.freeze(dqw.quantize(make_tiny_whisper()))
     model.model.decoder.embed_tokens.to("meta")
     assert model.proj_out(torch.randn(2, model.config.d_model)).device.type == "meta"
+
+
+def test_an_embedding_that_is_not_the_projection_is_refused() -> None:
+    """A folder of both could not be read back."""
+    model = make_tiny_whisper()
+    model.proj_out.weight = torch.nn.Parameter(model.proj_out.weight.detach().clone())
+    with pytest.raises(UserError, match=r"leave the embedding float \(--embedding-bits 0\)"):
+        dqw.quantize(model)
+    dqw.quantize(model, Recipe(quant=QuantConfig(embedding_bits=0)))
 
 
 def test_tables_are_kept_from_broadcasts() -> None:

@@ -97,6 +97,9 @@ def prepare(
         seconds = item.seconds
         if seconds is None:
             seconds = len(item.load()) / SAMPLE_RATE
+        if not encoder.multilingual and (item.language or language) not in (None, "en"):
+            made.skip("not English, as the student is", item)
+            continue
         if not wants_teacher:
             if seconds > window + SLACK_SECONDS:
                 made.skip(f"longer than {window:g} s", item)

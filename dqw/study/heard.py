@@ -10,18 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from dqw.convert import quant_modules
 from dqw.digest import digest, weights_digest
 
+MOST_BYTES = 2**31  # of states; 700 windows of base
+
 
 class Heard:
     """States of one encoder, those of the one that was asked last; 3 MB a window of base."""
 
     def __init__(self) -> None:
-        self._encoder, self._states = "", dict[str, Tensor]()
+        self._encoder, self._states, self._bytes = "", dict[str, Tensor](), 0
 
     @contextmanager
     def recalled(self, encoder: Any) -> Iterator[None]:
@@ -33,14 +36,19 @@ class Heard:
             return
         key = weights_digest(encoder)
         if key != self._encoder:
-            self._encoder, self._states = key, {}
+            self._encoder, self._states, self._bytes = key, {}, 0
         forward = encoder.forward
 
         def recall(features: Tensor) -> BaseModelOutput:
-            asked = digest([("", features)], features.device)
-            if asked not in self._states:
-                self._states[asked] = forward(features).last_hidden_state
-            return BaseModelOutput(last_hidden_state=self._states[asked])
+            kind = features.device.type
+            asked = digest([("", features)], (features.device, torch.is_autocast_enabled(kind)))
+            states = self._states.get(asked)
+            if states is None:
+                states = forward(features).last_hidden_state
+                if self._bytes < MOST_BYTES:
+                    self._states[asked] = states
+                    self._bytes += states.nbytes
+            return BaseModelOutput(last_hidden_state=states)
 
         encoder.forward = recall
         try:

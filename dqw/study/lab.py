@@ -23,7 +23,7 @@ from dqw.calibrate import calibrate
 from dqw.choices import PROBE, rounded, stored_bytes
 from dqw.convert import quant_modules, quantize
 from dqw.devices import lowered
-from dqw.distill.pair import Pair, is_copy
+from dqw.distill.pair import Pair
 from dqw.probe import Probe, changed, first_changed
 from dqw.recipe import Recipe
 from dqw.save import save_student
@@ -177,7 +177,8 @@ class Lab:
 
     def _rounded(self, recipe: Recipe, status: Say) -> Any:
         """A copy of the student after calibrated rounding; the last one asked for is kept."""
-        key = json.dumps(recipe.to_dict()["quant"], sort_keys=True)
+        guided = recipe.guidance.mode != "all"  # such weights start off the grid
+        key = json.dumps([recipe.to_dict()["quant"], guided], sort_keys=True)
         if self._start[0] != key:
             status("rounding")
             self._start = "", None  # two at once would take twice the memory
@@ -185,11 +186,14 @@ class Lab:
         return copy.deepcopy(self._start[1])
 
     def _calibrated(self, model: Any, recipe: Recipe) -> Any:
+        from dqw.distill.run import starts_off_grid
+
         batches = self.calibration  # made before: the mel filters must not run in bfloat16
         quantize(model, recipe)
         model.eval()
+        off_grid = starts_off_grid(model, self.teacher, recipe.guidance)
         with lowered(model):
-            calibrate(model, batches, off_grid=not is_copy(model, self.teacher))
+            calibrate(model, batches, off_grid=off_grid)
         return model
 
     @property
