@@ -327,7 +327,9 @@ STUDIES = {
             "Which grid is best at which width?",
             "Calibrated rounding on 64 windows, no training, one grid for all weights but the "
             "convolutions. APoT and PoT at 2 bits are the uniform grid. With one step a layer, "
-            "bits are the entropy of normal weights' codes: what they take in the folder.",
+            "bits are the entropy of normal weights' codes: what they take in the folder. Codes "
+            "have 8 bits in memory, so small steps clip the largest weights; dqw compress takes "
+            "none that do.",
             _grids,
             within=("bits", "scales"),
             base=_FEWER_WINDOWS,
