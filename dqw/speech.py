@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from dqw.recipe import Recipe
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 WINDOWS = 96  # where the recipe names no number
 BATCH = 4
+OF_ONE = 8  # windows at most of one recording: others speak differently
 
 
 class Spoken(Protocol):
@@ -55,20 +57,73 @@ def balanced(items: Sequence[Spoken], count: int) -> list[int]:
     return sorted(index for code in places for index in spread(places[code], share[code]))
 
 
+@dataclass(frozen=True)
+class Held:
+    """Some seconds of a recording without a text, in memory: to read them again its file would be
+    decoded from the start."""
+
+    id: str
+    language: str | None
+    seconds: float
+    samples: np.ndarray  # float16
+    text: str | None = None
+
+    def load(self) -> np.ndarray:
+        return self.samples.astype(np.float32)
+
+
+def stretches(
+    items: Sequence[SpeechItem], wanted: int, window: float, teacher_labels: str
+) -> list[SpeechItem]:
+    """``balanced`` clips for about ``wanted`` windows of ``window`` seconds. A recording that the
+    teacher is to write down is several of them, evenly spaced, and no more of it is."""
+
+    def count(item: SpeechItem) -> int:
+        written = teacher_labels == "never" or (item.text is not None and teacher_labels != "all")
+        if written or item.seconds is None or item.seconds < 2 * window:
+            return 1
+        return min(int(item.seconds // window), OF_ONE)
+
+    counts = [count(item) for item in items]
+    chosen = balanced(items, wanted)
+    if max(counts, default=1) > 1:
+        for number in range(1, len(chosen) + 1):
+            chosen = balanced(items, number)
+            if sum(counts[index] for index in chosen) >= wanted:
+                break
+    found: list[SpeechItem] = []
+    for index in chosen:
+        item = items[index]
+        found += [item] if counts[index] == 1 else _held(item, counts[index], window)
+    return found
+
+
+def _held(item: SpeechItem, count: int, window: float) -> list[SpeechItem]:
+    from dqw.distill.prepare import windows
+
+    wave = item.load()
+    return [
+        Held(part.id, part.language, part.seconds, wave[part.start : part.stop].astype(np.float16))
+        for part in spread(windows(item, window, wave), count)
+    ]
+
+
 def calibration_batches(
     items: Sequence[SpeechItem], recipe: Recipe, pair: Pair, say: Callable[[str], object]
 ) -> list[dict[str, Tensor]]:
     """Batches of at most 4 windows: input_features (batch, mel, 3000), decoder_input_ids and
     decoder_mask (batch, length), on the CPU.
 
-    ``recipe.distill.calibration_clips`` windows (96 if it is 0), from ``balanced`` clips. Raises
+    ``recipe.distill.calibration_clips`` windows (96 if it is 0), from ``stretches``. Raises
     UserError if no clip can be used.
     """
     wanted = recipe.distill.calibration_clips or WINDOWS
     joined = replace(recipe.distill.augment, concatenate=0.8, noise=0.0, speed=0.0, redraw=True)
-    chosen = [items[index] for index in balanced(items, wanted)]
+    window = float(pair.processor.feature_extractor.chunk_length)
+    chosen = stretches(items, wanted, window, recipe.distill.teacher_labels)
     dataset, collate = _dataset(chosen, recipe, joined, pair, say)
-    count = min(wanted, len(dataset)) if wanted < len(items) else min(wanted, 2 * len(dataset))
+    plenty = wanted < len(items) or wanted < len(chosen)
+    count = min(wanted, len(dataset)) if plenty else min(wanted, 2 * len(dataset))
     names = ("input_features", "decoder_input_ids", "decoder_mask")
     batches = []
     for start in range(0, count, BATCH):

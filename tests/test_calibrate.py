@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_whisper
@@ -32,7 +33,7 @@ from dqw.embedding import QuantEmbedding
 from dqw.fake_quant import FakeQuantize
 from dqw.linear import QuantLinear
 from dqw.recipe import QuantConfig, QuantSpec, Recipe, stepped
-from dqw.speech import balanced
+from dqw.speech import Held, balanced, stretches
 
 
 def inputs(rows: int, cols: int) -> torch.Tensor:
@@ -310,6 +311,33 @@ def test_languages_share_in_calibration_more_evenly_than_in_the_speech() -> None
     assert found == {"en": 7, "ja": 5, "fr": 3, None: 1}
     assert [i for i in chosen if codes[i] == "en"] == [0, 5, 11, 17, 22, 28, 34]
     assert balanced(items, 999) == list(range(64)) and balanced([], 4) == balanced(items, 0) == []
+
+
+def test_of_recordings_some_windows_each_are_taken() -> None:
+    """Not all of the first ones, and each file is decoded once."""
+    loaded = []
+
+    class Talk(NamedTuple):
+        id: str
+        seconds: float
+        text: str | None = None
+        language: str | None = "en"
+
+        def load(self) -> np.ndarray:
+            loaded.append(self.id)
+            return np.random.default_rng(0).uniform(-1, 1, int(self.seconds * 16_000))
+
+    items = [Talk(str(i), 40.0 if i % 2 else 3.0) for i in range(40)]
+    found = stretches(items, 24, 2.0, "missing")
+    long = [held for held in found if isinstance(held, Held)]
+    assert 24 <= len(found) < 40 and len(long) == 8 * len(set(loaded)) == 8 * len(loaded)
+    assert all(0 < held.seconds <= 2 and held.load().dtype == np.float32 for held in long)
+    begins = sorted(float(held.id.split("@")[1]) / 16_000 for held in long[:8])
+    assert begins[0] == 0 and begins[-1] > 30, "evenly spaced"
+    for labels in ("missing", "all", "never"):
+        told = [talk._replace(text="words") for talk in items]
+        assert stretches(told[::2], 4, 2.0, labels) == [told[i] for i in (0, 10, 20, 30)]
+    assert stretches(items, 4, 2.0, "never") == [items[i] for i in (0, 10, 20, 30)]
 
 
 def test_padding_of_a_window_counts_little(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,9 +165,12 @@ def _add(
     made.examples.append(Example(item, text, language, seconds))
 
 
-def windows(item: SpeechItem, seconds: float = 30.0) -> list[Window]:
-    """Cut a long clip into windows of at most `seconds`, at quiet places."""
-    wave = item.load()
+def windows(
+    item: SpeechItem, seconds: float = 30.0, wave: np.ndarray | None = None
+) -> list[Window]:
+    """Cut a long clip into windows of at most `seconds`, at quiet places. wave: its samples, where
+    they are at hand."""
+    wave = item.load() if wave is None else wave
     longest = int(seconds * SAMPLE_RATE)
     made: list[Window] = []
     start = 0
