@@ -66,9 +66,12 @@ def embedding(p: Problem) -> tuple[Builder, int]:
     def make(many: int = 1) -> Call:
         w, s = packed.clone(), scale.clone()
         turns = tokens(p, many)
-        return lambda: ops.quant_embedding(
-            next(turns), w, s, levels, p.N, p.K, p.bits, p.group_size
-        )
+
+        def call() -> object:
+            return ops.quant_embedding(next(turns), w, s, levels, p.N, p.K, p.bits, p.group_size)
+
+        call.turns = many  # type: ignore[attr-defined]
+        return call
 
     whole = size(packed, scale)
     make.cold = partial(make, cold_calls(whole * p.M // p.N))  # type: ignore[attr-defined]
@@ -81,8 +84,8 @@ def tokens(p: Problem, many: int) -> Iterator[Tensor]:
 
 
 def cold_calls(touched: int) -> int:
-    """Lookups, of ``touched`` bytes each, after which the first one's rows have left the caches; of
-    few rows 4096 are enough: others of the table's copies come between."""
+    """Lookups, of ``touched`` bytes each, after which the first one's rows have left the caches. At
+    most 4096: of one row they still fit the last cache."""
     return max(1, min(4096, 2 * last_level_cache() // max(touched, 1)))
 
 

@@ -185,7 +185,12 @@ def embedding_float(dtype: torch.dtype) -> Callable[[Problem, Data], tuple[Build
         def make(many: int = 1) -> Call:
             own = table.clone() if many > 1 else table
             turns = calls.tokens(p, many)
-            return lambda: F.embedding(next(turns), own)
+
+            def call() -> object:
+                return F.embedding(next(turns), own)
+
+            call.turns = many  # type: ignore[attr-defined]
+            return call
 
         touched = p.M * p.K * table.element_size()
         make.cold = partial(make, calls.cold_calls(touched))  # type: ignore[attr-defined]

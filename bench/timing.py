@@ -119,7 +119,7 @@ def rotated(build: Callable[[], Call], weight_bytes: int, cold: bool) -> Call:
     def turn() -> object:
         return next(calls)()
 
-    turn.copies = copies  # type: ignore[attr-defined]
+    turn.copies = max(copies, getattr(made[0], "turns", 1))  # type: ignore[attr-defined]
     turn.rest = getattr(made[0], "rest", REST)  # type: ignore[attr-defined]
     return turn
 

@@ -135,9 +135,11 @@ def compress(
         {"--steps": steps, "--epochs": epochs},
         {"--batch-size": batch_size, "--lr": lr},
     )
-    if budget and any(option is not None for option in (bits, embedding_bits)):
+    given = {"--bits": bits, "--embedding-bits": embedding_bits}
+    idle = [name for name, value in given.items() if value]  # 0: the embedding stays float
+    if budget and idle and chosen.quant.allocate == "steps":
         err.print(
-            "--budget chooses each layer's bits: --bits and --embedding-bits will do nothing",
+            f"--budget chooses each layer's bits: {' and '.join(idle)} will do nothing",
             style="yellow", markup=False, soft_wrap=True,
         )  # fmt: skip
     _check_training(amount, manner, ptq_only, chosen.train.wanted)

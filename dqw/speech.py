@@ -6,6 +6,7 @@ the tokens it should give. Clips without a text are labelled by the teacher.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 WINDOWS = 96  # where the recipe names no number
 BATCH = 4
-OF_ONE = 8  # windows at most of one recording: others speak differently
+OF_ONE = 8  # windows of one recording, where there are others enough: they speak differently
 
 
 class Spoken(Protocol):
@@ -82,11 +83,15 @@ def stretches(
         written = teacher_labels == "never" or (item.text is not None and teacher_labels != "all")
         if written or item.seconds is None or item.seconds < 2 * window:
             return 1
-        return min(int(item.seconds // window), OF_ONE)
+        return int(item.seconds // window)
 
     counts = [count(item) for item in items]
     chosen = balanced(items, wanted)
-    if max(counts, default=1) > 1:
+    recordings = sum(number > 1 for number in counts)
+    if recordings:
+        wanted += wanted // 8  # some of them will have no text that can be used
+        most = max(OF_ONE, math.ceil(wanted / recordings))
+        counts = [min(number, most) for number in counts]
         for number in range(1, len(chosen) + 1):
             chosen = balanced(items, number)
             if sum(counts[index] for index in chosen) >= wanted:

@@ -223,7 +223,9 @@ def _choose(logits_ptr, tokens_ptr, state_ptr, bans_ptr, keys_ptr, sums_ptr, tic
             # What was said: whether its last two tokens are times, and its last time.
             place = tl.arange(0, ROOM)
             said = tl.load(tokens_ptr + row.to(tl.int64) * room + place, mask=place <= at, other=0)
-            said = tl.where((place >= begin) & (said >= first), said.to(tl.int32), -1)
+            final = first + 1500  # behind the times stand tokens that were added
+            said = tl.where((place >= begin) & (said >= first) & (said <= final),
+                            said.to(tl.int32), -1)  # fmt: skip
             last = tl.max(said, axis=0)  # they never go back
             is_time = tl.max(tl.where(place == at, said, -1), axis=0) >= 0
             was_time = (at == begin) | (tl.max(tl.where(place == at - 1, said, -1), axis=0) >= 0)
@@ -232,8 +234,10 @@ def _choose(logits_ptr, tokens_ptr, state_ptr, bans_ptr, keys_ptr, sums_ptr, tic
             closes = is_time & (was_time == 0)
             lowest = tl.where(last < 0, first, last + tl.where(closes, 0, 1))
             lowest = tl.where(is_first, first, lowest)
-            highest = tl.where(is_first, latest, vocabulary - 1)
-            may_text = (i < first - 1) & (is_first == 0) & ((closes & (i < end)) == 0) & allowed
+            highest = tl.minimum(tl.where(is_first, latest, vocabulary - 1), final)
+            added = i > final
+            may_text = ((i < first - 1) | added) & (is_first == 0) & allowed
+            may_text = may_text & ((closes & ((i < end) | added)) == 0)
             may_time = (i >= lowest) & (i <= highest) & ((is_time & (closes == 0)) == 0) & allowed
             text = tl.where(may_text, score, -float("inf"))
             times = tl.where(may_time, score, -float("inf"))

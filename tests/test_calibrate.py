@@ -330,10 +330,12 @@ def test_of_recordings_some_windows_each_are_taken() -> None:
     items = [Talk(str(i), 40.0 if i % 2 else 3.0) for i in range(40)]
     found = stretches(items, 24, 2.0, "missing")
     long = [held for held in found if isinstance(held, Held)]
-    assert 24 <= len(found) < 40 and len(long) == 8 * len(set(loaded)) == 8 * len(loaded)
+    assert 27 <= len(found) < 40 and len(long) == 8 * len(set(loaded)) == 8 * len(loaded)
     assert all(0 < held.seconds <= 2 and held.load().dtype == np.float32 for held in long)
     begins = sorted(float(held.id.split("@")[1]) / 16_000 for held in long[:8])
     assert begins[0] == 0 and begins[-1] > 30, "evenly spaced"
+    assert len(stretches(items[1:2], 16, 2.0, "missing")) == 18, "more of it where it is all"
+    assert len(stretches(items[1:2], 99, 2.0, "missing")) == 20
     for labels in ("missing", "all", "never"):
         told = [talk._replace(text="words") for talk in items]
         assert stretches(told[::2], 4, 2.0, labels) == [told[i] for i in (0, 10, 20, 30)]

@@ -114,8 +114,9 @@ def test_a_damaged_file_leaves_the_others(model, audio, tmp_path, printed):
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_damage_that_is_met_last_holds_nothing_back(model, audio, tmp_path, size):
     """The others wait for the first to be printed, in the order given."""
-    (tmp_path / "empty.wav").touch()
-    files = (tmp_path / "empty.wav", *audio)
+    short = write_tone(tmp_path / "short.flac", 0.3)  # its header is whole
+    short.write_bytes(short.read_bytes()[: short.stat().st_size // 2])
+    files = (short, *audio)
     result = dqw_("transcribe", *files, "--model", model, "--batch-size", size)
     assert result.exit_code == 1
     assert [str(path) in result.stdout for path in files] == [False, True, True]

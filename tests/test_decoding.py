@@ -7,7 +7,14 @@ from transformers.generation.logits_process import (
     SuppressTokensLogitsProcessor,
 )
 
-from dqw.whisper.decoding import LoopGuard, Rules, SuppressTokens, cut_loop, loop_period
+from dqw.whisper.decoding import (
+    LoopGuard,
+    Rules,
+    SuppressTokens,
+    TimestampRules,
+    cut_loop,
+    loop_period,
+)
 
 TIME = 1000  # the first timestamp
 SPEECH = [5, 9, 3, 7, 5, 9, 2, 8, 4, 6]
@@ -49,6 +56,31 @@ def test_added_tokens_are_no_times():
     added = [TIME + 1501 + i for i in range(40)]
     assert not loop_period(added, TIME) and cut_loop(added, TIME) == added
     assert loop_period([TIME + i for i in range(40)], TIME) == 1
+
+
+def test_added_tokens_are_text_beside_times():
+    first, end = 30, 20
+    added = first + 1501
+    rules = TimestampRules(first, end, None, begin=2)
+
+    def possible(*said):
+        scores = rules(torch.tensor([[1, 2, *said]]), torch.zeros(1, added + 3))[0]
+        found = (scores > -torch.inf).nonzero().flatten().tolist()
+        return {"text": 5 in found, "times": [t for t in found if first <= t < added],
+                "added": added in found, "end": end in found}  # fmt: skip
+
+    assert possible() == {
+        "text": False,
+        "times": list(range(30, 1531)),
+        "added": False,
+        "end": False,
+    }
+    after_pair = possible(first + 4, 5, first + 7, first + 7)
+    assert after_pair["times"] == [] and after_pair["added"] and after_pair["text"]
+    after_text = possible(first + 4, added)  # 0 each: times are likelier together
+    assert after_text["times"][0] == first + 5 and not after_text["added"]
+    closing = possible(first + 4, added, first + 7)
+    assert closing["times"][0] == first + 7 and not closing["added"] and not closing["text"]
 
 
 def test_the_guard_ends_looping_rows_only():

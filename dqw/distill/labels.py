@@ -88,6 +88,8 @@ def _writer(teacher: Any) -> Any:
     plain = type(teacher) is WhisperForConditionalGeneration and teacher.device.type == "cpu"
     if not plain or quant_modules(teacher) or not hasattr(torch.ops.dqw_cpu, "decoder_step"):
         return teacher
+    if teacher.proj_out.weight is not teacher.get_input_embeddings().weight:
+        return teacher  # its vocabulary cannot be packed
     bits = QuantConfig(bits=8, grid="uniform", group_size=0, embedding_bits=8, conv_bits=8)
     copy: Any = packed_copy(teacher, Recipe(quant=bits)).eval()
     set_activations(copy.model.encoder, "int8")

@@ -265,10 +265,10 @@ class DistillTrainer(Seq2SeqTrainer):
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        for name, parameter in self.pupil.named_parameters():
+            if not parameter.isfinite().all():  # a step that was not logged, or the last
+                raise UserError(_diverged(f"{name} holds no numbers", self.state.global_step))
         if self.args.should_save:
-            for name, parameter in self.pupil.named_parameters():
-                if not parameter.isfinite().all():  # a step that was not logged, or the last
-                    raise UserError(_diverged(f"{name} holds no numbers", self.state.global_step))
             scaler = self.accelerator.scaler
             assert self.optimizer is not None
             store.save(

@@ -91,26 +91,30 @@ class TimestampRules:
         self.begin = begin_index
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        first = self.first
+        first, past = self.first, self.first + _LAST_TIME + 1  # tokens that were added, if any
         scores = scores.clone()
         scores[:, first - 1] = -torch.inf  # <|notimestamps|>
         if input_ids.shape[1] == self.begin:
-            scores[:, :first] = -torch.inf
+            scores[:, :first] = scores[:, past:] = -torch.inf
             if self.max_initial is not None:
                 scores[:, first + self.max_initial + 1 :] = -torch.inf
             return scores
         for row, said in zip(scores, input_ids[:, self.begin :].tolist(), strict=True):
-            is_time = said[-1] >= first
-            closes = is_time and len(said) > 1 and said[-2] < first
+            times = [token for token in said if is_time(token, first)]
+            timed = is_time(said[-1], first)
+            closes = timed and len(said) > 1 and not is_time(said[-2], first)
             if closes:
-                row[: self.end] = -torch.inf
-            elif is_time:
-                row[first:] = -torch.inf
-            last = next((token for token in reversed(said) if token >= first), first - 1)
+                row[: self.end] = row[past:] = -torch.inf
+            elif timed:
+                row[first:past] = -torch.inf
+            last = times[-1] if times else first - 1
             row[first : last + (not closes)] = -torch.inf
-        text, times = scores[:, :first], scores[:, first:]
-        likelier = times.logsumexp(1, keepdim=True) > text.amax(1, keepdim=True)
-        text.masked_fill_(likelier, -torch.inf)
+        top = scores[:, :first].amax(1, keepdim=True)
+        if scores.shape[1] > past:
+            top = torch.maximum(top, scores[:, past:].amax(1, keepdim=True))
+        likelier = scores[:, first:past].logsumexp(1, keepdim=True) > top
+        for text in (scores[:, :first], scores[:, past:]):
+            text.masked_fill_(likelier, -torch.inf)
         return scores
 
 
