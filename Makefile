@@ -54,7 +54,7 @@ setup: $(READY)
 $(READY): setup.py pyproject.toml $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "dqw needs Python 3.11 or newer: set PYTHON=python3.x"; exit 1; }
-	@echo "Setting up .venv: about 0.5 GB of packages with the CPU build of torch, 3 GB with the CUDA build,"
+	@echo "Setting up .venv: about 0.5 GB of packages with the CPU build of torch, more with the CUDA build,"
 	@echo "which a package index may have as the only one (PIP_EXTRA_INDEX_URL=… adds an index); then the C++ kernels."
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 	  { echo "venv is missing: apt-get install python3-venv"; rm -rf .venv; exit 1; }

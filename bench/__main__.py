@@ -115,18 +115,14 @@ def main(
     from bench.base import Base
     from bench.peers import names
 
-    for option, given, only in (
-        ("--bits", bits != "4", "operators"),
-        ("--grid", grid != "apot", "operators"),
-        ("--dtype", dtype is not None, "operators"),
-        ("--shapes", shapes != "whisper", "operators"),
-        ("--cold", cold, "operators"),
-        ("--base", base is not None, "operators"),
-        ("--cold", cold and op == "train_step", "products, fake quantizers and the embedding"),
-        ("--base", base and op == "train_step", "products, fake quantizers and the embedding"),
-    ):
-        if given and (op == "transcribe" or only != "operators"):
-            raise UserError(f"{option} is for {only}, not for --op {op}: leave it out.")
+    given = {
+        "--cold": cold, "--base": base is not None, "--bits": bits != "4",
+        "--grid": grid != "apot", "--dtype": dtype is not None, "--shapes": shapes != "whisper",
+    }  # fmt: skip
+    idle = {"transcribe": tuple(given), "train_step": ("--cold", "--base")}
+    for option in idle.get(op, ()):
+        if given[option]:
+            raise UserError(f"{option} does nothing with --op {op}: leave it out.")
     if op == "transcribe":
         asked = transcribe.Asked(
             float_model=float_model,

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 from torch import Tensor
 
 from dqw.recipe import Recipe
@@ -58,26 +57,11 @@ def balanced(items: Sequence[Spoken], count: int) -> list[int]:
     return sorted(index for code in places for index in spread(places[code], share[code]))
 
 
-@dataclass(frozen=True)
-class Held:
-    """Some seconds of a recording without a text, in memory: to read them again its file would be
-    decoded from the start."""
-
-    id: str
-    language: str | None
-    seconds: float
-    samples: np.ndarray  # float16
-    text: str | None = None
-
-    def load(self) -> np.ndarray:
-        return self.samples.astype(np.float32)
-
-
 def stretches(
     items: Sequence[SpeechItem], wanted: int, window: float, teacher_labels: str
 ) -> list[SpeechItem]:
     """``balanced`` clips for about ``wanted`` windows of ``window`` seconds. A recording that the
-    teacher is to write down is several of them, evenly spaced, and no more of it is."""
+    teacher is to write down is several of them, evenly spaced and held in memory, and no more."""
 
     def count(item: SpeechItem) -> int:
         written = teacher_labels == "never" or (item.text is not None and teacher_labels != "all")
@@ -107,10 +91,7 @@ def _held(item: SpeechItem, count: int, window: float) -> list[SpeechItem]:
     from dqw.distill.prepare import windows
 
     wave = item.load()
-    return [
-        Held(part.id, part.language, part.seconds, wave[part.start : part.stop].astype(np.float16))
-        for part in spread(windows(item, window, wave), count)
-    ]
+    return [part.held(wave) for part in spread(windows(item, window, wave), count)]
 
 
 def calibration_batches(

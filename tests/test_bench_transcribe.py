@@ -199,7 +199,7 @@ def test_time_is_drawn_by_length(tmp_path):
         (["--peers", "openvino-genai"], "choose one of all, none, dqw-float"),
         (["--lengths", "11", "--plot", "a.png"], "two --lengths or more"),
         (["--float-model", "no-such-folder"], "is no folder: check the path"),
-        (["--bits", "3"], "--bits is for operators, not for --op transcribe"),
+        (["--bits", "3"], "--bits does nothing with --op transcribe: leave it out"),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, words, tmp_path, monkeypatch):

@@ -29,11 +29,12 @@ from dqw.compensate import (
 )
 from dqw.convert import quant_modules
 from dqw.distill.config import GuidanceConfig
+from dqw.distill.prepare import Window
 from dqw.embedding import QuantEmbedding
 from dqw.fake_quant import FakeQuantize
 from dqw.linear import QuantLinear
 from dqw.recipe import QuantConfig, QuantSpec, Recipe, stepped
-from dqw.speech import Held, balanced, stretches
+from dqw.speech import balanced, stretches
 
 
 def inputs(rows: int, cols: int) -> torch.Tensor:
@@ -329,7 +330,7 @@ def test_of_recordings_some_windows_each_are_taken() -> None:
 
     items = [Talk(str(i), 40.0 if i % 2 else 3.0) for i in range(40)]
     found = stretches(items, 24, 2.0, "missing")
-    long = [held for held in found if isinstance(held, Held)]
+    long = [held for held in found if isinstance(held, Window)]
     assert 27 <= len(found) < 40 and len(long) == 8 * len(set(loaded)) == 8 * len(loaded)
     assert all(0 < held.seconds <= 2 and held.load().dtype == np.float32 for held in long)
     begins = sorted(float(held.id.split("@")[1]) / 16_000 for held in long[:8])

@@ -23,6 +23,10 @@ from dqw.errors import UserError
 
 Matching = tuple[int, ...]
 
+DIVERGED = (
+    "start again in another folder with a lower train.lr, or look at the clips and the teacher."
+)
+
 
 def static_odd(student_layers: int, teacher_layers: int) -> Matching:
     """j = 2i + 1, clipped to the last teacher layer: the published rule."""
@@ -123,10 +127,7 @@ def _rows(cost: Tensor) -> list[list[float]]:
     if cost.dim() != 2 or cost.numel() == 0:
         raise ValueError(f"a cost matrix has shape (L_S, L_T), not {tuple(cost.shape)}")
     if bool(torch.isnan(cost).any()):
-        raise UserError(
-            "hidden states are no numbers any more: start again in another folder with a lower "
-            "train.lr, or look at the clips and the teacher."
-        )
+        raise UserError(f"hidden states are no numbers any more: {DIVERGED}")
     rows: list[list[float]] = cost.detach().to("cpu", torch.float64).tolist()
     return rows
 

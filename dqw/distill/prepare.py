@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Window:
     start: int
     stop: int
     text: str | None = None
+    samples: np.ndarray | None = None  # float16: to read them, the source is decoded whole
 
     @property
     def id(self) -> str:
@@ -42,7 +43,13 @@ class Window:
         return (self.stop - self.start) / SAMPLE_RATE
 
     def load(self) -> np.ndarray:
+        if self.samples is not None:
+            return self.samples.astype(np.float32)
         return self.source.load()[self.start : self.stop]
+
+    def held(self, wave: np.ndarray) -> Window:
+        """The same with its samples in memory; ``wave``: all of its source's."""
+        return replace(self, samples=wave[self.start : self.stop].astype(np.float16))
 
 
 @dataclass
@@ -150,9 +157,6 @@ def _add(
         made.skip("empty text", item)
         return
     if not encoder.multilingual:
-        if language not in (None, "en"):
-            made.skip("not English, as the student is", item)
-            return
         language = None
     elif language is None:
         raise UserError(

@@ -25,7 +25,7 @@ from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig
 from dqw.distill.data import EpochSampler
 from dqw.distill.guidance import Guidance, Losses, QuantLossProbe
 from dqw.distill.layers import LayerTap, layer_name
-from dqw.distill.matching import Matching, needs_costs
+from dqw.distill.matching import DIVERGED, Matching, needs_costs
 from dqw.distill.model import (
     Batch,
     DistillModel,
@@ -252,8 +252,8 @@ class DistillTrainer(Seq2SeqTrainer):
             names = (*TOKEN_LOSSES, "hidden", "grad_norm")
             lost = [name for name in names if not math.isfinite(logs.get(name, 0.0))]
             if lost and self.accelerator.scaler is None:  # float16 leaves such steps out by itself
-                words = f"{' and '.join(lost)} is no number"
-                raise UserError(_diverged(words, self.state.global_step))
+                what = f"{' and '.join(lost)} is no number"
+                raise UserError(f"{what} at step {self.state.global_step}: {DIVERGED}")
         super().log(logs, start_time)
         # log.jsonl has them all; a checkpoint would hold them once more.
         del self.state.log_history[:-1]
@@ -267,7 +267,8 @@ class DistillTrainer(Seq2SeqTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         for name, parameter in self.pupil.named_parameters():
             if not parameter.isfinite().all():  # a step that was not logged, or the last
-                raise UserError(_diverged(f"{name} holds no numbers", self.state.global_step))
+                step = self.state.global_step
+                raise UserError(f"{name} holds no numbers at step {step}: {DIVERGED}")
         if self.args.should_save:
             scaler = self.accelerator.scaler
             assert self.optimizer is not None
@@ -312,13 +313,6 @@ class DistillTrainer(Seq2SeqTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing to load: see `seed_step`."""
-
-
-def _diverged(what: str, step: int) -> str:
-    return (
-        f"{what} at step {step}: start again in another folder with a lower train.lr, or look at "
-        "the clips and the teacher."
-    )
 
 
 def settings_of(*configs: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Heard:
     """States of one encoder, those of the one that was asked last; 3 MB a window of base."""
 
     def __init__(self) -> None:
-        self._encoder, self._states, self._bytes = "", dict[str, Tensor](), 0
+        self._encoder, self._states = "", dict[str, Tensor]()
 
     @contextmanager
     def recalled(self, encoder: Any) -> Iterator[None]:
@@ -36,18 +36,17 @@ class Heard:
             return
         key = weights_digest(encoder)
         if key != self._encoder:
-            self._encoder, self._states, self._bytes = key, {}, 0
+            self._encoder, self._states = key, {}
         forward = encoder.forward
 
         def recall(features: Tensor) -> BaseModelOutput:
             kind = features.device.type
-            asked = digest([("", features)], (features.device, torch.is_autocast_enabled(kind)))
+            asked = digest([("", features)], features.device, torch.is_autocast_enabled(kind))
             states = self._states.get(asked)
             if states is None:
                 states = forward(features).last_hidden_state
-                if self._bytes < MOST_BYTES:
+                if sum(kept.nbytes for kept in self._states.values()) < MOST_BYTES:
                     self._states[asked] = states
-                    self._bytes += states.nbytes
             return BaseModelOutput(last_hidden_state=states)
 
         encoder.forward = recall
