@@ -11,6 +11,7 @@ from pathlib import Path
 
 from bench.timing import Timing
 from dqw.errors import UserError
+from dqw.whisper.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,7 @@ def write_cells(file: Path, flat: list[dict]) -> None:
 
 
 def write(file: Path, text: str) -> None:
-    temporary = file.with_name(file.name + ".tmp")
     try:
-        temporary.write_text(text)
-        temporary.replace(file)
+        write_atomic(file, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{file} cannot be written ({error.strerror}): free some space.") from None
