@@ -118,9 +118,8 @@ class FakeQuantize(nn.Module):
         self.spec = spec
         self.group_size = spec.group_size or 0
         self.level_max = grids.level_max(spec.grid, spec.bits)
-        bucket = grids.bucket(spec.grid, spec.bits).to(weight.device)
-        self.register_buffer("bucket", bucket, persistent=False)
         matrix = weight.detach().flatten(1)
+        bucket = self._take_table(matrix)
         self.register_buffer("deviation", _deviation(matrix) if spec.weight_norm else None)
         scale = least_squares_scale(matrix, spec, bucket)
         self.register_buffer("window", scale_window(scale))
@@ -130,6 +129,16 @@ class FakeQuantize(nn.Module):
         self.clip = nn.Parameter(clip, requires_grad=spec.step is None)
         per_clip = matrix.numel() / clip.numel()
         self.gradient_scale = float((per_clip * self.level_max) ** -0.5)
+
+    def _take_table(self, matrix: Tensor) -> Tensor:
+        """Keep the rounding table for ``matrix``, and return it."""
+        bucket = grids.bucket(self.spec.grid, self.spec.bits).to(matrix.device)
+        self.register_buffer("bucket", bucket, persistent=False)
+        return bucket
+
+    def packed_spec(self) -> QuantSpec:
+        """What a packed layer of the weights as they are now is."""
+        return self.spec
 
     @torch.no_grad()
     def scale(self) -> Tensor:

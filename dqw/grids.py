@@ -1,4 +1,5 @@
-"""Which values a code may take: APoT, PoT, uniform and Lloyd grids, as exact integers.
+"""Which values a code may take: APoT, PoT, uniform, Lloyd, stretched and learned grids, as exact
+integers.
 
 A b-bit code is a sign and b-1 bits of magnitude, so a grid is its sorted list of unsigned
 magnitudes; multiplied by one scale they are the weights a layer may hold. Magnitudes are integers
@@ -7,17 +8,25 @@ magnitudes; multiplied by one scale they are the weights a layer may hold. Magni
 The nearest level of x has one rule everywhere, in this file's ``bucket`` table: with
 y = |x| / scale, level = bucket[floor(2 y)]. Levels are integers, so the midpoints between them are
 half-integers, and a tie goes to the larger magnitude.
+
+A grid is a name, or its magnitudes spelled out, "3,10,18,31": what a learned grid, a codebook of
+each layer's own (``dqw.codebook``), is in the plan of a packed folder.
 """
 
+import re
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
 
 from dqw.errors import UserError
 
-GRIDS = ("apot", "pot", "uniform", "lloyd")
+GRIDS = ("apot", "pot", "uniform", "lloyd", "stretched")
+LEARNED = "learned"  # each layer's own levels, which begin as Lloyd's
+CODEBOOK_TOP = 127  # the largest level of a learned grid: an int8
+_NO_ZERO = ("lloyd", "stretched", LEARNED)  # all 2^bits codes count
 
 # Lloyd-Max levels (Lloyd 1982, "Least squares quantization in PCM") of Whisper's weights in groups,
 # each with its best scale. No level is 0, so all 2^bits codes count, where a grid with a zero has
@@ -45,38 +54,76 @@ _POT_SMALLEST_EXPONENT = -14
 
 def widths(grid: str) -> range:
     """The bits that a known grid has."""
-    return range(2, 6) if grid == "lloyd" else range(2, 9)
+    told = _spelled_out(grid)
+    if told:
+        bits = len(told).bit_length()
+        return range(bits, bits + 1)
+    return range(2, 6) if grid in _NO_ZERO else range(2, 9)
 
 
 def at_bits(grid: str, bits: int) -> str:
     """``grid``, or uniform where it has no such width."""
-    return grid if grid not in GRIDS or bits in widths(grid) else "uniform"
+    known = grid in (*GRIDS, LEARNED) or _spelled_out(grid)
+    return grid if not known or bits in widths(grid) else "uniform"
 
 
 def check_grid(grid: str, bits: int) -> None:
-    """Raise UserError unless ``grid`` is a known grid and has ``bits``: 2 to 8, Lloyd 2 to 5."""
-    if grid not in GRIDS:
-        raise UserError(f"grid {grid!r} is not known: choose one of {', '.join(GRIDS)}.")
+    """Raise UserError unless ``grid`` is a known grid, or levels spelled out, and has ``bits``."""
+    names = (*GRIDS, LEARNED)
+    if not isinstance(grid, str) or not (grid in names or _spelled_out(grid)):
+        raise UserError(
+            f"grid {grid!r} is not known: choose one of {', '.join(names)}, or give 2, 4, 8 … 128 "
+            f"rising magnitudes of at most {CODEBOOK_TOP}, as in '1,3'."
+        )
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
         raise UserError(f"bits is {bits!r}, but a weight code has 2 to 8 bits: choose 2 to 8.")
     if bits not in widths(grid):
-        raise UserError(f"the lloyd grid has 2 to 5 bits, not {bits}: choose uniform from 6 on.")
+        has = widths(grid)
+        some = f"{has[0]} to {has[-1]}" if len(has) > 1 else str(has[0])
+        raise UserError(
+            f"the {grid} grid has {some} bits, not {bits}: choose "
+            + ("uniform from 6 on." if grid in names else "one of the widths it has.")
+        )
+
+
+def _spelled_out(grid: str) -> tuple[int, ...]:
+    """The magnitudes that ``grid`` lists; none where it lists no grid."""
+    if not re.fullmatch(r"\d{1,3}(,\d{1,3})+", grid):
+        return ()
+    values = tuple(map(int, grid.split(",")))
+    rises = all(low < high for low, high in pairwise(values))
+    whole = len(values) & (len(values) - 1) == 0  # a power of two
+    return values if rises and whole and values[-1] <= CODEBOOK_TOP else ()
+
+
+def spelled_out(values: Sequence[int]) -> str:
+    """The grid of these magnitudes."""
+    return ",".join(map(str, values))
 
 
 @lru_cache(maxsize=None, typed=True)
 def magnitudes(grid: str, bits: int) -> tuple[int, ...]:
-    """Sorted unsigned integer levels of a signed ``bits``-bit grid; all but Lloyd's start with 0.
+    """Sorted unsigned integer levels of a signed ``bits``-bit grid.
 
     ``apot``: sums of one power of two from each term (Li et al., ICLR 2020, arXiv 1909.13144,
     k = 2, as in the authors' release for 3 to 7 bits; 8 bits by the same rule). 2 bits have one
     bit of magnitude, where APoT, PoT and uniform are the same ternary grid, as in that release.
     ``pot``: zero and powers of two down to 2**-14 of the largest. ``uniform``: 0 to 2**(bits-1)-1.
-    ``lloyd``: least squared error for weights in groups (``_LLOYD``); nothing is rounded to 0.
+    These start with 0; of the others nothing is rounded to 0, unless levels spelled out say so.
+    ``lloyd``: least squared error for weights in groups (``_LLOYD``). ``stretched``: the odd
+    integers, evenly spaced around 0 (StretchedElasticQuant of ParetoQ, arXiv 2502.02631, which
+    uses it at 2 bits). ``learned``: what it begins with, Lloyd's as large as an int8 can be.
     Raises UserError for an unknown grid or a width that it does not have.
     """
     check_grid(grid, bits)
     if grid == "lloyd":
         return _LLOYD[bits]
+    if grid == "stretched":
+        return tuple(range(1, 2**bits, 2))
+    if grid == LEARNED:
+        return tuple(round(CODEBOOK_TOP * value / _LLOYD[bits][-1]) for value in _LLOYD[bits])
+    if told := _spelled_out(grid):
+        return told
     magnitude_bits = bits - 1
     if grid == "uniform" or magnitude_bits == 1:
         return tuple(range(2**magnitude_bits))
@@ -126,11 +173,13 @@ def bucket(grid: str, bits: int) -> Tensor:
     return rounding_table(magnitudes(grid, bits))
 
 
-def rounding_table(values: tuple[int, ...]) -> Tensor:
-    """``bucket`` for any sorted magnitudes."""
-    levels = torch.tensor(values)
+def rounding_table(values: Sequence[int] | Tensor) -> Tensor:
+    """``bucket`` for any sorted magnitudes; of a tensor, on its device, the last of which is
+    ``CODEBOOK_TOP``: nothing waits for it."""
+    levels = torch.as_tensor(values)
+    top = CODEBOOK_TOP if isinstance(values, Tensor) else values[-1]
     twice_midpoints = levels[1:] + levels[:-1]
-    doubled = torch.arange(2 * values[-1] + 1)
+    doubled = torch.arange(2 * top + 1, device=levels.device)
     index = torch.searchsorted(twice_midpoints, doubled, right=True)  # a tie goes up
     return levels[index].to(torch.int16)
 

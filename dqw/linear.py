@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqw import grids, ops
+from dqw.codebook import fake_quantizer
 from dqw.coding import decoded, decoded_weight
 from dqw.fake_quant import FakeQuantize
 from dqw.packing import pack, packed_bytes, packed_scale_bytes, unpack_scales
@@ -61,9 +62,9 @@ class QuantModule(nn.Module):
     def _learn(self, weight: Tensor, rest_spec: QuantSpec | None) -> None:
         """Take ``weight`` as the latent weight and find the initial clips."""
         self.weight = weight
-        self.quantizer = FakeQuantize(self.spec, weight)
+        self.quantizer = fake_quantizer(self.spec, weight)
         if rest_spec is not None:
-            self.rest_quantizer = FakeQuantize(rest_spec, weight)
+            self.rest_quantizer = fake_quantizer(rest_spec, weight)
 
     def _allocate(self, device: torch.device | str | None = None) -> None:
         """Empty packed buffers, to be filled from a folder; then ``dqw.convert.decode`` and
@@ -139,7 +140,7 @@ class QuantModule(nn.Module):
             return
         quantizer = self._active_quantizer()
         assert quantizer is not None
-        self.spec, self.dtype = quantizer.spec, self.weight.dtype
+        self.spec, self.dtype = quantizer.packed_spec(), self.weight.dtype
         scale = quantizer.scale()
         matrix = self.weight.detach().flatten(1)
         level = ops.quantize(matrix, scale, quantizer.bucket, self.group_size)

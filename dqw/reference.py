@@ -14,7 +14,7 @@ from dqw.packing import SMALLEST_SCALE, round_scales, unpack
 _BELOW_SMALLEST = SMALLEST_SCALE * (1 - 2.0**-24)  # the float32 before SMALLEST_SCALE
 
 
-def _per_column(scale: Tensor, cols: int, group_size: int) -> Tensor:
+def per_column(scale: Tensor, cols: int, group_size: int) -> Tensor:
     """``scale`` so that it broadcasts over (rows, cols)."""
     if group_size:
         return scale.repeat_interleave(group_size, dim=1)[:, :cols]
@@ -23,7 +23,7 @@ def _per_column(scale: Tensor, cols: int, group_size: int) -> Tensor:
 
 def _doubled(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
     """t = |x| × (2 / scale): twice the level that x would be, before rounding and clipping."""
-    return x.float().abs() * _per_column(2.0 / scale.float(), x.shape[1], group_size)
+    return x.float().abs() * per_column(2.0 / scale.float(), x.shape[1], group_size)
 
 
 def quantize(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
@@ -37,7 +37,7 @@ def quantize(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tenso
 def fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
     """Round x (rows, cols) to the grid and give it back as weights, in x's dtype. NaN stays."""
     level = quantize(x, scale, bucket, group_size).float()
-    y = level.abs() * _per_column(scale.float(), x.shape[1], group_size)
+    y = level.abs() * per_column(scale.float(), x.shape[1], group_size)
     y = torch.copysign(y, x.float())
     return torch.where(x.isnan(), x.float(), y).to(x.dtype)
 
@@ -59,7 +59,7 @@ def fake_quant_backward(
     level = quantize(x, scale, bucket, group_size).float()
     g, xf = grad.to(x.dtype).float(), x.float()
     per_weight = torch.where(
-        inside, level - xf / _per_column(scale.float(), cols, group_size), level
+        inside, level - xf / per_column(scale.float(), cols, group_size), level
     )
     per_weight = torch.where(x.isnan(), xf, per_weight) * g
     if group_size:
@@ -226,7 +226,7 @@ def dequantize(
 ) -> Tensor:
     """The float32 matrix (rows, cols) that a packed weight stands for: level × scale."""
     level = _unpack_levels(weight, levels, rows, cols, bits).float()
-    return level * _per_column(scale.float(), cols, group_size)
+    return level * per_column(scale.float(), cols, group_size)
 
 
 def quant_linear(

@@ -59,7 +59,9 @@ class Together:
                 continue
             weight = module._parameters.get("weight")
             quantizer = module._modules.get("quantizer" if module.chosen else "rest_quantizer")
-            if quantizer is not None and type(weight) is nn.Parameter:  # whole, and no replica's
+            # A weight that is whole, and no replica's, on a table that stays.
+            fixed = quantizer is not None and "bucket" in quantizer._buffers
+            if fixed and type(weight) is nn.Parameter:
                 modules.append(module)
                 weights.append(weight)
                 quantizers.append(quantizer)

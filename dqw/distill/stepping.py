@@ -17,8 +17,8 @@ from dqw.distill.config import SpecAugmentConfig, TrainConfig
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
     """Trainable parameters in four groups; empty ones are left out.
 
-    Weight decay is for matrices alone. Clips have their own learning rate and never decay: pulling
-    a clip to zero would cut its weights off.
+    Weight decay is for matrices alone. Clips and codebooks have their own learning rate and never
+    decay: pulling a clip to zero would cut its weights off.
     """
     groups: dict[str, list[nn.Parameter]] = {
         "matrix": [],
@@ -31,7 +31,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
             continue
         if name.startswith("projections."):
             kind = "projection"
-        elif name.endswith(".clip"):
+        elif name.endswith((".clip", ".codebook")):
             kind = "clip"
         else:
             kind = "matrix" if parameter.dim() > 1 else "vector"

@@ -12,7 +12,7 @@ from typing import Any
 
 from dqw.budget import kind_of
 from dqw.choices import candidates
-from dqw.grids import GRIDS, widths
+from dqw.grids import GRIDS, LEARNED, widths
 from dqw.recipe import QuantSpec, Recipe
 
 Changes = Mapping[str, Mapping[str, Any]]  # recipe table → key → value
@@ -189,7 +189,7 @@ def _grids(scope: Scope) -> list[Setting]:
     found = [TEACHER]
     for group in (0, 16):  # what larger ones give lies between
         for bits in (4,) if scope.quick else WIDTHS:
-            for grid in GRIDS:
+            for grid in (*GRIDS, LEARNED):
                 if bits == 2 and grid in ("apot", "pot"):
                     continue  # at 2 bits they are the uniform grid
                 if bits not in widths(grid):
