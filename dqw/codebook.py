@@ -89,7 +89,8 @@ class CodebookQuantize(FakeQuantize):
         squared errors."""
         levels = found_levels(matrix, self.spec, self.magnitudes(), importance)
         self.set_levels(levels)
-        self.set_scale(self.stored(least_squares_scale(matrix, self.spec, self.bucket)))
+        scale = least_squares_scale(matrix, self.spec, self.bucket, importance)
+        self.set_scale(self.stored(scale))
 
     @torch.no_grad()
     def set_levels(self, levels: Tensor) -> None:
@@ -142,7 +143,7 @@ def found_levels(
     levels, integers = start.float(), start
     for _ in range(ROUNDS if rows.numel() else 0):
         bucket = grids.rounding_table(integers)
-        scale = least_squares_scale(rows, spec, bucket)
+        scale = least_squares_scale(rows, spec, bucket, importance)
         level = ops.quantize(rows, scale, bucket, group).abs().long()
         place = torch.searchsorted(integers, level).flatten()
         unit = per_column(scale, rows.shape[1], group).expand_as(rows)

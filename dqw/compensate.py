@@ -10,8 +10,7 @@ moment H:
 1. GPTQ (arXiv 2210.17323): columns are rounded one after the other, and what a rounding did to
    X Wᵀ is spread over the columns not yet rounded, by the inverse of H. Each group's scale is
    searched when its turn comes, on the weights as they have become.
-2. Scales by least squares, all groups of a row at once, for the levels found; of a learned grid
-   then the values of its levels, too.
+2. Scales by least squares, all groups of a row at once, for the levels found.
 3. Every level once more, with all the others known (coordinate descent); 2 and 3 are repeated.
 4. The mean of what is left goes into the bias. So H is that of the centred inputs wherever a bias
    can take the mean; also for keys, whose mean the softmax over keys does not see.
@@ -264,8 +263,6 @@ def compensated(weight: Tensor, curvature: Curvature, quantizer: FakeQuantize) -
     for _ in range(ROUNDS):
         if not quantizer.spec.per_tensor:
             q, scale = _fit_scales(pull, q, scale, h, quantizer, size)
-            if isinstance(quantizer, CodebookQuantize):
-                q, scale = _fit_levels(pull, q, scale, h, quantizer, size)
         q = _descend(pull, q, scale, h, quantizer, size)
     if not quantizer.spec.per_tensor:
         quantizer.set_scale(scale.T.contiguous())
@@ -339,35 +336,6 @@ def _fit_scales(
     fitted = quantizer.stored(fitted)
     found = torch.where(fitted > scale / 3, fitted, scale)
     return _of_columns(found, 0, cols, size).mul_(level), found
-
-
-def _fit_levels(
-    pull: Tensor, q: Tensor, scale: Tensor, h: Tensor, quantizer: CodebookQuantize, size: int
-) -> tuple[Tensor, Tensor]:
-    """Step 2 of a learned grid: levels of least squares for the codes of ``q``, and the weight and
-    the scales they give. pull: H Wᵀ. Where they would not rise from above 0, all stay.
-    """
-    cols, levels = len(q), quantizer.magnitudes()
-    shared = size if size < cols else 0
-    level = ops.quantize(q.T.contiguous(), scale.T.contiguous(), quantizer.bucket, shared)
-    level = level.T.contiguous()
-    place = torch.searchsorted(levels, level.abs().long())
-    unit = _of_columns(scale, 0, cols, size) * level.sign()
-    # What each level's weights would be with a level of 1, and what those do.
-    parts = [unit.masked_fill(place != k, 0) for k in range(len(levels))]
-    target = torch.stack([(part * pull).sum(dtype=torch.float64) for part in parts])
-    normal = target.new_zeros(len(parts), len(parts))
-    for k, part in enumerate(parts):
-        done = h @ part
-        normal[k] = torch.stack([(other * done).sum(dtype=torch.float64) for other in parts])
-    normal.diagonal().add_(1e-6 * normal.diagonal().mean() + 1e-12)
-    fitted = torch.linalg.solve(normal, target).float()
-    if not bool((fitted[1:] > fitted[:-1]).all() & (fitted[0] > 0)):  # nor where some are NaN
-        return q, scale
-    quantizer.set_levels(fitted)
-    scale = quantizer.stored(scale * (fitted[-1] / levels[-1]))
-    signed = quantizer.magnitudes()[place] * level.sign()
-    return _of_columns(scale, 0, cols, size).mul_(signed), scale
 
 
 def _grouped(x: Tensor, groups: int, size: int) -> Tensor:

@@ -212,9 +212,11 @@ def root_mean_square(matrix: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def least_squares_scale(matrix: Tensor, spec: QuantSpec, bucket: Tensor) -> Tensor:
+def least_squares_scale(
+    matrix: Tensor, spec: QuantSpec, bucket: Tensor, importance: Tensor | None = None
+) -> Tensor:
     """The scale of least squared error, float32: (1, 1), (rows, 1) or (rows, groups); of a spec
-    with a step, that step.
+    with a step, that step. importance (cols,) weighs the squared errors.
 
     Clips from 0.3 to 1.1 of the largest magnitude are tried, 4 % apart (APoT of 6 bits and more
     has few levels near its top and goes on to 4 times); then the best is refined twice by the
@@ -223,13 +225,16 @@ def least_squares_scale(matrix: Tensor, spec: QuantSpec, bucket: Tensor) -> Tens
     if spec.step is not None:
         return (spec.step * root_mean_square(matrix)).view(1, 1)
     if spec.per_tensor:
-        return _search(matrix.float().view(1, -1), 0, spec, bucket)
+        every = None if importance is None else importance.repeat(len(matrix))
+        return _search(matrix.float().view(1, -1), 0, spec, bucket, every)
     size = spec.group_size or 0
-    parts = [_search(m.float(), size, spec, bucket) for m in matrix.split(_CHUNK_ROWS)]
+    parts = [_search(m.float(), size, spec, bucket, importance) for m in matrix.split(_CHUNK_ROWS)]
     return torch.cat(parts) if parts else matrix.new_zeros((0, 1))
 
 
-def _search(w: Tensor, group_size: int, spec: QuantSpec, bucket: Tensor) -> Tensor:
+def _search(
+    w: Tensor, group_size: int, spec: QuantSpec, bucket: Tensor, importance: Tensor | None
+) -> Tensor:
     top = bucket.numel() // 2
 
     def grouped(x: Tensor) -> Tensor:
@@ -238,8 +243,12 @@ def _search(w: Tensor, group_size: int, spec: QuantSpec, bucket: Tensor) -> Tens
         pad = -x.shape[1] % group_size
         return nn.functional.pad(x, (0, pad)).unflatten(1, (-1, group_size))
 
+    def weighed(x: Tensor) -> Tensor:
+        return x if importance is None else x * importance
+
     def error(scale: Tensor) -> Tensor:
-        return grouped(ops.fake_quant(w, scale, bucket, group_size).sub_(w)).square_().sum(-1)
+        squares = ops.fake_quant(w, scale, bucket, group_size).sub_(w).square_()
+        return grouped(weighed(squares)).sum(-1)
 
     largest = grouped(w.abs()).amax(-1)
     best = (largest / top).clamp(min=SMALLEST_SCALE)
@@ -251,9 +260,9 @@ def _search(w: Tensor, group_size: int, spec: QuantSpec, bucket: Tensor) -> Tens
         best, best_error = _keep_better(best, best_error, scale, error(scale))
         fraction *= 1.04
     for _ in range(2):
-        level = grouped(ops.quantize(w, best, bucket, group_size).float())
-        power = level.square().sum(-1)
-        fitted = (grouped(w) * level).sum(-1) / power.clamp(min=1.0)
+        level = ops.quantize(w, best, bucket, group_size).float()
+        power = grouped(weighed(level.square())).sum(-1)
+        fitted = grouped(weighed(w * level)).sum(-1) / power.clamp(min=1e-12)
         scale = torch.where(power > 0, fitted, best).clamp(min=SMALLEST_SCALE)
         best, best_error = _keep_better(best, best_error, scale, error(scale))
     return best

@@ -30,6 +30,7 @@ IDS = torch.tensor([[1, 5, 7, 9], [1, 8, 3, 4]])
 RECIPES = {
     "apot4 groups": QuantConfig(),
     "lloyd4": QuantConfig(grid="lloyd", group_size=16),
+    "learned3": QuantConfig(bits=3, embedding_bits=4, grid="learned", group_size=16),
     "lloyd3 int8": QuantConfig(bits=3, embedding_bits=5, grid="lloyd", activations="int8"),
     "apot3 rows int8": QuantConfig(bits=3, embedding_bits=5, group_size=0, activations="int8"),
     "uniform2 norm": QuantConfig(bits=2, grid="uniform", group_size=32, weight_norm=True),

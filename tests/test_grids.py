@@ -71,7 +71,7 @@ def test_four_bit_apot_is_arithmetic() -> None:
 def test_codes_and_levels_are_inverse(grid: str, bits: int) -> None:
     table, back = grids.levels(grid, bits), grids.code_of_level(grid, bits)
     top = grids.level_max(grid, bits)
-    if grid != "lloyd":
+    if 0 in grids.magnitudes(grid, bits):
         assert table[0] == 0 and back[top] == 0
     for value in grids.magnitudes(grid, bits):
         assert table[int(back[top + value])] == value
