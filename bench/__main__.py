@@ -38,7 +38,7 @@ def main(
         ),
     ] = "whisper",
     bits: Annotated[str, typer.Option(help="2 to 8, or several such as 3,4.")] = "4",
-    grid: Annotated[str, typer.Option(help="apot, pot, uniform or lloyd.")] = "apot",
+    grid: Annotated[str, typer.Option(help="apot, pot, uniform, lloyd, stretched.")] = "apot",
     group_sizes: Annotated[
         str,
         typer.Option(help="quant_linear, embedding: columns a scale, beside one scale a row."),

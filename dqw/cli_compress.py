@@ -54,7 +54,11 @@ def compress(
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits of Linear weights, 2 to 8.")] = None,
     grid: Annotated[
-        str | None, typer.Option(help="apot, pot, uniform, or lloyd (to 5 bits).")
+        str | None,
+        typer.Option(
+            help="apot, pot, uniform; to 5 bits lloyd, stretched or learned (each layer's own "
+            "levels); or magnitudes, as in 1,3."
+        ),
     ] = None,
     group_size: Annotated[
         int | None,

@@ -27,7 +27,8 @@ ALLOCATIONS = ("none", "bits", "steps")
 class QuantSpec:
     """How one layer's weight is quantized.
 
-    bits: 2 to 8. grid: apot, pot, uniform, or lloyd (2 to 5 bits). group_size: 16, 32, 64 or 128
+    bits: 2 to 8. grid: apot, pot, uniform; lloyd, stretched or learned (2 to 5 bits); or magnitudes
+    spelled out, "1,3", at the one width they have (``dqw.grids``). group_size: 16, 32, 64 or 128
     columns share a scale (a width it does not divide is padded), or None, 0 too, for one scale a
     row; per_tensor: one scale in all. activations: "float", or "int8" for dynamic int8 per token in
     the matrix product. weight_norm: clips are learned in units of the weight's standard deviation.
