@@ -10,6 +10,8 @@ import os
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 T = TypeVar("T")
 # How long a process waits for another: the main one may write labels for hours.
 PATIENCE = timedelta(days=7)
@@ -36,6 +38,18 @@ def agreed(value: T) -> T:
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean of all processes' ``values``, in all."""
+    if not _several():
+        return values
+    import torch.distributed
+
+    state = _joined()
+    values = values.to(state.device)
+    torch.distributed.all_reduce(values)
+    return values / state.num_processes
 
 
 def share(module: Any) -> None:

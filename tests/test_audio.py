@@ -9,7 +9,7 @@ import soundfile
 from whisper_helpers import tone, write_tone
 
 from dqw.errors import UserError
-from dqw.whisper.audio import SAMPLE_RATE, audio_seconds, is_silent, load_audio
+from dqw.whisper.audio import SAMPLE_RATE, audio_seconds, is_silent, load_audio, load_stretch
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg"])
@@ -59,6 +59,27 @@ def test_blocks_join_without_a_seam(tmp_path):
     whole = soxr.resample(wave, 8_000, SAMPLE_RATE)
     audio = load_audio(tmp_path / "a.wav")
     assert len(audio) == len(whole) and np.abs(audio - whole).max() < 1e-6
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg", "opus"])
+@pytest.mark.parametrize("rate", [8_000, 16_000, 24_000, 44_100, 48_000])
+def test_a_stretch_is_that_of_the_whole(tmp_path, suffix, rate):
+    if suffix == "opus" and rate == 44_100:
+        pytest.skip("opus has no such rate")
+    draw, path = np.random.default_rng(0), tmp_path / f"a.{suffix}"
+    wave = draw.uniform(-0.5, 0.5, (7 * rate, 2)).astype(np.float32)
+    kind = {"format": "OGG", "subtype": "OPUS"} if suffix == "opus" else {}
+    with soundfile.SoundFile(path, "w", rate, 2, **kind) as file:
+        for start in range(0, len(wave), rate):  # a long ogg at once crashes libsndfile
+            file.write(wave[start : start + rate])
+    whole = load_audio(path)
+    for start, stop in ((0, 100), (1, 40_000), (33_333, 66_667), (90_001, len(whole)), (5, 5)):
+        part = load_stretch(path, start, stop)
+        assert part.dtype == np.float32 and len(part) == stop - start
+        error = np.abs(part - whole[start:stop]).max(initial=0)
+        assert error <= (0 if rate == 16_000 and suffix != "mp3" else 2e-6)
+    with pytest.raises(UserError, match=r"a.* is cut off: it ends 1.00 s early"):
+        load_stretch(path, len(whole) - 8_000, len(whole) + 8_000 + 8_000)
 
 
 def test_silence_is_no_error(tmp_path):

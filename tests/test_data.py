@@ -150,6 +150,18 @@ def test_dataset_rows_are_decoded_when_asked_for(folder, dataset):
     assert len(first.load()) == 8_000 and np.abs(second.load()).max() > 0.2
 
 
+def test_a_dataset_of_several_splits_and_of_more_audio(folder, dataset):
+    from datasets import Audio, DatasetDict
+
+    DatasetDict(train=dataset, test=dataset).save_to_disk(folder / "both")
+    with pytest.raises(UserError, match=r"both holds the splits test, train; give one, as"):
+        load_items(folder / "both")
+    (folder / "other.wav").write_bytes(b"no audio")
+    more = dataset.add_column("noisy", [str(folder / "other.wav")] * 2)
+    more.cast_column("noisy", Audio()).save_to_disk(folder / "saved")
+    assert len(load_items(folder / "saved")[0].load()) == 8_000  # the other column is left alone
+
+
 def test_dataset_rows_without_text_and_with_one_id(folder, dataset):
     for texts, kept in ((["Hello.", " "], ["Hello.", None]), ([7, 8], [None, None])):
         rows = dataset.remove_columns("sentence").add_column("text", texts)

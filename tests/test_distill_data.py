@@ -3,10 +3,13 @@
 import json
 import os
 import random
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from kernel_helpers import needs_library
 from speech_helpers import Noise, clips, one_thread, tiny_model, tiny_processor  # noqa: F401
@@ -14,12 +17,20 @@ from test_trainer import run
 
 from dqw.distill import DistillConfig, TrainConfig
 from dqw.distill.config import AugmentConfig
-from dqw.distill.data import Collator, EpochSampler, LabelEncoder, SpeechDataset
+from dqw.distill.data import (
+    SHUFFLED,
+    Collator,
+    EpochSampler,
+    LabelEncoder,
+    SpeechDataset,
+    drawn,
+)
 from dqw.distill.labels import _writer, is_loop, read_labels, write_labels
 from dqw.distill.losses import IGNORE
 from dqw.distill.prepare import prepare, windows
 from dqw.errors import UserError
 from dqw.linear import QuantLinear
+from dqw.whisper.data import Item
 from dqw.whisper.fast import fast_encoder
 
 
@@ -77,7 +88,7 @@ def test_cached_features_are_the_fresh_ones_and_augmentation_is_reproducible(enc
     made = prepare(short, encoder, None, None, DistillConfig(), TrainConfig(), Path("unused"))
     augment = AugmentConfig(concatenate=1.0, pause_seconds=0.05)
     joined = SpeechDataset(made.examples, encoder, extractor, augment=augment)
-    wave, text = joined._augmented(made.examples[0], random.Random(0))
+    wave, text = joined._augmented(0, random.Random(0))
     assert len(text.split()) == 4 and text.startswith("t0 ") and len(wave) == int(16_000 * 0.95)
 
 
@@ -102,6 +113,133 @@ def test_what_is_left_out_and_why(encoder):
         prepare([Noise("a", " ")], encoder, None, None, config, TrainConfig(), Path("unused"))
     with pytest.raises(UserError, match=r"clip a has a text but no language.*--language"):
         prepare([Noise("a", language=None)], encoder, None, None, config, TrainConfig(), Path("x"))
+
+
+def test_texts_and_languages_that_the_student_cannot_learn_are_left_out(encoder):
+    """The tokenizer would make of "<|0.00|>" in a text the token that it names."""
+    items = [
+        *clips(1),
+        Noise("timed", "<|0.00|> hello<|2.00|>"),
+        Noise("welsh", language="cy"),
+        Noise("klingon", language="tlh"),
+        Noise("locale", "yes", language="en-US"),
+    ]
+    made = prepare(items, encoder, None, None, DistillConfig(), TrainConfig(), Path("unused"))
+    assert [example.item.id for example in made.examples] == ["clip0", "locale"]
+    assert made.examples[1].language == "en"
+    assert made.skipped == {
+        "text that holds Whisper's own tokens, as <|0.00|>": ["timed"],
+        "language cy, which the student has not": ["welsh"],
+        "language tlh, which the student has not": ["klingon"],
+    }
+
+
+@dataclass(frozen=True)
+class Broken(Noise):
+    """A clip whose header can be read, and nothing else."""
+
+    def load(self) -> np.ndarray:
+        raise UserError(f"{self.id}.flac is corrupt")
+
+
+def test_clips_that_cannot_be_read_are_left_out_and_named(encoder, tmp_path):
+    items = [*clips(2), Broken("bad", seconds=None), Broken("mute", None), Noise("told", None)]
+    where = DistillConfig(), TrainConfig(), tmp_path / "labels.jsonl"
+    made = prepare(items, encoder, tiny_model(), tiny_processor(), *where)
+    assert made.skipped.pop("cannot be read") == ["bad", "mute"]
+    assert made.fault == "bad.flac is corrupt"
+    assert {example.item.id for example in made.examples} <= {"clip0", "clip1", "told"}
+    with pytest.raises(UserError, match=r"cannot be read: 1\).*first.*: bad.flac is corrupt"):
+        prepare([items[2]], encoder, None, None, *where)
+
+
+def test_other_clips_stand_in_for_one_that_has_been_damaged(encoder):
+    items = [*clips(2), Broken("bad"), *clips(4)[2:]]
+    made = prepare(items, encoder, None, None, DistillConfig(), TrainConfig(), Path("unused"))
+    extractor = tiny_processor().feature_extractor
+    dataset = SpeechDataset(made.examples, encoder, extractor)
+    with pytest.warns(RuntimeWarning, match=r"bad.flac is corrupt. Other clips stand in for it"):
+        assert dataset[2]["ids"] == dataset[3]["ids"]
+    joining = AugmentConfig(concatenate=1.0, pause_seconds=0.0)
+    dataset = SpeechDataset(made.examples, encoder, extractor, augment=joining)
+    with pytest.warns(RuntimeWarning, match=r"bad.flac is corrupt"):
+        for key in range(10):
+            dataset[key]
+    alone = SpeechDataset([made.examples[2]] * 3, encoder, extractor)
+    with pytest.raises(UserError, match=r"bad.flac is corrupt"), pytest.warns(RuntimeWarning):
+        alone[0]
+
+
+def test_clips_that_will_not_fit_are_not_loaded(encoder):
+    loaded = []
+
+    @dataclass(frozen=True)
+    class Noted(Noise):
+        def load(self) -> np.ndarray:
+            loaded.append(self.id)
+            return super().load()
+
+    long = [Noted(f"l{i}", f"t{i}", seconds=0.9, real_seconds=0.9, seed=i) for i in range(5)]
+    wordy = [Noted(f"w{i}", "x" * 40, seconds=0.1, real_seconds=0.1, seed=i) for i in range(5)]
+    for items, length in ((long, 0.9), (wordy, 0.1)):
+        made = prepare(items, encoder, None, None, DistillConfig(), TrainConfig(), Path("unused"))
+        joining = AugmentConfig(concatenate=1.0)
+        extractor = tiny_processor().feature_extractor
+        dataset = SpeechDataset(made.examples, encoder, extractor, augment=joining)
+        loaded.clear()
+        assert float(dataset[0]["seconds"]) == pytest.approx(length)
+        assert loaded == [items[0].id]
+
+
+@pytest.mark.parametrize("count", [50, SHUFFLED, SHUFFLED + 50])
+def test_clips_to_join_come_once_each_in_an_order_of_chance(count):
+    places = np.arange(count) * 3
+    order = list(drawn(places, random.Random(1)))
+    assert sorted(order) == places.tolist() != order
+    assert order == list(drawn(places, random.Random(1)))
+    assert order[:9] != list(drawn(places, random.Random(2)))[:9]
+
+
+def test_labels_of_another_teacher_or_language_are_written_anew(tmp_path, monkeypatch):
+    from dqw.distill import labels
+
+    def texts(teacher, processor, waves, code):
+        return [{"text": f"{teacher.name} {code}", "language": code, "fault": ""} for _ in waves]
+
+    monkeypatch.setattr(labels, "_transcribe", texts)
+    path, items = tmp_path / "labels.jsonl", [Noise("a", None, None), Noise("b", None, "ja")]
+    first, second = tiny_model(), tiny_model()
+    with torch.no_grad():
+        next(second.parameters()).add_(1)
+    found = []
+    for name, teacher, language in (
+        ("one", first, "en"), ("again", first, "en"), ("third", first, "ja"), ("two", second, "ja"),
+    ):  # fmt: skip
+        teacher.name = name
+        made = write_labels(teacher, None, items, path, language=language)
+        found.append([made[item.id]["text"] for item in items])
+    assert found == [
+        ["one en", "one ja"], ["one en", "one ja"], ["third ja", "one ja"], ["two ja", "two ja"],
+    ]  # fmt: skip
+
+
+def test_clips_to_label_have_ids_of_their_own(encoder):
+    items = [Noise("a", None), Noise("a", None, seed=1)]
+    with pytest.raises(UserError, match="two clips without a text have the id 'a'"):
+        prepare(items, encoder, None, None, DistillConfig(), TrainConfig(), Path("unused"))
+
+
+def test_windows_read_their_stretch_alone(tmp_path):
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000 * 3).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", wave, 16_000, subtype="FLOAT")
+    item = Item("a", tmp_path / "a.wav")
+    parts = windows(item, 1.0)
+    (tmp_path / "a.wav").unlink()
+    soundfile.write(tmp_path / "a.wav", wave, 16_000, subtype="FLOAT")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Item, "load", lambda self: pytest.fail("decoded whole"))
+        assert np.array_equal(np.concatenate([part.load() for part in parts]), wave)
+        assert item.seconds is None and item.stated_seconds() == 3.0
 
 
 def test_an_english_model_learns_english_alone(encoder):
@@ -129,7 +267,7 @@ def test_a_text_of_the_data_counts_more_than_an_old_label(encoder, tmp_path):
     rows = [{"id": i, "text": "old", "language": "en", "fault": ""} for i in ("a", "b")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     items = [Noise("a", "new"), Noise("b", None)]
-    made = prepare(items, encoder, None, None, DistillConfig(), TrainConfig(), path)
+    made = prepare(items, encoder, tiny_model(), None, DistillConfig(), TrainConfig(), path)
     assert [example.text for example in made.examples] == ["new", "old"]
 
 
@@ -202,14 +340,16 @@ def test_loops_are_told_from_speech():
 def test_training_on_teacher_labels(tmp_path, monkeypatch):
     from dqw.distill import labels
 
-    def texts(teacher, processor, items, code):
-        return [{"text": f"t {i.id}", "language": "ja", "fault": ""} for i in items]
+    def texts(teacher, processor, waves, code):
+        return [{"text": f"t {len(wave)}", "language": "ja", "fault": ""} for wave in waves]
 
     monkeypatch.setattr(labels, "_transcribe", texts)
-    items = [Noise(f"u{i}", None, None, seed=i) for i in range(3)] + clips(1)
+    seconds = [0.3, 0.4, 0.5]
+    items = [Noise(f"u{i}", None, None, s, i, s) for i, s in enumerate(seconds)] + clips(1)
     result = run(tmp_path / "a", items=items)
     assert result.examples == 4
     rows = [json.loads(line) for line in (tmp_path / "a/teacher_labels.jsonl").open()]
-    assert {row["id"]: row["text"] for row in rows} == {f"u{i}": f"t u{i}" for i in range(3)}
+    wanted = {f"u{i}": f"t {int(16_000 * s)}" for i, s in enumerate(seconds)}
+    assert {row["id"]: row["text"] for row in rows} == wanted
     run(tmp_path / "b", items=items, config=DistillConfig(teacher_labels="all"))
     assert len((tmp_path / "b/teacher_labels.jsonl").read_text().splitlines()) == 4

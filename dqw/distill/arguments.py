@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 from transformers import Seq2SeqTrainingArguments
@@ -50,6 +51,13 @@ def training_arguments(
         disable_tqdm=True,
         report_to="none",
     )
+    # accelerate launch says what it likes in the environment; the recipe counts.
+    args.mixed_precision = precision if precision in ("bf16", "fp16") else "no"
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or args.deepspeed_plugin is not None:
+        raise UserError(
+            "FSDP and DeepSpeed part the weights, and a student's checkpoints are whole: launch "
+            "with plain data parallelism, as torchrun --nproc_per_node GPUS does."
+        )
     args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used through torchrun, not DataParallel
     return args
 

@@ -13,9 +13,12 @@ random states to keep: each micro-step seeds the generators from its own number.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,26 @@ from dqw.errors import UserError
 
 PREFIX = "checkpoint-"
 _UNFINISHED = ".unfinished-"
+_LOCK = ".lock"
 _RUN = "run.json"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The run's folder for this process alone, until the block, or the process, ends. Raises
+    UserError where another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {folder}: wait for it to end, or choose another "
+                "folder."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -350,6 +350,11 @@ def check_settings(config: DistillConfig, train: TrainConfig) -> None:
             "train.cache_features = 'always' keeps nothing where train.workers read the clips, as "
             "they end with each epoch: set one of them to 'auto' or 0."
         )
+    if train.cache_features == "always" and config.augment.active:
+        raise UserError(
+            "train.cache_features = 'always' keeps nothing where clips are augmented: set it to "
+            "'auto', or every number of distill.augment to 0."
+        )
     if config.audio_context == "dynamic" and train.freeze_encoder:
         raise UserError(
             "distill.audio_context = 'dynamic' needs an encoder that learns to hear less: set "

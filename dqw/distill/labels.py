@@ -7,8 +7,9 @@ encoder's activations are floats, 138 where the decoder's are int8. On a GPU the
 in CUDA graphs.
 
 Labels are kept as JSON Lines, one clip a line, each line flushed to disk as it is made. A run that
-was killed goes on with what is there; a line cut off by the kill is dropped. Empty transcripts and
-loops are recorded as such and not learned from.
+was killed goes on with what is there; a line cut off by the kill is dropped. What another teacher
+wrote, or the same in another language, is written anew. Empty transcripts and loops are recorded as
+such and not learned from.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import WhisperForConditionalGeneration
 
 import dqw.ops  # noqa: F401  loads the library
 from dqw.convert import packed_copy, quant_modules, set_activations
+from dqw.digest import weights_digest
 from dqw.distill.data import SpeechItem
 from dqw.errors import UserError
 from dqw.recipe import QuantConfig, Recipe
@@ -49,19 +52,31 @@ def write_labels(
     language: str | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], object] | None = None,
+    unread: Callable[[SpeechItem, UserError], object] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Greedy transcripts of `items` by `teacher`, from `path` where it has them.
 
-    Returns id → {"text", "language", "fault"}; `fault` is "" for a label to learn from, else
-    `empty` or `loop`. A clip without a language, where `language` gives none, gets
-    the one that the teacher hears. `progress` is called with (done, total).
+    Returns id → {"text", "language", "fault", "asked", "by"}; `fault` is "" for a label to learn
+    from, else `empty` or `loop`; `asked`: the language it was to be written in; `by`: a digest of
+    the teacher. A clip without a language, where `language` gives none, gets the one that the
+    teacher hears. `progress` is called with (done, total), `unread` with clips whose audio cannot
+    be read and why, which get no label; without it the UserError is raised.
     """
-    labels = read_labels(path)
-    todo = [item for item in items if item.id not in labels]
+    labels, by = read_labels(path), weights_digest(teacher)
+
+    def known_already(item: SpeechItem) -> bool:
+        label = labels.get(item.id, {})
+        same = label.get("by", by) == by  # an earlier version noted neither
+        return "text" in label and same and label.get("asked", asked(item)) == asked(item)
+
+    def asked(item: SpeechItem) -> str:
+        return item.language or language or ""
+
+    todo = [item for item in items if not known_already(item)]
     writer = _writer(teacher) if todo else teacher
     path.parent.mkdir(parents=True, exist_ok=True)
     # Clips of one language go together, so a batch shares its prefix; the sort is stable.
-    known = [(item.language or language or "", item) for item in todo]
+    known = [(asked(item), item) for item in todo]
     known.sort(key=lambda pair: pair[0])
     done = len(items) - len(todo)
     # Ids are file names, which need not be UTF-8: such bytes are written as JSON reads them back.
@@ -70,15 +85,33 @@ def write_labels(
             code = known[0][0]
             batch = [item for spoken, item in known[:batch_size] if spoken == code]
             known = known[len(batch) :]
-            for item, label in zip(batch, _transcribe(writer, processor, batch, code), strict=True):
-                labels[item.id] = label
-                file.write(json.dumps({"id": item.id, **label}, ensure_ascii=False) + "\n")
+            heard, waves = _loaded(batch, unread)
+            for item, label in zip(heard, _transcribe(writer, processor, waves, code), strict=True):
+                labels[item.id] = {**label, "asked": code, "by": by}
+                row = {"id": item.id, **labels[item.id]}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
             done += len(batch)
             if progress is not None:
                 progress(done, len(items))
     return labels
+
+
+def _loaded(
+    items: list[SpeechItem], unread: Callable[[SpeechItem, UserError], object] | None
+) -> tuple[list[SpeechItem], list[np.ndarray]]:
+    """Those of ``items`` whose audio can be read, and their samples."""
+    heard, waves = [], []
+    for item in items:
+        try:
+            waves.append(item.load())
+            heard.append(item)
+        except UserError as error:
+            if unread is None:
+                raise
+            unread(item, error)
+    return heard, waves
 
 
 def _writer(teacher: Any) -> Any:
@@ -121,11 +154,11 @@ def read_labels(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _transcribe(
-    teacher: Any, processor: Any, items: list[SpeechItem], code: str
+    teacher: Any, processor: Any, waves: list[np.ndarray], code: str
 ) -> list[dict[str, Any]]:
-    found = transcribe(
-        teacher, processor, [item.load() for item in items], code or None, batch_size=len(items)
-    )
+    if not waves:
+        return []
+    found = transcribe(teacher, processor, waves, code or None, batch_size=len(waves))
     made = []
     for transcript in found:
         loops = transcript.looped or is_loop(transcript.text)

@@ -19,6 +19,7 @@ from dqw.distill.config import DistillConfig
 from dqw.distill.layers import STACKS, LayerTap, stack_layers
 from dqw.distill.losses import IGNORE, ProjectionBank, hidden_loss, pairwise_costs, token_losses
 from dqw.distill.matching import Matching, match, needs_costs
+from dqw.processes import mean
 from dqw.whisper.context import narrowed
 
 States = dict[str, dict[int, Tensor]]
@@ -224,12 +225,13 @@ class DistillModel(nn.Module):
                 self.projected(stack, teacher[stack][j][::stride], j)
                 for j in range(self.teacher_depth[stack])
             ]
-        return pairwise_costs(
+        costs = pairwise_costs(
             [state[::stride] for state in learned],
             targets,
             self.settings.hidden_loss,
             self.settings.hidden_temperature,
         )
+        return mean(costs)  # so that all processes match alike
 
     def find_matching(self, student: States, teacher: States, stack: str) -> Matching:
         if not needs_costs(self.settings.matching):

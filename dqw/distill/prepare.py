@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,13 +13,15 @@ from typing import Any
 import numpy as np
 
 from dqw.distill.config import DistillConfig, TrainConfig
-from dqw.distill.data import SAMPLE_RATE, Example, LabelEncoder, SpeechItem
+from dqw.distill.data import Example, LabelEncoder, SpeechItem
 from dqw.distill.labels import write_labels
 from dqw.errors import UserError
+from dqw.whisper.audio import SAMPLE_RATE
 from dqw.whisper.data import language_code
 
 # A clip this little over the window is cut by rounding, not by speech.
 SLACK_SECONDS = 0.05
+_OWN_TOKEN = re.compile(r"<\|[^|]*\|>")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,10 @@ class Window:
     def load(self) -> np.ndarray:
         if self.samples is not None:
             return self.samples.astype(np.float32)
+        load_part = getattr(self.source, "load_part", None)  # another's items may have none
+        if load_part is not None:
+            part: np.ndarray = load_part(self.start, self.stop)
+            return part
         return self.source.load()[self.start : self.stop]
 
     def held(self, wave: np.ndarray) -> Window:
@@ -58,9 +66,15 @@ class Prepared:
 
     examples: list[Example] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=dict)
+    fault: str = ""  # of the first clip that cannot be read
 
     def skip(self, reason: str, item: SpeechItem) -> None:
         self.skipped.setdefault(reason, []).append(item.id)
+
+    def unread(self, item: SpeechItem, error: UserError) -> None:
+        """Leave out a clip whose audio cannot be read."""
+        self.fault = self.fault or str(error)
+        self.skip("cannot be read", item)
 
     def fingerprint(self) -> str:
         """A hash of ids, texts, languages and lengths in their order: what a resumed run must
@@ -89,7 +103,8 @@ def prepare(
     Labelled clips longer than `window` (what the models hear at once, in seconds) are left out:
     their text would not match what is heard. Unlabelled ones are cut into windows at quiet places
     and labelled by the teacher, with its own `processor`. Raises UserError if nothing is left to
-    learn from, or if a labelled clip has no language and the model needs one.
+    learn from, if a labelled clip has no language and the model needs one, or if two clips that
+    the teacher is to label have one id.
     """
     language = None if train.language is None else str(train.language)
     language = language_code(language, "train.language")
@@ -101,9 +116,11 @@ def prepare(
         if wants_teacher and distill.teacher_labels == "never":
             made.skip("no text", item)
             continue
-        seconds = item.seconds
-        if seconds is None:
-            seconds = len(item.load()) / SAMPLE_RATE
+        try:
+            seconds = _seconds(item)
+        except UserError as error:
+            made.unread(item, error)
+            continue
         if not encoder.multilingual and (item.language or language) not in (None, "en"):
             made.skip("not English, as the student is", item)
             continue
@@ -113,11 +130,15 @@ def prepare(
             else:
                 labelled.append((item, seconds))
         elif seconds > window + SLACK_SECONDS:
-            unlabelled += [(part, part.seconds) for part in windows(item, window)]
+            try:
+                unlabelled += [(part, part.seconds) for part in windows(item, window)]
+            except UserError as error:
+                made.unread(item, error)
         else:
             unlabelled.append((item, seconds))
     texts: dict[str, dict[str, Any]] = {}
     if unlabelled:
+        _check_ids([item.id for item, _ in unlabelled])
         texts = write_labels(
             teacher,
             processor,
@@ -126,18 +147,39 @@ def prepare(
             language=language,
             batch_size=train.label_batch_size,
             progress=progress,
+            unread=made.unread,
         )
+        gone = set(made.skipped.get("cannot be read", ()))
+        unlabelled = [pair for pair in unlabelled if pair[0].id not in gone]
     for item, seconds in labelled:
         _add(made, item, seconds, None, encoder, language)
     for item, seconds in unlabelled:
         _add(made, item, seconds, texts.get(item.id), encoder, language)
     if not made.examples:
         reasons = "; ".join(f"{reason}: {len(ids)}" for reason, ids in made.skipped.items())
+        fault = f" The first that cannot be read: {made.fault}" if made.fault else ""
         raise UserError(
             f"no clip is left ({reasons or 'the data holds none'}): give clips of "
-            f"up to {window:g} s with a text, or allow teacher labels."
+            f"up to {window:g} s with a text, or allow teacher labels.{fault}"
         )
     return made
+
+
+def _seconds(item: SpeechItem) -> float:
+    """Length of a clip, decoded where nothing else says it."""
+    if item.seconds is not None:
+        return item.seconds
+    stated = getattr(item, "stated_seconds", None)  # another's items may have none
+    return float(stated()) if stated is not None else len(item.load()) / SAMPLE_RATE
+
+
+def _check_ids(ids: list[str]) -> None:
+    if len(set(ids)) < len(ids):
+        twice = next(key for key, count in Counter(ids).items() if count > 1)
+        raise UserError(
+            f"two clips without a text have the id {twice!r}, and the teacher's texts are kept by "
+            "id: give each clip its own."
+        )
 
 
 def _add(
@@ -156,6 +198,9 @@ def _add(
     if text is None or not text.strip():
         made.skip("empty text", item)
         return
+    if _OWN_TOKEN.search(text):  # the tokenizer would take them for what they name
+        made.skip("text that holds Whisper's own tokens, as <|0.00|>", item)
+        return
     if not encoder.multilingual:
         language = None
     elif language is None:
@@ -163,6 +208,13 @@ def _add(
             f"the clip {item.id} has a text but no language, and the model needs one: add it to "
             "the data, or set train.language (--language)."
         )
+    else:
+        try:
+            language = language_code(language, f"the clip {item.id}: the language")
+            encoder.prefix(language)
+        except UserError:
+            made.skip(f"language {language}, which the student has not", item)
+            return
     if not encoder.fits(text, language):
         made.skip(f"text of more than {encoder.max_length} tokens", item)
         return

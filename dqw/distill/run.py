@@ -12,8 +12,10 @@ output_dir/
 from __future__ import annotations
 
 import itertools
+import shutil
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,11 @@ from dqw.distill.pair import Pair, check_models, is_copy, is_multilingual, settl
 from dqw.distill.prepare import Prepared, prepare
 from dqw.distill.progress import Display, StepReport, display
 from dqw.distill.states import FOLDER as STATES
-from dqw.distill.states import StatesDataset, keep_states, keeps_states
+from dqw.distill.states import StatesDataset, keep_states, keeps_states, window_bytes
 from dqw.distill.stepping import seed_step
 from dqw.distill.trainer import DistillTrainer
 from dqw.errors import UserError
-from dqw.processes import is_main, share
+from dqw.processes import agreed, is_main, share
 from dqw.speech import balanced
 
 CACHED_CLIPS = 2000  # about 1 GB of float16 features at 80 mels
@@ -101,8 +103,8 @@ def distill(
         states: folder for kept states, which runs may share; None: `output_dir/states`.
 
     Raises:
-        UserError: models do not fit each other, no clip is left, the folder is in use, a resumed
-            run has other settings or data, or the disk is full.
+        UserError: models do not fit each other, no clip is left, the folder is in use or holds
+            another run, a resumed run has other settings or data, or the disk is full.
     """
     config, guidance = config or DistillConfig(), guidance or GuidanceConfig()
     train, folder = train or TrainConfig(), Path(output_dir)
@@ -118,9 +120,27 @@ def distill(
             f"guidance.mode = {guidance.mode!r} needs distilled hidden states, and none are "
             "compared: give distill.hidden a positive weight and a matching."
         )
+    keeps_states(config, guidance, train)
+    with store.held(folder) if is_main() else nullcontext():
+        return _distill(
+            Pair(teacher, student, processor, teacher_processor or processor), items, folder,
+            (config, guidance, train), resume, _display(progress), states,
+        )  # fmt: skip
+
+
+def _distill(
+    pair: Pair,
+    items: Iterable[SpeechItem],
+    folder: Path,
+    settings: tuple[DistillConfig, GuidanceConfig, TrainConfig],
+    resume: bool,
+    shown: Display,
+    states: Path | None,
+) -> TrainResult:
+    student, teacher, processor = pair.student, pair.teacher, pair.processor
+    config, guidance, train = settings
     kept = keeps_states(config, guidance, train)
     found = _checkpoint(folder, resume)
-    shown = _display(progress)
     settle(student, teacher, config, train)
     encoder = LabelEncoder(
         processor.tokenizer, is_multilingual(student), student.config.max_target_positions
@@ -130,18 +150,24 @@ def distill(
     # Other processes read the labels that the first one has written.
     with args.main_process_first(local=False):
         made = prepare(
-            items, encoder, teacher, teacher_processor or processor, config, train,
+            items, encoder, teacher, pair.teacher_processor, config, train,
             folder / "teacher_labels.jsonl",
             window=float(processor.feature_extractor.chunk_length),
             progress=lambda done, total: shown.count("teacher labels", done, total),
         )  # fmt: skip
     for reason, ids in made.skipped.items():
         shown.note(f"left out, {reason}: {len(ids)} ({', '.join(ids[:3])}{'…' if ids[3:] else ''})")
+    if made.fault:
+        shown.note(f"the first that cannot be read: {made.fault}")
+    if agreed(made.fingerprint()) != made.fingerprint():
+        raise UserError(
+            "processes have different clips or texts: give all the same data and output folder."
+        )
     dataset = SpeechDataset(
         made.examples,
         encoder,
         processor.feature_extractor,
-        Pair(teacher, student, processor, teacher_processor or processor).teacher_extractor,
+        pair.teacher_extractor,
         augment=config.augment,
         seed=train.seed if config.augment.seed is None else config.augment.seed,
         cache=train.cache_features == "always"
@@ -163,6 +189,8 @@ def distill(
     read = args.max_steps * train.accumulate * train.batch_size * args.world_size
     if train.cache_states == "auto" and states is None and read <= len(dataset):
         kept = False  # no window is read twice
+    if kept and train.cache_states == "auto":
+        kept = agreed(_room(dataset, teacher, student, states or folder / STATES, shown))
     seed_step(train.seed, -1, 0, 0)  # projections start at random
     pupil = DistillModel(student, teacher, config)
     windows: SpeechDataset | StatesDataset = dataset
@@ -185,7 +213,7 @@ def distill(
     trainer = DistillTrainer(
         pupil,
         teacher,
-        (config, guidance, train),
+        settings,
         args,
         train_dataset=windows,
         data_collator=Collator(pad=encoder.end),
@@ -215,6 +243,21 @@ def distill(
         shown.stop()
     student.eval()
     return _result(trainer, made, report, time.monotonic() - began, step, folder, args.max_steps)
+
+
+def _room(dataset: SpeechDataset, teacher: Any, student: Any, folder: Path, shown: Display) -> bool:
+    """Whether the states of all windows take at most half of the disk's free space."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    wanted = len(dataset) * window_bytes(student, teacher)
+    if 2 * wanted > free:
+        shown.note(
+            f"what the teacher and the encoder make of {len(dataset)} windows is worked out at "
+            f"every step: kept, it would take about {wanted / 2**30:.0f} GiB of the disk's "
+            f"{free / 2**30:.0f} (train.cache_states)"
+        )
+    return 2 * wanted <= free
 
 
 def _keys(

@@ -58,6 +58,12 @@ def keeps_states(config: DistillConfig, guidance: GuidanceConfig, train: TrainCo
     return train.cache_states != "never" and cure is None
 
 
+def window_bytes(student: Any, teacher: Any) -> int:
+    """About what a window's states take, with 100 tokens and none of the teacher's hidden ones."""
+    heard = student.config.max_source_positions * student.config.d_model * 2
+    return int(heard) + 100 * int(teacher.config.d_model) * 4
+
+
 class StatesDataset(Dataset[dict[str, Any]]):
     """The windows of a SpeechDataset as kept states and tokens; keys as there.
 
@@ -146,7 +152,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     except OSError as error:
         raise UserError(
             f"{path.parent} cannot take another window ({error.strerror}): free some space and "
-            "resume, or set train.cache_states = 'never'."
+            "resume, or begin anew with train.cache_states = 'never'."
         ) from error
 
 

@@ -18,7 +18,13 @@ from typing import Any
 import numpy as np
 
 from dqw.errors import UserError
-from dqw.whisper.audio import SUFFIXES, EncodedAudio, audio_seconds, load_audio
+from dqw.whisper.audio import (
+    SUFFIXES,
+    EncodedAudio,
+    audio_seconds,
+    load_audio,
+    load_stretch,
+)
 
 _TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text")
 _LANGUAGE_COLUMNS = ("language", "locale")
@@ -40,6 +46,14 @@ class Item:
     def load(self) -> np.ndarray:
         """Mono float32 samples at 16 kHz; raises UserError naming the file."""
         return load_audio(self.audio)
+
+    def load_part(self, start: int, stop: int) -> np.ndarray:
+        """Samples ``start`` to ``stop`` of these, without decoding the rest."""
+        return load_stretch(self.audio, start, stop)
+
+    def stated_seconds(self) -> float:
+        """``seconds``, or what the headers say where that is not known."""
+        return audio_seconds(self.audio) if self.seconds is None else self.seconds
 
 
 @dataclass(frozen=True)
@@ -136,6 +150,11 @@ def _read(data: str | Path) -> list[Item]:
             from datasets import Dataset
 
             return _from_dataset(Dataset.load_from_disk(str(path)), str(path))
+        if (path / "dataset_dict.json").is_file():
+            splits = sorted(f.name for f in path.iterdir() if (f / "state.json").is_file())
+            raise UserError(
+                f"{path} holds the splits {', '.join(splits)}; give one, as {path}/NAME"
+            )
         return _read_folder(path)
     if path.is_file():
         if path.suffix.lower() in SUFFIXES:
@@ -270,7 +289,8 @@ def _from_dataset(dataset: Any, name: str) -> list[Item]:
     column = next((key for key, value in features.items() if isinstance(value, Audio)), None)
     if column is None:
         raise UserError(f"{name} has no audio column (it has {', '.join(features)}); pick another")
-    dataset = dataset.cast_column(column, Audio(decode=False))
+    # Alone: a row's other columns would be decoded with it.
+    audio = dataset.select_columns([column]).cast_column(column, Audio(decode=False))
     text_column = _column(features, _TEXT_COLUMNS)
     language_column = _column(features, _LANGUAGE_COLUMNS)
     labels = dataset.select_columns(
@@ -286,7 +306,7 @@ def _from_dataset(dataset: Any, name: str) -> list[Item]:
         items.append(
             Item(
                 id=key if isinstance(key, str) and key else str(row),
-                audio=DatasetAudio(dataset, row, column, where),
+                audio=DatasetAudio(audio, row, column, where),
                 text=text if isinstance(text, str) and text.strip() else None,
                 language=_known_language(spoken),
             )
