@@ -9,6 +9,7 @@ import torch
 # With these typer and rich colour what they print, and tests look for plain words.
 for _name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS"):
     os.environ.pop(_name, None)
+os.environ["DQW_POISON"] = "1"  # before the library is loaded: see csrc/cpu/tensors.h
 
 
 def make_tiny_whisper(**changes: int):  # type: ignore[no-untyped-def]
@@ -63,10 +64,14 @@ def encoder():  # type: ignore[no-untyped-def]
 
 @pytest.fixture(autouse=True)
 def _poisoned_empty() -> Iterator[None]:
-    """torch.empty gives NaN, so a kernel that forgets to write an element fails its test."""
+    """torch.empty gives NaN, as the C++ library's memory does, so a kernel that forgets to write an
+    element fails its test. Threads are as they were for the next test."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
     was = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(was)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

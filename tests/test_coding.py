@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -89,6 +90,18 @@ def test_some_rows_tell_what_all_will_take(rows: int) -> None:
     codes = (level + 64).to(torch.uint8)
     size = len(encoded_weight(pack(codes, 8), *codes.shape, 8))
     assert 0.997 * size < _coded_bytes(_some(codes), rows) < 1.02 * size
+
+
+def test_a_folder_that_users_have_is_read_as_ever() -> None:
+    """`folders/format4` was written once and stays; its vocabulary has a table for each column.
+    weights.json: SHA-256 of every dequantized weight, float32."""
+    folder = Path(__file__).parent / "folders" / "format4"
+    wanted = json.loads((folder / "weights.json").read_text())
+    model = WhisperForConditionalGeneration.from_pretrained(folder)
+    assert {
+        name: hashlib.sha256(module.dequantized_weight().numpy().tobytes()).hexdigest()
+        for name, module in quant_modules(model).items()
+    } == wanted
 
 
 def test_damage_is_noticed() -> None:

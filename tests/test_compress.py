@@ -75,6 +75,56 @@ def test_the_default_recipe_depends_on_the_student(
     assert found == [True, True, False, False]
 
 
+def test_a_student_of_its_own(base: Path, data: Path, tmp_path: Path) -> None:
+    """Of another width, with a processor of its own: the folder has both."""
+    other, out = tmp_path / "other", tmp_path / "student"
+    model, processor = load_whisper(base)
+    size = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_layers": 1}
+    config = type(model.config).from_dict({**model.config.to_dict(), **size})
+    student = type(model)(config)
+    student.generation_config = model.generation_config
+    student.save_pretrained(other)
+    processor.save_pretrained(other)
+    (other / "normalizer.json").write_text('{"colour": "hue"}')
+    options = ("--teacher", base, "--student", other, "--data", data, "--steps", "1")
+    code, output = run_dqw("compress", *options, "--batch-size", "2", "--out", out)
+    assert code == 0, output
+    found, its = load_whisper(out)
+    assert found.config.d_model == 32 and found.config.decoder_layers == 1
+    assert its.tokenizer.english_spelling_normalizer == {"colour": "hue"}
+    made_by = json.loads((out / "config.json").read_text())["quantization_config"]["made_by"]
+    assert (made_by["teacher"], made_by["student"]) == ("base", "other")
+
+
+WITHOUT_LIBRARY = """
+import pathlib, sys
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda self, **how: self.name != "_C.so" and exists(self, **how)
+from dqw.cli import app
+app(sys.argv[1:])
+"""
+
+
+def test_everything_works_without_the_library_and_says_so_once(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "student"
+    compress = ["compress", "--teacher", base, "--data", data, "--ptq-only", "--out", out]
+    compress += ["--calibration-clips", "2"]
+    for arguments in (
+        compress,
+        ["transcribe", data.parent / "0.wav", "--model", out, "--language", "en"],
+        ["eval", "--model", out, "--teacher", base, "--data", data],
+    ):
+        run = subprocess.run(
+            [sys.executable, "-c", WITHOUT_LIBRARY, *map(str, arguments)],
+            capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+        assert run.stderr.count("dqw runs on its slow PyTorch reference: there is no") == 1
+        assert "Traceback" not in run.stderr
+
+
 def test_joint_training_moves_weights_and_clips(base: Path, data: Path, tmp_path: Path) -> None:
     ptq, out = tmp_path / "ptq", tmp_path / "student"
     assert run_dqw("compress", "--teacher", base, "--ptq-only", "--out", ptq)[0] == 0

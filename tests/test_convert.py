@@ -24,7 +24,7 @@ from dqw.save import save_student
 from dqw.whisper.checkpoint import load_whisper, save_processor, verify_folder
 from dqw.whisper.engines import open_engine
 
-FEATURES = torch.randn(2, 80, 3000, generator=torch.Generator().manual_seed(1))
+FEATURES = torch.randn(2, 80, 100, generator=torch.Generator().manual_seed(1))
 IDS = torch.tensor([[1, 5, 7, 9], [1, 8, 3, 4]])
 
 RECIPES = {
@@ -45,7 +45,7 @@ def logits(model: torch.nn.Module, features: torch.Tensor = FEATURES) -> torch.T
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_station_gives_the_same_logits(name: str, tmp_path: Path) -> None:
-    model = dqw.quantize(make_tiny_whisper(), Recipe(quant=RECIPES[name]))
+    model = dqw.quantize(make_tiny_whisper(max_source_positions=50), Recipe(quant=RECIPES[name]))
     round_float_rest(model)
     learning = logits(model)
     noise = (logits(model, FEATURES * (1 + 1e-6)) - learning).abs().mean()
@@ -70,7 +70,7 @@ def test_every_station_gives_the_same_logits(name: str, tmp_path: Path) -> None:
 
 
 def test_frozen_weights_are_bit_for_bit_the_learned_ones() -> None:
-    model = dqw.quantize(make_tiny_whisper())
+    model = dqw.quantize(make_tiny_whisper(max_source_positions=50))
     for module in quant_modules(model).values():  # off the initial clips
         module.quantizer.clip.data.mul_(0.77)
     before = {
@@ -82,7 +82,7 @@ def test_frozen_weights_are_bit_for_bit_the_learned_ones() -> None:
 
 
 def test_scales_of_groups_take_a_byte_in_a_folder(tmp_path: Path) -> None:
-    model = dqw.freeze(dqw.quantize(make_tiny_whisper()))
+    model = dqw.freeze(dqw.quantize(make_tiny_whisper(max_source_positions=50)))
     model.save_pretrained(tmp_path)
     fc1 = model.model.encoder.layers[0].fc1
     assert fc1.scale.dtype == torch.float16
@@ -106,7 +106,7 @@ def test_clips_stay_in_the_window_that_a_byte_spans() -> None:
 
 
 def test_embedding_and_projection_share_one_tensor() -> None:
-    model = dqw.freeze(dqw.quantize(make_tiny_whisper()))
+    model = dqw.freeze(dqw.quantize(make_tiny_whisper(max_source_positions=50)))
     names = [n for n in model.state_dict() if "embed_tokens" in n or "proj_out" in n]
     assert names == [f"model.decoder.embed_tokens.{t}" for t in ("weight", "scale", "levels")]
     twin = copy.deepcopy(model)
@@ -114,8 +114,12 @@ def test_embedding_and_projection_share_one_tensor() -> None:
 
 
 def test_clip_and_weight_learn_and_only_used_embedding_rows_round() -> None:
-    model = dqw.quantize(make_tiny_whisper()).train()
+    model = dqw.quantize(make_tiny_whisper(max_source_positions=50)).train()
+    embedding, rounded = model.model.decoder.embed_tokens, []
+    embedding.quantizer.register_forward_pre_hook(lambda _, given: rounded.append(len(given[0])))
     model(input_features=FEATURES, decoder_input_ids=IDS).logits.square().mean().backward()
+    # The rows looked up, and all, once, where it is the output projection.
+    assert sorted(rounded) == [IDS.numel(), embedding.rows]
     for name, module in quant_modules(model).items():
         assert module.quantizer.clip.grad.abs().sum() > 0, name
         assert module.weight.grad.abs().sum() > 0, name
@@ -123,7 +127,10 @@ def test_clip_and_weight_learn_and_only_used_embedding_rows_round() -> None:
 
 def test_unchosen_layers_stay_float_or_take_rest_bits(tmp_path: Path) -> None:
     for rest_bits in (0, 8):
-        model = dqw.quantize(make_tiny_whisper(), Recipe(quant=QuantConfig(rest_bits=rest_bits)))
+        model = dqw.quantize(
+            make_tiny_whisper(max_source_positions=50),
+            Recipe(quant=QuantConfig(rest_bits=rest_bits)),
+        )
         fc1 = "model.encoder.layers.1.fc1"
         model.get_submodule(fc1).chosen = False
         round_float_rest(model)
@@ -140,7 +147,11 @@ def test_unchosen_layers_stay_float_or_take_rest_bits(tmp_path: Path) -> None:
 
 
 def test_casts_keep_scales_and_moves_take_everything() -> None:
-    model = dqw.freeze(dqw.quantize(make_tiny_whisper(), Recipe(quant=QuantConfig(group_size=0))))
+    model = dqw.freeze(
+        dqw.quantize(
+            make_tiny_whisper(max_source_positions=50), Recipe(quant=QuantConfig(group_size=0))
+        )
+    )
     scale, high = model.model.encoder.layers[0].fc1.scale.clone(), logits(model)
     model.to(torch.bfloat16)
     assert model.model.encoder.layers[0].fc1.scale.dtype == torch.float32
@@ -164,14 +175,14 @@ def test_a_learning_layer_may_be_cast(group_size: int) -> None:
 
 
 def test_the_projection_follows_its_embedding_to_another_device() -> None:
-    model = dqw.freeze(dqw.quantize(make_tiny_whisper()))
+    model = dqw.freeze(dqw.quantize(make_tiny_whisper(max_source_positions=50)))
     model.model.decoder.embed_tokens.to("meta")
     assert model.proj_out(torch.randn(2, model.config.d_model)).device.type == "meta"
 
 
 def test_an_embedding_that_is_not_the_projection_is_refused() -> None:
     """A folder of both could not be read back."""
-    model = make_tiny_whisper()
+    model = make_tiny_whisper(max_source_positions=50)
     model.proj_out.weight = torch.nn.Parameter(model.proj_out.weight.detach().clone())
     with pytest.raises(UserError, match=r"leave the embedding float \(--embedding-bits 0\)"):
         dqw.quantize(model)
@@ -180,7 +191,9 @@ def test_an_embedding_that_is_not_the_projection_is_refused() -> None:
 
 def test_tables_are_kept_from_broadcasts() -> None:
     """DistributedDataParallel sends all other buffers to its processes, and int16 cannot be."""
-    model = dqw.quantize(make_tiny_whisper()).to(torch.device("cpu", 0))  # tables are copied
+    model = dqw.quantize(make_tiny_whisper(max_source_positions=50)).to(
+        torch.device("cpu", 0)
+    )  # tables are copied
     ignored = set(model._ddp_params_and_buffers_to_ignore)
     sent = {name: buffer for name, buffer in model.named_buffers() if name not in ignored}
     assert any(name.endswith("bucket") for name in ignored)
@@ -188,7 +201,11 @@ def test_tables_are_kept_from_broadcasts() -> None:
 
 
 def test_loading_as_bfloat16_keeps_scales(tmp_path: Path) -> None:
-    model = dqw.freeze(dqw.quantize(make_tiny_whisper(), Recipe(quant=QuantConfig(group_size=0))))
+    model = dqw.freeze(
+        dqw.quantize(
+            make_tiny_whisper(max_source_positions=50), Recipe(quant=QuantConfig(group_size=0))
+        )
+    )
     model.save_pretrained(tmp_path)
     loaded = WhisperForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
     loaded.generate(FEATURES.bfloat16(), max_new_tokens=2)
@@ -198,7 +215,7 @@ def test_loading_as_bfloat16_keeps_scales(tmp_path: Path) -> None:
 
 
 def test_generate_runs_on_a_packed_model() -> None:
-    model = dqw.freeze(dqw.quantize(make_tiny_whisper()))
+    model = dqw.freeze(dqw.quantize(make_tiny_whisper(max_source_positions=50)))
     assert model.generate(FEATURES, max_new_tokens=4).shape[0] == 2
 
 
@@ -212,7 +229,7 @@ def test_encoder_compiles_whole() -> None:
 
 
 def test_without_dqw_the_folder_fails_loudly(tmp_path: Path) -> None:
-    dqw.freeze(dqw.quantize(make_tiny_whisper())).save_pretrained(tmp_path)
+    dqw.freeze(dqw.quantize(make_tiny_whisper(max_source_positions=50))).save_pretrained(tmp_path)
     code = (
         "import sys; from transformers import WhisperForConditionalGeneration as W; "
         "W.from_pretrained(sys.argv[1])"
@@ -268,7 +285,7 @@ def test_a_row_of_zeros_stays_zero() -> None:
 
 
 def test_plan_follows_overrides_and_skips() -> None:
-    model = make_tiny_whisper()
+    model = make_tiny_whisper(max_source_positions=50)
     config = QuantConfig(
         skip=["model.encoder.conv*"],
         override=[Override(match="*.fc1", bits=3, grid="uniform", group_size=0)],
@@ -282,15 +299,15 @@ def test_plan_follows_overrides_and_skips() -> None:
 
 
 def test_quantizing_twice_is_refused() -> None:
-    model = dqw.quantize(make_tiny_whisper())
+    model = dqw.quantize(make_tiny_whisper(max_source_positions=50))
     with pytest.raises(dqw.UserError, match="already"):
         dqw.quantize(model)
     with pytest.raises(dqw.UserError, match="no quantized layers"):
-        dqw.freeze(make_tiny_whisper())
+        dqw.freeze(make_tiny_whisper(max_source_positions=50))
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    dqw.freeze(dqw.quantize(make_tiny_whisper())).save_pretrained(tmp_path)
+    dqw.freeze(dqw.quantize(make_tiny_whisper(max_source_positions=50))).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["format_version"] = 99
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -325,7 +342,7 @@ def test_a_packed_folder_saved_again_says_what_it_holds(change: str, tmp_path: P
 
 def test_a_dequantized_model_saves_as_an_ordinary_one(tmp_path: Path) -> None:
     for number, back in enumerate((dqw.dequantize, lambda model: model.dequantize())):
-        model = dqw.freeze(dqw.quantize(make_tiny_whisper()))
+        model = dqw.freeze(dqw.quantize(make_tiny_whisper(max_source_positions=50)))
         model.save_pretrained(tmp_path / "packed")  # also makes a string of config.dtype
         plain = back(model)
         plain.save_pretrained(tmp_path / str(number))
@@ -337,14 +354,14 @@ def test_a_dequantized_model_saves_as_an_ordinary_one(tmp_path: Path) -> None:
 
 
 def test_the_bare_model_is_not_taken_for_damage(tmp_path: Path) -> None:
-    dqw.freeze(dqw.quantize(make_tiny_whisper())).save_pretrained(tmp_path)
+    dqw.freeze(dqw.quantize(make_tiny_whisper(max_source_positions=50))).save_pretrained(tmp_path)
     with pytest.raises(dqw.UserError, match=r"WhisperForConditionalGeneration and take its .model"):
         AutoModel.from_pretrained(tmp_path)
 
 
 def test_positions_that_are_a_formula_are_not_stored(tmp_path):
     name = "model.encoder.embed_positions.weight"
-    model = make_tiny_whisper()
+    model = make_tiny_whisper(max_source_positions=50)
     exact = model.get_parameter(name).data.clone()
     model.get_parameter(name).data.copy_(exact.half())
     model = dqw.freeze(dqw.quantize(model))

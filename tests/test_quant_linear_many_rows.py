@@ -20,10 +20,19 @@ from dqw.packing import round_scales
 
 pytestmark = needs_library
 dqw = torch.ops.dqw
-TIERS = ("avx2", "amx")  # a product in registers, and one in tiles
+TIERS = ("avx2", "avx512", "amx")  # products in registers, of other blocks, and in tiles
 GRANULARITIES = ("tensor", "channel", "6", "16", "24", "64", "128")
 GRIDS = [("lloyd", 2), ("lloyd", 3), ("lloyd", 4), ("apot", 5), ("uniform", 8), ("pot", 4)]
-SHAPES = ((17, 33, 7), (33, 70, 1023), (65, 40, 600), (100, 97, 130), (70, 1100, 64))
+# The fourth and fifth are of whole blocks of rows: 12 on AVX-512, in groups 6.
+SHAPES = (
+    (17, 33, 7),
+    (33, 70, 1023),
+    (12, 33, 200),
+    (36, 33, 200),
+    (65, 40, 600),
+    (100, 97, 130),
+    (70, 1100, 64),
+)
 
 
 def packed(

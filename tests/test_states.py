@@ -13,6 +13,7 @@ from test_trainer import SHORT, run, weights
 import dqw
 from dqw.distill import DistillConfig, GuidanceConfig, states
 from dqw.distill.config import AugmentConfig, SpecAugmentConfig
+from dqw.distill.progress import Display
 from dqw.errors import UserError
 
 KEPT = replace(SHORT, steps=6, freeze_encoder=True)
@@ -100,6 +101,19 @@ def test_windows_that_are_read_once_are_not_kept(tmp_path):
     for steps, keeps in ((3, False), (4, True)):
         run(tmp_path / str(steps), config=CONFIG, train=replace(KEPT, steps=steps), items=clips(6))
         assert (tmp_path / str(steps) / "states").exists() == keeps
+
+
+def test_states_that_would_fill_the_disk_are_not_kept_unless_told_to(tmp_path, monkeypatch):
+    notes, usage = [], shutil.disk_usage(tmp_path)
+    small = usage._replace(free=12 * states.window_bytes(tiny_model(), tiny_model(d_model=64)) - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: small)
+    monkeypatch.setattr(Display, "note", lambda self, line: notes.append(line))
+    for kept, count, keeps in (("auto", 6, False), ("auto", 5, True), ("always", 6, True)):
+        out = tmp_path / f"{kept}{count}"
+        train = replace(KEPT, steps=4, cache_states=kept)
+        run(out, config=CONFIG, train=train, items=clips(count))
+        assert (out / "states").exists() == keeps
+    assert len([line for line in notes if "is worked out at every step: kept" in line]) == 1
 
 
 def test_guidance_measures_kept_states_as_it_measures_speech(tmp_path):

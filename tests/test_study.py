@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dqw.study import STUDIES, lab
 from dqw.study.plot import Axis, Point, dots, figure, lines
 from dqw.study.sizes import SHAPES, authors_bytes, empty_model, size_table
 from dqw.study.table import Scope
+from dqw.whisper.checkpoint import load_whisper
 
 
 @pytest.fixture
@@ -274,7 +276,13 @@ def test_studies_that_train(name: str, base: Path, speech: Path, tmp_path: Path)
     code, printed = study(name, base, speech, out, "--steps", 1)
     assert code == 0, printed
     found = rows(out / f"{name}.csv")
-    assert all(float(r["kl"]) >= 0 for r in found)
+    about = json.loads((out / "study.json").read_text())
+    scope = Scope(load_whisper(base)[0], Recipe.from_dict(about["recipe"]), quick=False)
+    wanted = {setting.name: 3 if setting.phases else 1 for setting in STUDIES[name].settings(scope)}
+    cells = Counter(r["setting"] for r in found if r["language"] == "all")
+    assert cells == wanted and all(
+        float(r["kl"]) > 0 for r in found if "teacher" not in r["setting"]
+    )
     assert "Answer" in (out / f"{name}.html").read_text(encoding="utf-8")
     assert not list((out / "runs").glob("*/checkpoint-*"))
     sizes = {r["setting"]: float(r["mib"]) for r in found}

@@ -32,7 +32,7 @@ KINDS = {
 
 def quantized(kind: str = "apot"):  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    model = make_tiny_whisper().train()
+    model = make_tiny_whisper(max_source_positions=50).train()
     dqw.quantize(model, Recipe.from_dict({"quant": KINDS[kind]}, "the test"))
     return model
 
@@ -46,7 +46,7 @@ def twins(kind: str = "apot"):  # type: ignore[no-untyped-def]
 
 def losses(model) -> Tensor:  # type: ignore[no-untyped-def]
     torch.manual_seed(1)
-    features, ids = torch.randn(2, 80, 3000), torch.randint(0, 50, (2, 6))
+    features, ids = torch.randn(2, 80, 100), torch.randint(0, 50, (2, 6))
     return model(input_features=features, labels=ids).loss
 
 
@@ -242,7 +242,7 @@ def test_packed_and_float_models_have_no_hooks() -> None:
                  *m._forward_hooks_always_called) for m in model.modules()]  # fmt: skip
         return sum(len(found) for found in both)
 
-    layers = 2 * make_tiny_whisper().config.encoder_layers
+    layers = 2 * make_tiny_whisper(max_source_positions=50).config.encoder_layers
     assert hooks(quantized()) == 3 * layers
     assert hooks(dqw.freeze(quantized())) == 0
     assert hooks(dequantize(quantized())) == 0

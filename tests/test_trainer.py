@@ -14,7 +14,10 @@ from torch import nn
 
 import dqw
 from dqw.distill import DistillConfig, GuidanceConfig, TrainConfig, distill
-from dqw.distill.config import SpecAugmentConfig
+from dqw.distill import run as run_module
+from dqw.distill.arguments import training_arguments
+from dqw.distill.checkpoint import held
+from dqw.distill.config import AugmentConfig, SpecAugmentConfig
 from dqw.distill.data import Collator, EpochSampler, SpeechDataset
 from dqw.distill.losses import IGNORE, cross_entropy, hidden_loss, logits_kl
 from dqw.distill.model import Batch, DistillModel, teacher_pass
@@ -324,6 +327,7 @@ def test_models_that_do_not_fit(tmp_path):
     ("changes", "words"),
     [
         ({"cache_features": "always", "workers": 1}, "keeps nothing where train.workers read"),
+        ({"cache_features": "always"}, "keeps nothing where clips are augmented: set it to 'auto'"),
         ({"language": "klingon"}, "train.language is 'klingon', which Whisper does not know"),
         pytest.param(
             {"precision": "fp16"},
@@ -333,8 +337,29 @@ def test_models_that_do_not_fit(tmp_path):
     ],
 )
 def test_settings_that_would_have_no_effect(tmp_path, changes, words):
+    augmented = DistillConfig(augment=AugmentConfig(noise=1.0))
     with pytest.raises(UserError, match=words):
-        run(tmp_path, train=replace(SHORT, **changes))
+        run(tmp_path, train=replace(SHORT, **changes), config=augmented)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_the_recipe_says_the_precision_not_the_launcher(tmp_path, monkeypatch, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    args = training_arguments(replace(SHORT, precision=precision), tmp_path, False)
+    assert args.mixed_precision == {"float32": "no", "bf16": "bf16"}[precision]
+    assert not args.fp16
+
+
+def test_weights_in_parts_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"part the weights.*torchrun --nproc_per_node"):
+        run(tmp_path)
+
+
+def test_a_folder_is_one_process_s_at_a_time(tmp_path):
+    with held(tmp_path), pytest.raises(UserError, match="another process is training in"):
+        run(tmp_path)
+    assert run(tmp_path).steps == SHORT.steps  # the lock went with the block
 
 
 def test_a_constant_rate_warms_up_where_it_is_told_to(tmp_path):
@@ -367,11 +392,24 @@ def test_guidance_has_rounding_errors_to_choose_by_after_calibration(tmp_path):
     assert min(line["quant_loss"].values()) > 0
 
 
-def test_calibration_comes_before_the_first_step(tmp_path):
-    config = DistillConfig(calibration_clips=3)
-    with_it, without = (
-        run(tmp_path / name, student=dqw.quantize(tiny_model()), config=config)
-        for name, config in (("a", config), ("b", DistillConfig()))
-    )
-    assert with_it.steps == without.steps
-    assert with_it.losses["loss"] != without.losses["loss"]
+def test_calibration_comes_before_the_first_step(tmp_path, monkeypatch):
+    came, rounds, learns = [], run_module._calibrate, DistillModel.forward
+
+    def calibrate(*args):
+        came.append("rounding")
+        rounds(*args)
+
+    def forward(self, *args):
+        came.append("step")
+        return learns(self, *args)
+
+    monkeypatch.setattr(run_module, "_calibrate", calibrate)
+    monkeypatch.setattr(DistillModel, "forward", forward)
+    plan, losses = replace(SHORT, steps=1), []
+    for count in (3, 0):
+        came.clear()
+        config = DistillConfig(calibration_clips=count)
+        student = dqw.quantize(tiny_model())
+        losses.append(run(tmp_path / str(count), student, None, config, plan).losses["loss"])
+        assert came == ["rounding"] * bool(count) + ["step"]
+    assert losses[0] != losses[1]

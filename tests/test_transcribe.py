@@ -74,6 +74,7 @@ def test_long_audio_goes_window_by_window(whisper):
 def test_timestamps_lie_within_the_clip(whisper):
     audio = voices(1)[0]
     found = transcribe(*whisper, [audio], "en", timestamps=True)[0]
+    assert found.segments
     for segment in found.segments:
         assert 0 <= segment.start <= segment.end <= round(found.seconds, 2)
         assert segment.text in found.text

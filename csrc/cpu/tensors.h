@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
@@ -66,6 +67,12 @@ inline void use_large_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// With DQW_POISON set, memory that nothing has written shows: as floats it is NaN. For the tests.
+inline void poison(void* data, size_t bytes) {
+    static const bool wanted = std::getenv("DQW_POISON") != nullptr;
+    if (wanted && bytes > 0) std::memset(data, 0xff, bytes);
+}
+
 // An empty, contiguous CPU tensor, without the dispatcher's 0.7 microseconds.
 inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType type) {
     std::vector<int64_t> strides(sizes.size());
@@ -78,7 +85,9 @@ inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType type) {
         static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
         static_cast<int32_t>(type), aoti_torch_device_type_cpu(), 0, &handle));
     Tensor t(handle);
-    use_large_pages(t.mutable_data_ptr(), t.numel() * static_cast<int64_t>(t.element_size()));
+    const int64_t bytes = t.numel() * static_cast<int64_t>(t.element_size());
+    use_large_pages(t.mutable_data_ptr(), bytes);
+    poison(t.mutable_data_ptr(), static_cast<size_t>(bytes));
     return t;
 }
 
@@ -102,6 +111,7 @@ void* scratch(size_t bytes) {
         }
         use_large_pages(buffer.data, static_cast<int64_t>(buffer.size));
     }
+    poison(buffer.data, bytes);
     return buffer.data;
 }
 
