@@ -293,7 +293,7 @@ def test_training_starts_off_a_fine_grid_and_rounds_to_what_was_found(
 
 @pytest.mark.parametrize("decoder_layers", [1, 2])
 def test_a_student_with_far_to_go_starts_off_the_grid(decoder_layers: int) -> None:
-    from dqw.distill.run import starts_off_grid
+    from dqw.distill.rounding import starts_off_grid
 
     teacher = make_tiny_whisper(decoder_layers=2)
     student = make_tiny_whisper(decoder_layers=decoder_layers)

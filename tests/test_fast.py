@@ -349,3 +349,34 @@ def test_wrong_arguments_are_refused(small):
         Session(fast_decoder(small), torch.randn(1, 5, 32), 4)
     with pytest.raises(RuntimeError, match="freed"):
         torch.ops.dqw_cpu.decoder_cross(10**9, states, 0)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        (2, int32(0, -1), "position -1 of row 1 lies outside"),
+        (3, int32(0, 2), "clip 2 is not there"),
+        (4, int32(*[0] * 8, *[9] * 8).view(2, 8), "slot 9 of row 1 is not there"),
+        (5, torch.zeros(2, 2, 2, 8, 32), "cache must be float32"),
+        (6, torch.zeros(100, dtype=torch.uint8), "cross must be what decoder_cross gave"),
+        (9, int32(0, 2), "row 2 is wanted but not there"),
+        (9, int32(-1), "row -1 is wanted but not there"),
+    ],
+)
+def test_a_step_reads_and_writes_inside_its_memory_alone(small, place, value, words):
+    """Every index that comes from outside is checked before it is used."""
+    ids, states = ids_and_states()
+    session = Session(fast_decoder(small), states, 8)
+    arguments = [
+        session.network.handle, ids[:, 0].contiguous(), int32(0, 0), int32(0, 1),
+        session.sources, session.cache.zero_(), session.cross, session.audio,
+        session.type, int32(0, 1),
+    ]  # fmt: skip
+    torch.ops.dqw_cpu.decoder_step(*arguments)
+    arguments[place] = value
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.dqw_cpu.decoder_step(*arguments)

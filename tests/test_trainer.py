@@ -393,7 +393,7 @@ def test_guidance_has_rounding_errors_to_choose_by_after_calibration(tmp_path):
 
 
 def test_calibration_comes_before_the_first_step(tmp_path, monkeypatch):
-    came, rounds, learns = [], run_module._calibrate, DistillModel.forward
+    came, rounds, learns = [], run_module.round_student, DistillModel.forward
 
     def calibrate(*args):
         came.append("rounding")
@@ -403,7 +403,7 @@ def test_calibration_comes_before_the_first_step(tmp_path, monkeypatch):
         came.append("step")
         return learns(self, *args)
 
-    monkeypatch.setattr(run_module, "_calibrate", calibrate)
+    monkeypatch.setattr(run_module, "round_student", calibrate)
     monkeypatch.setattr(DistillModel, "forward", forward)
     plan, losses = replace(SHORT, steps=1), []
     for count in (3, 0):

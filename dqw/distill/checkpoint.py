@@ -50,7 +50,10 @@ def held(folder: Path) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
-        yield
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink(missing_ok=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:

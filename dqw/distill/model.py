@@ -265,7 +265,8 @@ class DistillModel(nn.Module):
             matching: per stack; a stack that it lacks is matched here, from this batch's losses.
             distilled: per stack the student layers that have a hidden loss.
         """
-        open_matching = {s for s in self.stacks if s not in matching}
+        # In one order: processes put their costs together.
+        open_matching = [s for s in self.stacks if s not in matching]
         wanted = {
             s: set(range(self.depth[s])) if s in open_matching else set(distilled[s])
             for s in self.stacks

@@ -11,7 +11,6 @@ output_dir/
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -22,27 +21,26 @@ from typing import Any
 
 import torch
 
-from dqw.calibrate import calibrate, layer_count
 from dqw.convert import quant_modules, stored_plan
-from dqw.devices import lowered
 from dqw.digest import digest, weights_digest
 from dqw.distill import checkpoint as store
 from dqw.distill.arguments import total_steps, training_arguments
-from dqw.distill.callbacks import ReportCallback, cut_log, tensorboard_callback
+from dqw.distill.callbacks import ReportCallback, tensorboard_callback
 from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig, check_settings
 from dqw.distill.data import Collator, EpochSampler, LabelEncoder, SpeechDataset, SpeechItem
 from dqw.distill.guidance import Choice
 from dqw.distill.model import DistillModel
-from dqw.distill.pair import Pair, check_models, is_copy, is_multilingual, settle
+from dqw.distill.pair import Pair, check_models, is_multilingual, settle
 from dqw.distill.prepare import Prepared, prepare
 from dqw.distill.progress import Display, StepReport, display
+from dqw.distill.resume import found_checkpoint, resumed_step
+from dqw.distill.rounding import round_student, starts_off_grid
 from dqw.distill.states import FOLDER as STATES
 from dqw.distill.states import StatesDataset, keep_states, keeps_states, window_bytes
 from dqw.distill.stepping import seed_step
 from dqw.distill.trainer import DistillTrainer
 from dqw.errors import UserError
 from dqw.processes import agreed, is_main, share
-from dqw.speech import balanced
 
 CACHED_CLIPS = 2000  # about 1 GB of float16 features at 80 mels
 
@@ -140,7 +138,7 @@ def _distill(
     student, teacher, processor = pair.student, pair.teacher, pair.processor
     config, guidance, train = settings
     kept = keeps_states(config, guidance, train)
-    found = _checkpoint(folder, resume)
+    found = found_checkpoint(folder, resume)
     settle(student, teacher, config, train)
     encoder = LabelEncoder(
         processor.tokenizer, is_multilingual(student), student.config.max_target_positions
@@ -181,7 +179,7 @@ def _distill(
         # Rounding hears whole windows: of clips that are not joined, silence for the most part.
         spoken = dataset if config.audio_context == "full" else dataset.joined()
         off_grid = starts_off_grid(student, teacher, guidance)
-        _calibrate(
+        round_student(
             student.to(args.device), spoken, Collator(pad=encoder.end), config, shown, off_grid
         )
         share(student)
@@ -228,7 +226,7 @@ def _distill(
             "student's bits": digest((), sorted(stored_plan(student).items())),
         },
     }
-    step = _resume_step(found, folder, trainer.settings, trainer.is_world_process_zero())
+    step = resumed_step(found, folder, trainer.settings, trainer.is_world_process_zero())
     if train.tensorboard and trainer.is_world_process_zero():
         writer = tensorboard_callback(folder / "tensorboard", step)
         if writer is not None:
@@ -270,41 +268,6 @@ def _keys(
     return list(order)[: batches * train.batch_size * args.world_size]
 
 
-def starts_off_grid(student: Any, teacher: Any, guidance: GuidanceConfig) -> bool:
-    """Whether weights begin between the float ones and what rounding found: where they have far to
-    go, and where guidance chooses by the rounding errors, which weights on the grid do not have."""
-    return guidance.mode != "all" or not is_copy(student, teacher)
-
-
-def _calibrate(
-    student: Any,
-    dataset: SpeechDataset,
-    collate: Collator,
-    config: DistillConfig,
-    shown: Display,
-    off_grid: bool,
-) -> None:
-    """Round with error compensation on some windows; a resumed run has that behind it."""
-    size = 4
-    # Each window once, if they are few.
-    keys = balanced(dataset.examples, config.calibration_clips)
-    names = ("input_features", "decoder_input_ids", "decoder_mask")
-    batches = []  # made before autocast begins: the mel filters must not run in bf16
-    for start in range(0, len(keys), size):
-        made = collate([dataset[key] for key in keys[start : start + size]])
-        batches.append({name: made[name].to(student.device) for name in names})
-
-    layers, done = layer_count(student), itertools.count(1)
-    student.eval()
-    with lowered(student):
-        calibrate(
-            student,
-            batches,
-            lambda name: shown.count("error compensation, layers rounded", next(done), layers),
-            off_grid=off_grid,
-        )
-
-
 def _display(progress: str | Callable[[StepReport], object] | Display) -> Display:
     if not is_main():
         return Display()
@@ -313,46 +276,6 @@ def _display(progress: str | Callable[[StepReport], object] | Display) -> Displa
     if isinstance(progress, str):
         return display(progress)
     return display("off", progress)
-
-
-def _checkpoint(folder: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from, after the remains of a killed save are gone."""
-    store.clean(folder)
-    found = store.newest(folder)
-    if found is not None and not resume:
-        raise UserError(
-            f"{folder} holds the checkpoints of another run: pass resume (--resume) to go on with "
-            "it, or choose another folder."
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    return found
-
-
-def _resume_step(
-    found: Path | None, folder: Path, settings: dict[str, Any], owns_logs: bool
-) -> int | None:
-    """Check that a resumed run is the same run, and cut its logs back to the checkpoint."""
-    logs = (folder / "log.jsonl", folder / "guidance.jsonl")
-    if found is None:
-        for path in logs if owns_logs else ():
-            path.unlink(missing_ok=True)
-        return None
-    before = store.read_run(found)["settings"]
-    for table in settings:
-        if table not in before:
-            continue  # of an earlier version, which did not note it
-        for key, value in settings[table].items():
-            old = before[table].get(key)
-            if old != value:
-                raise UserError(
-                    f"the run in {folder} began with {table}.{key} = {old!r}, now it is {value!r}: "
-                    "resume with the same settings and data, or choose another folder."
-                )
-    step = store.step_of(found)
-    if owns_logs:
-        cut_log(logs[0], step)
-        cut_log(logs[1], step - 1)  # a choice is logged before the step that it is for
-    return step
 
 
 def _may_skip(student: Any, config: DistillConfig, guidance: GuidanceConfig) -> bool:

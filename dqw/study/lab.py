@@ -186,7 +186,7 @@ class Lab:
         return copy.deepcopy(self._start[1])
 
     def _calibrated(self, model: Any, recipe: Recipe) -> Any:
-        from dqw.distill.run import starts_off_grid
+        from dqw.distill.rounding import starts_off_grid
 
         batches = self.calibration  # made before: the mel filters must not run in bfloat16
         quantize(model, recipe)
