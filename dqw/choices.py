@@ -65,11 +65,13 @@ def candidates(spec: QuantSpec, widths: Sequence[int] = WIDTHS) -> list[QuantSpe
     From 5 bits on, with groups, uniform has less error than APoT and PoT (``bench.grids``); from 6
     on there is no lloyd.
     """
-    last = 4 if spec.group_size and spec.grid in ("apot", "pot") else grids.widths(spec.grid)[-1]
+    good = (
+        range(2, 5) if spec.group_size and spec.grid in ("apot", "pot") else grids.widths(spec.grid)
+    )
     own = spec.group_size
     groups = [own, *(g for g in GROUP_SIZES if own and own < g <= LARGEST_GROUP)]
     return [
-        replace(spec, bits=b, grid=spec.grid if b <= last else "uniform", group_size=group)
+        replace(spec, bits=b, grid=spec.grid if b in good else "uniform", group_size=group)
         for b in widths
         for group in groups
     ]

@@ -249,7 +249,7 @@ def compensated(weight: Tensor, curvature: Curvature, quantizer: FakeQuantize) -
     """``weight`` (rows, cols) on the quantizer's grid, so that X Wᵀ moves least; sets its clips.
 
     Columns go from left to right: with per-group scales an order by importance would mix the
-    groups. Clips per tensor stay as they are.
+    groups. Clips per tensor stay as they are, but learned levels and their clips are found anew.
     """
     h = curvature.h
     size = quantizer.group_size or weight.shape[1]

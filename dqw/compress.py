@@ -286,6 +286,7 @@ def calibrate_student(
 def train(job: Job, recipe: Recipe, pair: Pair, items: list[Item]) -> None:
     """Distil the teacher into the quantized student, in place; resumable in ``job.run``."""
     from dqw.distill import distill
+    from dqw.distill.checkpoint import held
 
     run = job.run
     settings = run / _SETTINGS
@@ -298,7 +299,8 @@ def train(job: Job, recipe: Recipe, pair: Pair, items: list[Item]) -> None:
     wait()  # all have read what was there
     if is_main():
         if run.exists() and not job.resume:
-            shutil.rmtree(run)
+            with held(run):
+                shutil.rmtree(run)
         run.mkdir(parents=True, exist_ok=True)
         if not settings.exists() or settings.read_text(encoding="utf-8") != wanted:
             write_atomic(settings, wanted)  # all that holds the layers' plan

@@ -63,14 +63,14 @@ def widths(grid: str) -> range:
 
 def at_bits(grid: str, bits: int) -> str:
     """``grid``, or uniform where it has no such width."""
-    known = grid in (*GRIDS, LEARNED) or _spelled_out(grid)
+    known = grid in (*GRIDS, LEARNED) or is_spelled_out(grid)
     return grid if not known or bits in widths(grid) else "uniform"
 
 
 def check_grid(grid: str, bits: int) -> None:
     """Raise UserError unless ``grid`` is a known grid, or levels spelled out, and has ``bits``."""
     names = (*GRIDS, LEARNED)
-    if not isinstance(grid, str) or not (grid in names or _spelled_out(grid)):
+    if not (grid in names or is_spelled_out(grid)):
         raise UserError(
             f"grid {grid!r} is not known: choose one of {', '.join(names)}, or give 2, 4, 8 … 128 "
             f"rising magnitudes of at most {CODEBOOK_TOP}, as in '1,3'."
@@ -84,6 +84,11 @@ def check_grid(grid: str, bits: int) -> None:
             f"the {grid} grid has {some} bits, not {bits}: choose "
             + ("uniform from 6 on." if grid in names else "one of the widths it has.")
         )
+
+
+def is_spelled_out(grid: object) -> bool:
+    """Whether ``grid`` lists magnitudes."""
+    return isinstance(grid, str) and bool(_spelled_out(grid))
 
 
 def _spelled_out(grid: str) -> tuple[int, ...]:

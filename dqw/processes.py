@@ -40,6 +40,17 @@ def agreed(value: T) -> T:
     return values[0]
 
 
+def alike(value: Any) -> bool:
+    """Whether all processes have the same ``value``; all hear the same."""
+    if not _several():
+        return True
+    import torch.distributed
+
+    values: list[Any] = [None] * _joined().num_processes
+    torch.distributed.all_gather_object(values, value)
+    return all(other == value for other in values)
+
+
 def mean(values: Tensor) -> Tensor:
     """The mean of all processes' ``values``, in all."""
     if not _several():

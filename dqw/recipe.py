@@ -16,7 +16,7 @@ from torch import nn
 
 from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig, table
 from dqw.errors import UserError
-from dqw.grids import at_bits, check_grid
+from dqw.grids import at_bits, check_grid, is_spelled_out
 
 GROUP_SIZES = (16, 32, 64, 128)
 ACTIVATIONS = ("float", "int8")
@@ -140,9 +140,10 @@ class QuantConfig:
 
     def linear_spec(self) -> QuantSpec:
         """The spec of a Linear layer that no override changes."""
+        told = is_spelled_out(self.grid)  # at other bits it is refused, not replaced
         return QuantSpec(
             bits=self.bits,
-            grid=at_bits(self.grid, self.bits),
+            grid=self.grid if told else at_bits(self.grid, self.bits),
             group_size=self.group_size or None,
             activations=self.activations,
             weight_norm=self.weight_norm,

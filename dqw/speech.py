@@ -123,10 +123,11 @@ def clip_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """The same of every clip by itself, in order, each made when it is asked for, and
     ``teacher_features`` where the two models hear with other mel bins. Clips that no window holds
-    are left out."""
+    are left out, and said; texts are those of the data."""
     alone = replace(recipe.distill.augment, concatenate=0.0, noise=0.0, speed=0.0)
-    dataset, collate = _dataset(items, recipe, alone, pair, say)
-    return (collate([dataset[key]]) for key in range(len(dataset)))
+    given = replace(recipe, distill=replace(recipe.distill, teacher_labels="never"))
+    dataset, collate = _dataset(items, given, alone, pair, say)
+    return (collate([dataset.read(key)]) for key in range(len(dataset)))
 
 
 def _dataset(
@@ -154,6 +155,8 @@ def _dataset(
             progress=lambda done, total: say(f"teacher labels {done}/{total}")
             if done == total else None,
         )  # fmt: skip
+    for line in made.left_out():
+        say(line)
     dataset = SpeechDataset(
         made.examples, encoder, pair.processor.feature_extractor, pair.teacher_extractor,
         augment=augment, seed=recipe.train.seed if augment.seed is None else augment.seed,

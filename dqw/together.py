@@ -5,8 +5,8 @@ of the layer's ``QuantLinear`` modules together and leaves each its own, and one
 back at the end. So a step pays for the operator, its place in the graph and its way back once a
 layer, not once a matrix. Values and gradients are those of the modules on their own, which is what
 runs where the hooks do not: under torch.compile, with gradient checkpointing, in a module that is
-called by itself, for weights that are sharded, and where the layer computes in another dtype than
-it was given.
+called by itself, for weights that are sharded or on learned grids, and where the layer computes in
+another dtype than it was given.
 """
 
 import re

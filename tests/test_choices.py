@@ -14,6 +14,7 @@ from dqw.choices import (
     BOUNDS,
     PROBE_STEP,
     STEPS,
+    WIDTHS,
     _beside,
     _some,
     _tried,
@@ -49,6 +50,8 @@ def test_candidates_are_widths_and_groups() -> None:
     assert [s.grid for s in candidates(QuantSpec())] == ["apot"] * 3 + ["uniform"] * 3
     groups = [s.group_size for s in candidates(QuantSpec(grid="lloyd", group_size=16))]
     assert groups == [16, 32, 64] * 6
+    spelled = candidates(QuantSpec(grid="1,3,5,7,10,13,17,22"))
+    assert {s.bits: s.grid != "uniform" for s in spelled} == {b: b == 4 for b in WIDTHS}
     lloyd = candidates(QuantSpec(grid="lloyd"))
     assert [s.grid for s in lloyd] == ["lloyd"] * 4 + ["uniform"] * 2
 

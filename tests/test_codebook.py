@@ -125,6 +125,23 @@ def test_gradients_of_levels_are_the_closed_form(spec: QuantSpec, dtype: torch.d
         )
 
 
+def test_the_rows_that_are_looked_up_count_as_in_the_product() -> None:
+    """A tied embedding rounds some rows in one call and all in another: one codebook learns."""
+    weight = torch.randn(50, 32)
+    quantizer = quantizer_of(SPECS[1], weight)
+    grad, found = torch.randn(50, 32), []
+    for rows in (torch.arange(50), torch.arange(20)):
+        quantizer.zero_grad()
+        some = torch.zeros(50, 32)
+        some[rows] = grad[rows]
+        quantizer(weight).backward(some)
+        assert quantizer.codebook.grad is not None
+        found.append(quantizer.codebook.grad.clone())
+        quantizer.zero_grad()
+        quantizer(weight[rows], rows).backward(grad[rows])
+        torch.testing.assert_close(quantizer.codebook.grad, found[-1])
+
+
 def test_training_moves_levels_to_where_the_loss_wants_them() -> None:
     """The weight cannot change; outputs of other levels can only be met by the codebook."""
     weight = torch.randn(16, 64)
@@ -218,7 +235,12 @@ def test_levels_may_be_spelled_out() -> None:
     spelled = FakeQuantize(QuantSpec(bits=2, grid="1,3", group_size=None), weight)
     named = FakeQuantize(QuantSpec(bits=2, grid="stretched", group_size=None), weight)
     assert torch.equal(spelled(weight), named(weight))
-    assert QuantConfig(bits=3, grid="1,3").linear_spec().grid == "uniform"
+    with pytest.raises(UserError, match="the 1,3 grid has 2 bits, not 4: choose one of"):
+        QuantConfig(grid="1,3")
+    mixed = QuantConfig(bits=2, grid="1,3", embedding_bits=4)
+    plan = Recipe(mixed).plan(make_tiny_whisper(max_source_positions=50))
+    assert plan["model.decoder.embed_tokens"].grid == "uniform"
+    assert plan["model.decoder.layers.0.fc1"].grid == "1,3"
 
 
 @pytest.mark.parametrize("grid", ["3,1", "1,2,3", "1,200", "1", "1,", "1,1", "0x1,3", ""])

@@ -13,6 +13,7 @@ from test_trainer import SHORT, run, weights
 import dqw
 from dqw.distill import DistillConfig, GuidanceConfig, states
 from dqw.distill.config import AugmentConfig, SpecAugmentConfig
+from dqw.distill.model import DistillModel
 from dqw.distill.progress import Display
 from dqw.errors import UserError
 
@@ -105,7 +106,8 @@ def test_windows_that_are_read_once_are_not_kept(tmp_path):
 
 def test_states_that_would_fill_the_disk_are_not_kept_unless_told_to(tmp_path, monkeypatch):
     notes, usage = [], shutil.disk_usage(tmp_path)
-    small = usage._replace(free=12 * states.window_bytes(tiny_model(), tiny_model(d_model=64)) - 1)
+    pupil = DistillModel(tiny_model().requires_grad_(False), tiny_model(d_model=64), CONFIG)
+    small = usage._replace(free=12 * states.window_bytes(pupil) - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda path: small)
     monkeypatch.setattr(Display, "note", lambda self, line: notes.append(line))
     for kept, count, keeps in (("auto", 6, False), ("auto", 5, True), ("always", 6, True)):
@@ -114,6 +116,26 @@ def test_states_that_would_fill_the_disk_are_not_kept_unless_told_to(tmp_path, m
         run(out, config=CONFIG, train=train, items=clips(count))
         assert (out / "states").exists() == keeps
     assert len([line for line in notes if "is worked out at every step: kept" in line]) == 1
+    out, small = tmp_path / "auto5", usage._replace(free=1)  # what has begun goes on
+    run(out, config=CONFIG, train=replace(train, cache_states="auto", steps=4), items=clips(5),
+        resume=True)  # fmt: skip
+    assert len([line for line in notes if "is worked out at every step: kept" in line]) == 1
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_what_a_window_takes_is_known_before(tmp_path, learns):
+    train = replace(KEPT, steps=1, batch_size=1, cache_states="always", freeze_encoder=not learns)
+    config = replace(CONFIG, encoder_states="never")
+    run(tmp_path, config=config, train=train, items=clips(3))
+    file = kept_files(tmp_path / "states")[0]
+    kept = load_file(file)
+    tokens = len(kept["taught"])
+    student = tiny_model()
+    student.model.encoder.requires_grad_(learns)
+    told = states.window_bytes(DistillModel(student, tiny_model(d_model=64), config))
+    rows = sum(t.nbytes for name, t in kept.items() if name.startswith("taught"))
+    heard = kept["heard"].nbytes if not learns else 0
+    assert told == pytest.approx(heard + rows * 100 / tokens, rel=0.15)
 
 
 def test_guidance_measures_kept_states_as_it_measures_speech(tmp_path):

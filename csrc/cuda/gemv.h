@@ -15,8 +15,9 @@
 //
 // A quarter of a step is 16 neighbouring columns and the 16 that lie 32 further on: 16 bytes of a
 // 4-bit plane, by one load. So groups of 16 and more are whole in it: their scale multiplies the
-// decoded pairs, exactly in float16 (levels have up to 5 bits at 4 bits, stored scales 5), rounded
-// as a bfloat16 weight is in bfloat16. One scale a row comes after the sum, in float32.
+// decoded pairs, exactly in float16 (levels have up to 5 bits at 4 bits, stored scales 5; learned
+// levels have 7 and are rounded as a float16 weight is), rounded as a bfloat16 weight is in
+// bfloat16. One scale a row comes after the sum, in float32.
 //
 // Weights depend on nothing that runs before: they are asked for first, then the kernel waits for
 // its predecessor (programmatic dependent launch), then x is read. So what writes weights must be

@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,29 +32,39 @@ from dqw.errors import UserError
 
 PREFIX = "checkpoint-"
 _UNFINISHED = ".unfinished-"
-_LOCK = ".lock"
+LOCK_SECONDS = 8  # workers of a killed run look for it every 5 s, and hold its lock until then
 _RUN = "run.json"
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """The run's folder for this process alone, until the block, or the process, ends. Raises
-    UserError where another one has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is training in {folder}: wait for it to end, or choose another "
-                "folder."
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        try:
-            yield
-        finally:
-            Path(lock.name).unlink(missing_ok=True)
+    """The run's folder for this process alone, until the block, or the process and those that read
+    clips for it, end. Raises UserError where another one has it. The lock, FOLDER.lock, lies beside
+    the folder, which may be deleted."""
+    path = folder.with_name(f"{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        with open(path, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.2)
+                    continue
+                raise UserError(
+                    f"another process is training in {folder}: wait for it to end, or choose "
+                    "another folder."
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                continue  # it was another's, which deleted it as it ended
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def checkpoints(folder: Path) -> list[Path]:

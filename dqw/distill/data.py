@@ -159,14 +159,15 @@ class SpeechDataset(Dataset[dict[str, Any]]):
         run does not end at a file that has been damaged, and a resumed one sees the same."""
         for stand_in in range(STAND_INS):
             try:
-                return self._made(key + stand_in)
+                return self.read(key + stand_in)
             except UserError as error:
                 if stand_in + 1 in (STAND_INS, len(self)):
                     raise
                 warn_unread(error)
         raise AssertionError
 
-    def _made(self, key: int) -> dict[str, Any]:
+    def read(self, key: int) -> dict[str, Any]:
+        """The window of ``key``. Raises UserError where its clip cannot be read."""
         epoch, index = divmod(key, len(self.examples))
         example = self.examples[index]
         text = example.text

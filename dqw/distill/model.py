@@ -175,6 +175,7 @@ class DistillModel(nn.Module):
         self.settings = config
         self.kind = "ffn" if config.hidden_loss == "ffn" else "states"
         self.depth = {s: len(stack_layers(student, s)) for s in STACKS}
+        self.teacher_width = int(teacher.config.d_model)
         self.teacher_depth = {s: len(stack_layers(teacher, s)) for s in STACKS}
         self.widths = {
             s: (_width(teacher, s, self.kind), _width(student, s, self.kind)) for s in STACKS

@@ -71,6 +71,14 @@ class Prepared:
     def skip(self, reason: str, item: SpeechItem) -> None:
         self.skipped.setdefault(reason, []).append(item.id)
 
+    def left_out(self) -> list[str]:
+        """A line for each reason."""
+        lines = [
+            f"left out, {reason}: {len(ids)} ({', '.join(ids[:3])}{'…' if ids[3:] else ''})"
+            for reason, ids in self.skipped.items()
+        ]
+        return [*lines, f"the first that cannot be read: {self.fault}"] if self.fault else lines
+
     def unread(self, item: SpeechItem, error: UserError) -> None:
         """Leave out a clip whose audio cannot be read."""
         self.fault = self.fault or str(error)

@@ -40,7 +40,7 @@ from dqw.distill.states import StatesDataset, keep_states, keeps_states, window_
 from dqw.distill.stepping import seed_step
 from dqw.distill.trainer import DistillTrainer
 from dqw.errors import UserError
-from dqw.processes import agreed, is_main, share
+from dqw.processes import agreed, alike, is_main, share
 
 CACHED_CLIPS = 2000  # about 1 GB of float16 features at 80 mels
 
@@ -153,11 +153,9 @@ def _distill(
             window=float(processor.feature_extractor.chunk_length),
             progress=lambda done, total: shown.count("teacher labels", done, total),
         )  # fmt: skip
-    for reason, ids in made.skipped.items():
-        shown.note(f"left out, {reason}: {len(ids)} ({', '.join(ids[:3])}{'…' if ids[3:] else ''})")
-    if made.fault:
-        shown.note(f"the first that cannot be read: {made.fault}")
-    if agreed(made.fingerprint()) != made.fingerprint():
+    for line in made.left_out():
+        shown.note(line)
+    if not alike(made.fingerprint()):
         raise UserError(
             "processes have different clips or texts: give all the same data and output folder."
         )
@@ -187,10 +185,10 @@ def _distill(
     read = args.max_steps * train.accumulate * train.batch_size * args.world_size
     if train.cache_states == "auto" and states is None and read <= len(dataset):
         kept = False  # no window is read twice
-    if kept and train.cache_states == "auto":
-        kept = agreed(_room(dataset, teacher, student, states or folder / STATES, shown))
     seed_step(train.seed, -1, 0, 0)  # projections start at random
     pupil = DistillModel(student, teacher, config)
+    if kept and train.cache_states == "auto":
+        kept = agreed(_room(dataset, pupil, states or folder / STATES, shown))
     windows: SpeechDataset | StatesDataset = dataset
     if kept:
         if found is not None:
@@ -243,12 +241,15 @@ def _distill(
     return _result(trainer, made, report, time.monotonic() - began, step, folder, args.max_steps)
 
 
-def _room(dataset: SpeechDataset, teacher: Any, student: Any, folder: Path, shown: Display) -> bool:
-    """Whether the states of all windows take at most half of the disk's free space."""
+def _room(dataset: SpeechDataset, pupil: DistillModel, folder: Path, shown: Display) -> bool:
+    """Whether the states of all windows take at most half of the disk's free space; a run that has
+    begun to keep them goes on."""
+    if next(folder.glob("*/*.safetensors"), None) is not None:
+        return True
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    wanted = len(dataset) * window_bytes(student, teacher)
+    wanted = len(dataset) * window_bytes(pupil)
     if 2 * wanted > free:
         shown.note(
             f"what the teacher and the encoder make of {len(dataset)} windows is worked out at "

@@ -58,10 +58,13 @@ def keeps_states(config: DistillConfig, guidance: GuidanceConfig, train: TrainCo
     return train.cache_states != "never" and cure is None
 
 
-def window_bytes(student: Any, teacher: Any) -> int:
-    """About what a window's states take, with 100 tokens and none of the teacher's hidden ones."""
-    heard = student.config.max_source_positions * student.config.d_model * 2
-    return int(heard) + 100 * int(teacher.config.d_model) * 4
+def window_bytes(pupil: DistillModel) -> int:
+    """About what a window's states take, with 100 tokens: see ``StatesDataset``."""
+    student, width = pupil.student.config, pupil.teacher_width
+    heard = 0 if pupil.encoder_learns else student.max_source_positions * student.d_model * 2
+    if "decoder" in pupil.stacks:
+        width += pupil.teacher_depth["decoder"] * pupil.widths["decoder"][0]
+    return int(heard + 100 * width * 4)
 
 
 class StatesDataset(Dataset[dict[str, Any]]):

@@ -224,7 +224,7 @@ def _stretch(file: BinaryIO, name: str, start: int, stop: int) -> np.ndarray:
             last = -(-stop // up) + around
             sound.seek(min(first * down, sound.frames))
             block = sound.read((last - first) * down, "float32", always_2d=True)
-            mono = _Mono(sound.samplerate, name)
+            mono = _Mono(sound.samplerate, name, first * down)
             mono.add(block)
             found = mono.finish()[start - first * up : stop - first * up]
     except (soundfile.LibsndfileError, RuntimeError) as error:
@@ -257,8 +257,9 @@ def _from_array(samples: np.ndarray, rate: int) -> np.ndarray:
 class _Mono:
     """Blocks of (frames, channels) float32 in, one mono array at 16 kHz out."""
 
-    def __init__(self, rate: int, name: str) -> None:
-        self.rate, self.name, self.frames = rate, name, 0
+    def __init__(self, rate: int, name: str, start: int = 0) -> None:
+        """start: the frame of the file that comes first."""
+        self.rate, self.name, self.frames, self.start = rate, name, 0, start
         self.parts: list[np.ndarray] = []
         self.resampler = None
         if rate != SAMPLE_RATE:
@@ -268,7 +269,7 @@ class _Mono:
         mono = np.ascontiguousarray(block.mean(axis=1))
         bad = ~np.isfinite(mono)
         if bad.any():
-            first = (self.frames + int(bad.argmax())) / self.rate
+            first = (self.start + self.frames + int(bad.argmax())) / self.rate
             raise UserError(
                 f"{self.name} holds NaN or infinite samples, the first at {first:.3f} s; "
                 "export it again"

@@ -9,6 +9,7 @@ from typing import Any
 
 from dqw.convert import quant_modules
 from dqw.errors import UserError
+from dqw.grids import is_spelled_out
 from dqw.whisper.checkpoint import safetensors_header, verify_folder, weight_files
 from dqw.whisper.ct2 import is_ct2_folder, read_model_bin
 from dqw.whisper.native import skeleton
@@ -174,7 +175,7 @@ def _parts(
         elif owner in plan and leaf == "weight":
             part.codes += size
             part.parameters += weights[owner]
-            part.formats[_spec_words(plan[owner])] += 1
+            part.formats[_spec_words(plan[owner], listed=False)] += 1
         elif dtype.startswith("int"):
             part.codes += size
             part.parameters += count
@@ -186,12 +187,15 @@ def _parts(
     return sorted(parts.values(), key=lambda part: -part.bytes)
 
 
-def _spec_words(spec: dict[str, Any]) -> str:
+def _spec_words(spec: dict[str, Any], listed: bool = True) -> str:
     """Grid, bits and what shares a scale: "apot 4 / 64", "uniform 8 / row"."""
     group = spec.get("group_size")
     scale = "per tensor" if spec.get("per_tensor") else f"/ {group}" if group else "/ row"
     int8 = " int8" if spec.get("activations") == "int8" else ""
-    return f"{spec.get('grid', '')} {spec['bits']}{int8} {scale}"
+    grid = str(spec.get("grid", ""))
+    if not listed and is_spelled_out(grid):
+        grid = "levels"  # a learned grid: each layer's own
+    return f"{grid} {spec['bits']}{int8} {scale}"
 
 
 def _kind(name: str) -> str:
