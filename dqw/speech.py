@@ -40,6 +40,20 @@ def spread(items: Sequence[Any], count: int | None) -> list[Any]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def spread_evenly(items: Sequence[Any], count: int | None) -> list[Any]:
+    """The same within each language, in their order: where languages take turns, every second clip
+    would be of one."""
+    by_language = sorted(range(len(items)), key=_first_of_language(items))
+    return [items[i] for i in sorted(spread(by_language, count))]
+
+
+def _first_of_language(items: Sequence[Spoken]) -> Callable[[int], int]:
+    first: dict[str | None, int] = {}
+    for index, item in enumerate(items):
+        first.setdefault(item.language, index)
+    return lambda index: first[items[index].language]
+
+
 def balanced(items: Sequence[Spoken], count: int) -> list[int]:
     """Which at most ``count`` of ``items`` to calibrate on, as sorted indices.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from speech_helpers import one_thread  # noqa: F401  a fixture
+from speech_helpers import Noise, one_thread  # noqa: F401  a fixture
 from typer.testing import CliRunner
 from whisper_helpers import run_dqw, save_speech, save_tiny
 
@@ -21,8 +21,10 @@ from dqw.errors import UserError
 from dqw.hf import packed_state
 from dqw.probe import Probe
 from dqw.recipe import Recipe
+from dqw.speech import spread, spread_evenly
 from dqw.study import STUDIES, lab
 from dqw.study.plot import Axis, Point, dots, figure, lines
+from dqw.study.runner import _measuring
 from dqw.study.sizes import SHAPES, authors_bytes, empty_model, size_table
 from dqw.study.table import Scope
 from dqw.whisper.checkpoint import load_whisper
@@ -208,24 +210,9 @@ def test_sensitivity_is_resumable_and_names_layers(
     assert code == 1 and "is damaged" in printed
 
 
-def test_a_cell_is_one_processs_own(base: Path, speech: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    other = out / "cells" / "apot-4-bits-per-row.0.lock"
-    code, printed = study("grids", base, speech, out)
-    assert code == 0 and (out / "grids.html").exists(), printed
-    (out / "grids.html").unlink()
-    other.with_suffix(".json").unlink()
-    with open(other, "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        code, printed = study("grids", base, speech, out)
-        assert code == 0 and "cells are another process's" in printed, printed
-        assert not (out / "grids.html").exists() and not other.with_suffix(".json").exists()
-    code, printed = study("grids", base, speech, out)  # that process was killed
-    assert code == 0 and (out / "grids.html").exists(), printed
-    assert not list((out / "cells").glob("*.lock"))
-
-
-def test_grids_compares_within_bits_and_scales(base: Path, speech: Path, tmp_path: Path) -> None:
+def test_grids_compares_within_bits_and_scales_and_cells_are_kept(
+    base: Path, speech: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     code, printed = study("grids", base, speech, out)
     assert code == 0, printed
@@ -239,6 +226,41 @@ def test_grids_compares_within_bits_and_scales(base: Path, speech: Path, tmp_pat
     page = (out / "grids.html").read_text(encoding="utf-8")
     assert "<td>KL</td><td>4 bits, per row</td>" in page and "Differences in KL" in page
     assert 'class="tie">tie' in page or 'class="worse">worse' in page
+
+    # A cell is one process's own.
+    other = out / "cells" / "apot-4-bits-per-row.0.lock"
+    (out / "grids.html").unlink()
+    other.with_suffix(".json").unlink()
+    with open(other, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, printed = study("grids", base, speech, out)
+        assert code == 0 and "cells are another process's" in printed, printed
+        assert not (out / "grids.html").exists() and not other.with_suffix(".json").exists()
+        assert _measuring(out)
+    assert not _measuring(out)
+    code, printed = study("grids", base, speech, out)  # that process was killed
+    assert code == 0 and (out / "grids.html").exists(), printed
+    assert not list((out / "cells").glob("*.lock"))
+
+    # A cell of a setting that has changed is not taken for it, nor are cells of other sounds.
+    cell = other.with_suffix(".json")
+    made = cell.read_text()
+    cell.write_text(json.dumps({**json.loads(made), "settings": "older"}))
+    code, printed = study("grids", base, speech, out)
+    assert code == 1 and "per row' meant something else: remove it" in printed, printed
+    cell.write_text(made)
+    save_speech(speech.parent, ("hello", "hello wow", "wow", "hello hello"), ("en", "ja"), 0.12)
+    code, printed = study("grids", base, speech, out)
+    assert code == 1 and "holds cells of another audio" in printed, printed
+
+
+def test_subsets_have_all_languages() -> None:
+    items = [Noise(str(i), language=("en", "ja", "fr")[i % 3]) for i in range(192)]
+    counts = Counter(item.language for item in spread_evenly(items, 64))
+    assert set(counts.values()) <= {21, 22} and len(counts) == 3
+    blocks = sorted(items, key=lambda item: item.language)
+    assert spread_evenly(blocks, 64) == spread(blocks, 64)
+    assert spread_evenly(items, None) == items
 
 
 def test_ratio_quantizes_the_share_it_says(base: Path, speech: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from dqw.distill.pair import Pair
 from dqw.probe import Probe, changed, first_changed
 from dqw.recipe import Recipe
 from dqw.save import save_student
-from dqw.speech import calibration_batches, clip_batches, spread
+from dqw.speech import calibration_batches, clip_batches, spread_evenly
 from dqw.study.heard import Heard
 from dqw.study.table import Changes, Setting, layer_spec
 from dqw.whisper.data import Item
@@ -85,7 +85,9 @@ class Lab:
     @cached_property
     def clips(self) -> list[dict[str, Any]]:
         """The evaluation clips that KL is taken on, one a batch."""
-        return list(clip_batches(spread(self.test, KL_CLIPS), self.recipe, self.pair, self.say))
+        return list(
+            clip_batches(spread_evenly(self.test, KL_CLIPS), self.recipe, self.pair, self.say)
+        )
 
     @cached_property
     def probe(self) -> Probe:
@@ -114,6 +116,16 @@ class Lab:
             write_atomic(path, json.dumps(found, indent=1) + "\n")
         return json.loads(path.read_text(encoding="utf-8"))
 
+    @cached_property
+    def spelling(self) -> dict[str, str] | None:
+        """British spellings, one map for all cells: the teacher's, or else the student's."""
+        for processor in (self.pair.teacher_processor, self.pair.processor):
+            found = getattr(processor.tokenizer, "english_spelling_normalizer", None)
+            if found:
+                return dict(found)
+        self.say("neither model has spellings (normalizer.json): colour and color are two words")
+        return None
+
     # ------------------------------------------------------------ one cell
 
     def measure(self, setting: Setting, seed: int, status: Say) -> dict[str, Any]:
@@ -130,6 +142,7 @@ class Lab:
                 size += stored_bytes(matrix.shape[0], matrix.shape[1], spec)
             kl = self._rounded_kl(setting.layers, int(setting.factors["bits"]))
             return {"mib": size / MIB, "kl": kl, "clips": []}
+        self.probe  # noqa: B018  made first: training may lower the teacher's precision
         if setting.model == "teacher":
             return {
                 "mib": float_bytes(self.teacher, {}) / MIB,
@@ -258,7 +271,7 @@ class Lab:
             [item.text or "" for item in self.test],
             [transcript.text for transcript in found.transcripts],
             languages,
-            getattr(processor.tokenizer, "english_spelling_normalizer", None),
+            self.spelling,
         )
         clips = [
             (language, int(row[:3].sum()), int(row[3])) for language, row in zip(languages, rows)

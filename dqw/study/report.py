@@ -114,14 +114,16 @@ def _page(
     facts = [
         f"Model {about['model']}; student {about['student']}, "
         f"{about['layers'][0]} + {about['layers'][1]} layers.",
-        f"Measured on {about['measured on']['clips']} clips.",
+        *_measured(about, rates),
     ]
-    if study.calibrates and about["speech"]["clips"]:
+    asis = all(s.model != "quantized" and not s.phases for s in settings)
+    if study.calibrates and about["speech"]["clips"] and not asis:
         learned = f"Calibrated {'and trained ' if trained else ''}on"
         facts.append(f"{learned} {about['speech']['clips']} clips.")
-    facts.append(f"Recipe where nothing else is said: {recipe['bits']} bits {recipe['grid']}, "
-                 f"{shared}, embedding {recipe['embedding_bits'] or 'float'} bits, convolutions "
-                 f"{recipe['conv_bits'] or 'float'} bits.")  # fmt: skip
+    if not asis:
+        facts.append(f"Recipe where nothing else is said: {recipe['bits']} bits {recipe['grid']}, "
+                     f"{shared}, embedding {recipe['embedding_bits'] or 'float'} bits, "
+                     f"convolutions {recipe['conv_bits'] or 'float'} bits.")  # fmt: skip
     if trained:
         facts.append(f"{about['steps']} steps a cell, {seeds} seed{'s' if seeds > 1 else ''}.")
     if about["quick"]:
@@ -131,7 +133,7 @@ def _page(
         f"<p>{escape(study.how)}</p>",
         f'<p class="small">{escape(" ".join(facts))}<br>'
         f"<code>{escape(command)}</code>, "
-        f"{time.strftime('%Y-%m-%d')}; {escape(machine())}.</p>",
+        f"{escape(_made(cells))}.</p>",
         *_answer(study, settings, rates),
         "<h2>Plot</h2>",
         f'<div class="scroll">{figure}</div>',
@@ -153,8 +155,8 @@ def _page(
         "words or characters of all clips, greedy. Brackets: 95 % bootstrap intervals over clips"
         f"{' and seeds' if seeds > 1 else ''}. Differences are paired by clip"
         f"{' and seed' if seeds > 1 else ''}; one whose interval "
-        "holds zero is called a tie. In the answer that is the interval of all differences from "
-        "the least together (Bonferroni), pair by pair each one's own: there one in twenty true "
+        "holds zero is called a tie. In the answer that is the interval of the differences of all "
+        "pairs together (Bonferroni), pair by pair each one's own: there one in twenty true "
         "ties will not be called so. "
         f"These cells: {study.name}.csv.</p>",
     ]
@@ -165,6 +167,26 @@ def _page(
         + "\n".join(body)
         + "\n</html>\n"
     )
+
+
+def _measured(about: Mapping[str, Any], rates: Mapping[str, Mapping[str, Rate]]) -> list[str]:
+    """How many clips and units each metric counts; clips that it cannot are left out."""
+    units = {"KL": "tokens", "WER": "words", "CER": "characters"}
+    parts = []
+    for metric in METRICS:
+        found = [row[metric] for row in rates.values() if metric in row]
+        if found:
+            one = min(found, key=lambda r: r.units)  # of one seed
+            parts.append(f"{metric} of {one.clips} clips, {one.units} {units[metric]}")
+    return [f"Measured on {about['measured on']['clips']} clips ({'; '.join(parts)})."]
+
+
+def _made(cells: Cells) -> str:
+    """When, where and with what the cells were measured."""
+    made = [cell["made"] for row in cells.values() for cell in row if "made" in cell]
+    dates = sorted({m["date"] for m in made}) or [time.strftime("%Y-%m-%d")]
+    machines = sorted({m["machine"] for m in made}) or [machine()]
+    return f"{dates[0]}{f' to {dates[-1]}' if len(dates) > 1 else ''}; {' and '.join(machines)}"
 
 
 def machine() -> str:

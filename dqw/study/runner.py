@@ -29,7 +29,7 @@ from dqw.digest import weights_digest
 from dqw.errors import UserError
 from dqw.probe import Changed, first_changed
 from dqw.recipe import Recipe
-from dqw.speech import spread
+from dqw.speech import spread_evenly
 from dqw.study.lab import Lab, Say, cell_name, forget_checkpoints, with_changes
 from dqw.study.table import STUDIES, Scope, Setting, Study
 from dqw.whisper.data import Item, load_items
@@ -96,7 +96,8 @@ def run_study(request: Request, say: Callable[[str], None] = print) -> Path | No
     seeds = 1 if request.quick else request.seeds
     cells = cells_of(settings, seeds)
     run_cells(lab, cells, say)
-    if all(cell_path(request.out, *cell).exists() for cell in cells_of(everything, seeds)):
+    every = all(cell_path(request.out, *cell).exists() for cell in cells_of(everything, seeds))
+    if every and not _measuring(request.out):
         shutil.rmtree(lab.states, ignore_errors=True)
     left = [cell for cell in cells if not cell_path(request.out, *cell).exists()]
     if left:
@@ -217,7 +218,7 @@ def speech(
                 f"the demo's speech has no '{request.language}' clips to learn from and to measure "
                 "on: give --data and --eval-data."
             )
-        return train, spread(test, limit)
+        return train, spread_evenly(test, limit)
     if request.eval_data is None:
         raise UserError(
             "--eval-data is missing: give transcribed clips to measure on, others than --data's."
@@ -235,7 +236,7 @@ def speech(
             f"Warning: --data and --eval-data share {len(shared)} clips, such as {shared[0]}; "
             "figures on what is learned from are too good"
         )
-    return train, spread(test, limit)
+    return train, spread_evenly(test, limit)
 
 
 def _path(item: Item) -> Path | None:
@@ -264,6 +265,7 @@ def describe(study: Study, request: Request, lab: Lab) -> dict[str, Any]:
         text = repr([(item.id, item.text, item.language) for item in items])
         return {"clips": len(items), "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
+    sounds = hashlib.sha256(repr([_sound(item) for item in [*lab.train, *lab.test]]).encode())
     layers = [lab.student.config.encoder_layers, lab.student.config.decoder_layers]
     return {
         "study": study.name,
@@ -273,10 +275,21 @@ def describe(study: Study, request: Request, lab: Lab) -> dict[str, Any]:
         "weights": weights_digest(lab.teacher, weights_digest(lab.student)),
         "speech": listed(lab.train),
         "measured on": listed(lab.test),
+        "audio": sounds.hexdigest()[:16],
         "steps": lab.steps,
         "quick": request.quick,
         "recipe": lab.recipe.to_dict(),
     }
+
+
+def _sound(item: Item) -> tuple[float | None, bytes]:
+    """What tells a clip's audio from another of its name: its length, and some bytes from within.
+    Of a dataset, whose rows would have to be read, the length is None and tells nothing."""
+    if not isinstance(item.audio, Path):
+        return item.seconds, b""
+    with open(item.audio, "rb") as file:
+        file.seek(item.audio.stat().st_size // 2)
+        return item.seconds, file.read(4096)
 
 
 def check_folder(out: Path) -> None:
@@ -322,11 +335,23 @@ def run_cells(lab: Lab, cells: list[tuple[Setting, int]], say: Callable[[str], o
                     row = run_cell(lab, setting, seed, _within(bar, setting.name))
                     if not setting.layers:
                         say(one_line(setting, seed, row))
-            bar()
+            if cell_path(lab.out, setting, seed).exists():  # else another process is at it
+                bar()
 
 
 def _place(first: Changed) -> tuple[int, int]:
     return -1 if first.encoder is None else first.encoder, first.decoder
+
+
+def _measuring(out: Path) -> bool:
+    """Whether another process holds a cell of the study in ``out``, with more seeds perhaps."""
+    for path in (out / "cells").glob("*.lock"):
+        with open(path, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return True
+    return False
 
 
 @contextmanager
@@ -340,6 +365,8 @@ def claimed(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
+        except OSError:
+            pass  # a file system without locks: one process at a time
         try:
             yield not path.exists()
         finally:
@@ -348,13 +375,21 @@ def claimed(path: Path) -> Iterator[bool]:
 
 def run_cell(lab: Lab, setting: Setting, seed: int, status: Say) -> dict[str, Any]:
     """Measure one cell and write it."""
+    from dqw.study.report import machine
+
     start = time.monotonic()
     made = lab.measure(setting, seed, status)
-    row = {"setting": setting.name, "seed": seed, **made}
+    row = {"setting": setting.name, "seed": seed, **made, "settings": digest_of(setting)}
+    row["made"] = {"date": time.strftime("%Y-%m-%d"), "machine": machine()}
     row["seconds"] = round(time.monotonic() - start, 1)
     write_atomic(cell_path(lab.out, setting, seed), json.dumps(row) + "\n")
     forget_checkpoints(lab, setting, seed)
     return row
+
+
+def digest_of(setting: Setting) -> str:
+    """Of all that a setting is."""
+    return hashlib.sha256(repr(setting).encode()).hexdigest()[:16]
 
 
 def _within(bar: Bar, name: str) -> Callable[[str], None]:
@@ -373,8 +408,14 @@ def read_cells(out: Path, cells: list[tuple[Setting, int]]) -> dict[str, list[di
         try:
             row = json.loads(path.read_text(encoding="utf-8"))
             row["kl"], row["clips"], row["mib"]
+            other = row.get("settings", digest_of(setting)) != digest_of(setting)
         except (json.JSONDecodeError, KeyError, TypeError):
             raise UserError(f"{path} is damaged: remove it, and it is measured again.") from None
+        if other:
+            raise UserError(
+                f"{path} was measured when {setting.name!r} meant something else: remove it, and "
+                "it is measured again."
+            )
         found.setdefault(setting.name, []).append(row)
     return found
 

@@ -254,8 +254,9 @@ def _sensitivity(scope: Scope) -> list[Setting]:
             found.append(Setting(f"{kind}, {bits} bits", factors, layers=tuple(layers)))
     for bits in scope.widths[:1] if scope.quick else scope.widths:
         for kind, layers in kinds.items():
-            for depth, name in enumerate(layers):
+            for name in layers:
                 if len(layers) > 1:
+                    depth = next(int(part) for part in name.split(".") if part.isdigit())
                     factors = {"kind": kind, "layer": depth, "bits": bits}
                     found.append(Setting(f"{name}, {bits} bits", factors, layers=(name,)))
     return found

@@ -1,12 +1,12 @@
 """Rates with intervals, and which differences are more than chance.
 
 A setting's rate is a sum over clips and seeds: KL nats a token, errors a word or character. It is
-drawn 10000 times anew with clips, and seeds where there are several, taken with replacement
-(percentile bootstrap). All settings are drawn with the same clips, and the same seeds, which stand
-for the same order of the same speech, so that differences are paired; a difference whose 95 %
-interval holds zero is a tie; where several are compared with the least, that is the interval of
-all of them together. Of three seeds replacement shows too little: what they add is widened
-to the interval that Student's t gives them.
+drawn 10000 times anew. Clips are taken with replacement (bootstrap), and what that gives is widened
+to the interval of Student's t for so many. Of a few seeds replacement shows too little, above all
+in the tails that many comparisons need: what they add is drawn from Student's t itself. All
+settings are drawn with the same clips and the same seeds, which stand for the same order of the
+same speech, so that differences are paired. A difference whose 95 % interval holds zero is a tie;
+in a verdict that is the interval of all pairs together, as the least is chosen by the same data.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Rate:
 
     total: float
     units: int
+    clips: int
     draws: np.ndarray
 
     @property
@@ -41,6 +42,9 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
+        """One clip tells nothing."""
+        if self.clips < 2:
+            return 0.0, np.inf
         low, high = np.percentile(self.draws, [2.5, 97.5])
         return max(float(low), 0.0), float(high)
 
@@ -78,17 +82,31 @@ def rate(cells: Sequence[Cell], metric: str, language: str | None = None) -> Rat
         return None
     table = np.stack(tables)  # (seeds, clips, 2)
     seeds, clips, _ = table.shape
-    drawn = np.concatenate(
-        [some.astype(np.float64) @ table for some in np.split(_times_drawn(clips), _PARTS)], axis=1
-    )  # (seeds, draws, 2)
-    every = drawn.sum(0)
-    draws = every[:, 0] / every[:, 1]
-    if seeds > 1:
-        chosen = np.random.default_rng(seeds).integers(0, seeds, size=(DRAWS, seeds))
-        some = drawn[chosen, np.arange(DRAWS)[:, None]].sum(1)
-        draws = draws + widening(seeds) * (some[:, 0] / some[:, 1] - draws)
     total, units = table.sum((0, 1))
-    return Rate(float(total), int(units), draws)
+    draws = np.full(DRAWS, total / units)
+    if clips > 1:
+        every = np.concatenate(
+            [
+                some.astype(np.float64) @ table.sum(0)
+                for some in np.split(_times_drawn(clips), _PARTS)
+            ]
+        )  # (draws, 2)
+        draws += widening(clips) * (every[:, 0] / every[:, 1] - total / units)
+    if seeds > 1:
+        own = table.sum(1)
+        draws += _of_seeds(seeds) @ (own[:, 0] / own[:, 1])
+    return Rate(float(total), int(units), clips, draws)
+
+
+@lru_cache(maxsize=8)
+def _of_seeds(seeds: int) -> np.ndarray:
+    """(draws, seeds): what weighs the seeds' rates to give their mean's error, which is Student's t
+    with seeds - 1 degrees of freedom times its standard error."""
+    dice, free = np.random.default_rng(seeds), seeds - 1
+    normal = dice.standard_normal((DRAWS, seeds))
+    normal -= normal.mean(1, keepdims=True)
+    spread = np.sqrt(dice.chisquare(free, (DRAWS, 1)) / free)
+    return normal / spread / np.sqrt(seeds * free)
 
 
 @lru_cache(maxsize=2)
@@ -102,16 +120,20 @@ def _times_drawn(clips: int) -> np.ndarray:
     return times
 
 
-def widening(seeds: int) -> float:
-    """How much wider Student's interval of the mean of ``seeds`` values is than that of drawing
-    them with replacement, whose deviation is √((n-1)/n) of theirs and is taken for normal."""
-    free = seeds - 1
+def widening(clips: int) -> float:
+    """How much wider Student's interval of the mean of two or more ``clips`` is than that of
+    drawing them with replacement, whose deviation is √((n-1)/n) of theirs and is taken for normal.
+    """
+    free = clips - 1
     student = _STUDENT[free - 1] if free <= len(_STUDENT) else 1.96 + 2.5 / free
-    return student / 1.96 * float(np.sqrt(seeds / free))
+    return student / 1.96 * float(np.sqrt(clips / free))
 
 
 def difference(first: Rate, second: Rate, among: int = 1) -> Difference:
-    """``among``: how many differences shall be within their intervals at once (Bonferroni)."""
+    """``among``: how many differences shall be within their intervals at once (Bonferroni). Of one
+    clip the interval has no ends."""
+    if min(first.clips, second.clips) < 2:
+        return Difference(first.value - second.value, -np.inf, np.inf)
     tail = 2.5 / among
     low, high = np.percentile(first.draws - second.draws, [tail, 100 - tail])
     return Difference(first.value - second.value, float(low), float(high))
@@ -119,8 +141,9 @@ def difference(first: Rate, second: Rate, among: int = 1) -> Difference:
 
 def verdict(rates: Mapping[str, Rate]) -> tuple[str, list[str], list[str]]:
     """The setting of least rate, those that tie with it, and those that are worse: by intervals of
-    95 % for all of these differences together."""
+    95 % for the differences of all pairs together."""
+    pairs = len(rates) * (len(rates) - 1) // 2
     best = min(rates, key=lambda name: rates[name].value)
     others = [name for name in rates if name != best]
-    ties = [name for name in others if difference(rates[name], rates[best], len(others)).tie]
+    ties = [name for name in others if difference(rates[name], rates[best], pairs).tie]
     return best, ties, [name for name in others if name not in ties]
