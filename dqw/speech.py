@@ -41,17 +41,22 @@ def spread(items: Sequence[Any], count: int | None) -> list[Any]:
 
 
 def spread_evenly(items: Sequence[Any], count: int | None) -> list[Any]:
-    """The same within each language, in their order: where languages take turns, every second clip
-    would be of one."""
-    by_language = sorted(range(len(items)), key=_first_of_language(items))
-    return [items[i] for i in sorted(spread(by_language, count))]
-
-
-def _first_of_language(items: Sequence[Spoken]) -> Callable[[int], int]:
+    """The same within each language, and one of each at least while ``count`` allows, in their
+    order: where languages take turns, every second clip would be of one."""
     first: dict[str | None, int] = {}
     for index, item in enumerate(items):
         first.setdefault(item.language, index)
-    return lambda index: first[items[index].language]
+    by_language = sorted(range(len(items)), key=lambda index: first[items[index].language])
+    chosen = spread(by_language, count)
+    missing = [i for code, i in first.items() if all(items[c].language != code for c in chosen)]
+    for index in missing:  # takes the place of one of the language that has most
+        codes = [items[c].language for c in chosen]
+        most = max(codes, key=codes.count, default=None)
+        if codes.count(most) < 2:
+            break
+        del chosen[len(codes) - 1 - codes[::-1].index(most)]
+        chosen.append(index)
+    return [items[i] for i in sorted(chosen)]
 
 
 def balanced(items: Sequence[Spoken], count: int) -> list[int]:

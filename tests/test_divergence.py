@@ -78,7 +78,9 @@ def test_eval_prints_and_stores_it(tmp_path):
 
     out = evaluate("--json", figures)
     assert out.exit_code == 0 and "KL from the teacher: " in out.stdout
-    stored = json.loads(figures.read_text())
+    assert "(one clip: no interval; " in out.stdout
+    stored = json.loads(figures.read_text(), parse_constant=lambda word: pytest.fail(word))
+    assert stored["kl"]["interval"] is None
     assert stored["kl"]["clips"] == 1 and stored["kl"]["nats_per_token"] >= 0
     assert stored["teacher"].endswith("teacher")
     manifest.write_text(json.dumps({"audio": "b.wav", "text": "too long", "language": "en"}))

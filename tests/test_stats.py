@@ -34,19 +34,19 @@ def test_many_that_are_alike_tie_with_the_least() -> None:
     """Of eight, each compared by itself, one would be called worse in every second try; of three
     seeds each, tails that replacement does not have would have it so in every third."""
     tries = 60
-    for seeds in (1, 3):
+    for seeds, clips in ((1, 40), (1, 4), (3, 40)):
         wrong = 0
         for seed in range(tries):
             dice = np.random.default_rng(seed)
             rates = {}
             for k in range(8):
                 shift = dice.normal(1, 0.05, seeds) if seeds > 1 else [1.0]
-                noise = dice.normal(0, 0.5, 40) if seeds == 1 else np.zeros(40)
+                noise = dice.normal(0, 0.5, clips) if seeds == 1 else np.zeros(clips)
                 found = rate([cell([(m + v, 1) for v in noise]) for m in shift], "KL")
                 assert found is not None
                 rates[str(k)] = found
             wrong += bool(verdict(rates)[2])
-        assert wrong <= 0.1 * tries, (seeds, wrong)
+        assert wrong <= 0.1 * tries, (seeds, clips, wrong)
 
 
 def test_a_few_clips_tell_little_and_one_nothing() -> None:
@@ -56,12 +56,12 @@ def test_a_few_clips_tell_little_and_one_nothing() -> None:
         return found
 
     one = difference(of([1.0]), of([2.0]))
-    assert one.tie and one.value == -1 and of([1.0]).interval == (0, np.inf)
+    assert one.tie and one.value == -1 and np.isnan(of([1.0]).interval).all()
     assert difference(of([1.0, 1.6]), of([2.0, 2.1])).tie  # one of two chances that both agree
     deviations = np.array([-1.0, -1.3, -0.8, -1.1])
     gap = difference(of(list(5 + deviations)), of([5.0] * 4))
     student = 3.182 * deviations.std(ddof=1) / 2
-    assert not gap.tie and 0.8 * student < (gap.high - gap.low) / 2 < 1.2 * student
+    assert not gap.tie and 0.93 * student < (gap.high - gap.low) / 2 < 1.07 * student
 
 
 def test_rates_are_of_the_whole_corpus_and_know_words_from_characters() -> None:

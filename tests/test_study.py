@@ -247,7 +247,7 @@ def test_grids_compares_within_bits_and_scales_and_cells_are_kept(
     made = cell.read_text()
     cell.write_text(json.dumps({**json.loads(made), "settings": "older"}))
     code, printed = study("grids", base, speech, out)
-    assert code == 1 and "per row' meant something else: remove it" in printed, printed
+    assert code == 1 and "meant something else (apot-4-bits-per-row.0.json)" in printed, printed
     cell.write_text(made)
     save_speech(speech.parent, ("hello", "hello wow", "wow", "hello hello"), ("en", "ja"), 0.12)
     code, printed = study("grids", base, speech, out)
@@ -258,6 +258,9 @@ def test_subsets_have_all_languages() -> None:
     items = [Noise(str(i), language=("en", "ja", "fr")[i % 3]) for i in range(192)]
     counts = Counter(item.language for item in spread_evenly(items, 64))
     assert set(counts.values()) <= {21, 22} and len(counts) == 3
+    rare = [Noise(str(i)) for i in range(199)] + [Noise("ja", language="ja")]
+    assert {item.language for item in spread_evenly(rare, 64)} == {"en", "ja"}
+    assert len(spread_evenly(rare, 64)) == 64 and len(spread_evenly(rare, 1)) == 1
     blocks = sorted(items, key=lambda item: item.language)
     assert spread_evenly(blocks, 64) == spread(blocks, 64)
     assert spread_evenly(items, None) == items

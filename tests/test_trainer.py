@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -362,7 +364,24 @@ def test_a_folder_is_one_process_s_at_a_time(tmp_path, monkeypatch):
     with held(out), pytest.raises(UserError, match="another process is training in"):
         run(out)
     assert run(out).steps == SHORT.steps  # the lock went with the block
-    assert not (tmp_path / "run.lock").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    with held(out):
+        shutil.rmtree(out)  # as `dqw compress` does with an older run
+        with held(out):
+            pass
+    monkeypatch.setattr("dqw.distill.checkpoint.LOCK_SECONDS", 60)
+    release = threading.Event()
+
+    def hold():
+        with held(out):
+            release.wait(30)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    threading.Timer(0.5, release.set).start()
+    with held(out):  # a worker of a killed run may hold it for some seconds more
+        assert release.is_set()
+    other.join()
 
 
 def test_a_constant_rate_warms_up_where_it_is_told_to(tmp_path):

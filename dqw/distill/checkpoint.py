@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,32 +39,44 @@ _RUN = "run.json"
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """The run's folder for this process alone, until the block, or the process and those that read
-    clips for it, end. Raises UserError where another one has it. The lock, FOLDER.lock, lies beside
-    the folder, which may be deleted."""
-    path = folder.with_name(f"{folder.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    clips for it, end; it may be deleted meanwhile. Raises UserError where another one has it."""
     until = time.monotonic() + LOCK_SECONDS
     while True:
-        with open(path, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() < until:
-                    time.sleep(0.2)
-                    continue
-                raise UserError(
-                    f"another process is training in {folder}: wait for it to end, or choose "
-                    "another folder."
-                ) from None
-            except OSError:
-                pass  # a file system without locks
-            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                continue  # it was another's, which deleted it as it ended
-            try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system without locks
+                if not _taken(lock, until):
+                    raise UserError(
+                        f"another process is training in {folder}: wait for it to end, or choose "
+                        "another folder."
+                    )
+            if _is_at(lock, folder):
                 yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
+                return
+        finally:
+            os.close(lock)
+
+
+def _taken(lock: int, until: float) -> bool:
+    """Whether the lock could be had before ``until``."""
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
+        else:
+            return True
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether ``path`` is still what was opened: another may have deleted it as it ended."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def checkpoints(folder: Path) -> list[Path]:

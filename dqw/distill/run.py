@@ -36,7 +36,7 @@ from dqw.distill.progress import Display, StepReport, display
 from dqw.distill.resume import found_checkpoint, resumed_step
 from dqw.distill.rounding import round_student, starts_off_grid
 from dqw.distill.states import FOLDER as STATES
-from dqw.distill.states import StatesDataset, keep_states, keeps_states, window_bytes
+from dqw.distill.states import StatesDataset, keep_states, keeps_states, states_folder, window_bytes
 from dqw.distill.stepping import seed_step
 from dqw.distill.trainer import DistillTrainer
 from dqw.errors import UserError
@@ -187,8 +187,13 @@ def _distill(
         kept = False  # no window is read twice
     seed_step(train.seed, -1, 0, 0)  # projections start at random
     pupil = DistillModel(student, teacher, config)
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    states_in = Path()
+    if kept:
+        content = repr((made.fingerprint(), dataset.seed, config.augment))
+        states_in = states_folder(states or folder / STATES, pupil, teacher, content, autocast)
     if kept and train.cache_states == "auto":
-        kept = agreed(_room(dataset, pupil, states or folder / STATES, shown))
+        kept = agreed(_room(dataset, pupil, states_in, shown))
     windows: SpeechDataset | StatesDataset = dataset
     if kept:
         if found is not None:
@@ -200,9 +205,8 @@ def _distill(
                 _keys(dataset, config, train, args),
                 pupil,
                 teacher,
-                states or folder / STATES,
-                repr((made.fingerprint(), dataset.seed, config.augment)),
-                torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+                states_in,
+                autocast,
                 lambda done, total: shown.count("encoder and teacher, windows", done, total),
             )
     report = ReportCallback(shown, folder / "log.jsonl")
@@ -242,9 +246,9 @@ def _distill(
 
 
 def _room(dataset: SpeechDataset, pupil: DistillModel, folder: Path, shown: Display) -> bool:
-    """Whether the states of all windows take at most half of the disk's free space; a run that has
-    begun to keep them goes on."""
-    if next(folder.glob("*/*.safetensors"), None) is not None:
+    """Whether the states of all windows take at most half of the disk's free space; where some are
+    in ``folder``, it goes on."""
+    if next(folder.glob("*.safetensors"), None) is not None:
         return True
     while not folder.exists():
         folder = folder.parent

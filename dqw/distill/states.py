@@ -97,7 +97,6 @@ def keep_states(
     pupil: DistillModel,
     teacher: Any,
     folder: Path,
-    content: str,
     autocast: torch.dtype | None,
     progress: Callable[[int, int], object],
 ) -> StatesDataset:
@@ -107,11 +106,10 @@ def keep_states(
         keys: of `dataset`, those that will be asked for.
         pupil: the student, whose encoder is heard if it is frozen; teacher: in its own dtype, on
             the same device.
-        content: what else the states depend on (data, augmentation).
+        folder: see ``states_folder``.
         autocast: precision of the matrix products, or None.
         progress: called with (done, windows).
     """
-    folder = folder / _fingerprint(pupil, teacher, content, autocast)
     pupil.eval()
     teacher.eval()
     collate = Collator(pad=dataset.encoder.end)
@@ -159,8 +157,10 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         ) from error
 
 
-def _fingerprint(
-    pupil: DistillModel, teacher: Any, content: str, autocast: torch.dtype | None
-) -> str:
+def states_folder(
+    folder: Path, pupil: DistillModel, teacher: Any, content: str, autocast: torch.dtype | None
+) -> Path:
+    """Where in ``folder`` the states of these lie. content: what else they depend on (data,
+    augmentation)."""
     heard = "" if pupil.encoder_learns else weights_digest(pupil.student.model.encoder)
-    return weights_digest(teacher, heard, content, autocast, pupil.stacks, pupil.kind)
+    return folder / weights_digest(teacher, heard, content, autocast, pupil.stacks, pupil.kind)

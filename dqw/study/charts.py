@@ -85,7 +85,7 @@ def _label(metric: str) -> str:
 
 
 def _point(found: Rate, times: float = 1, x: float = 0.0) -> plot.Point:
-    low, high = found.interval
+    low, high = found.interval if found.clips > 1 else (found.value, found.value)
     return plot.Point(times * found.value, times * low, times * high, x)
 
 

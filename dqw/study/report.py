@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import platform
 import time
@@ -91,7 +92,10 @@ def csv_text(study: Study, settings: Sequence[Setting], cells: Cells) -> str:
 def _figures(found: Rate | None, times: float, digits: int, counted: bool = False) -> list[str]:
     if found is None:
         return [""] * (5 if counted else 4)
-    values = [f"{times * v:.{digits}f}" for v in (found.value, *found.interval)]
+    values = [
+        f"{times * v:.{digits}f}" if math.isfinite(v) else ""  # one clip has no interval
+        for v in (found.value, *found.interval)
+    ]
     return [*values, *([str(round(found.total))] if counted else []), str(found.units)]
 
 
@@ -152,8 +156,9 @@ def _page(
         '<p class="small">KL: mean Kullback-Leibler divergence of the next-token distributions '
         f"from those of the {'float model' if study.chart == 'layers' else 'float teacher'}, on "
         "the reference texts; it moves long before words do. WER and CER: errors over reference "
-        "words or characters of all clips, greedy. Brackets: 95 % bootstrap intervals over clips"
-        f"{' and seeds' if seeds > 1 else ''}. Differences are paired by clip"
+        "words or characters of all clips, greedy. Brackets: 95 % intervals over clips"
+        f"{' and seeds' if seeds > 1 else ''} (bootstrap; Student's t of up to 100 clips, and of "
+        "seeds). Differences are paired by clip"
         f"{' and seed' if seeds > 1 else ''}; one whose interval "
         "holds zero is called a tie. In the answer that is the interval of the differences of all "
         "pairs together (Bonferroni), pair by pair each one's own: there one in twenty true "
@@ -186,7 +191,12 @@ def _made(cells: Cells) -> str:
     made = [cell["made"] for row in cells.values() for cell in row if "made" in cell]
     dates = sorted({m["date"] for m in made}) or [time.strftime("%Y-%m-%d")]
     machines = sorted({m["machine"] for m in made}) or [machine()]
-    return f"{dates[0]}{f' to {dates[-1]}' if len(dates) > 1 else ''}; {' and '.join(machines)}"
+    earlier = "" if all("made" in cell for row in cells.values() for cell in row) else \
+        "cells of before do not say when; "  # fmt: skip
+    return (
+        f"{earlier}{dates[0]}{f' to {dates[-1]}' if len(dates) > 1 else ''}; "
+        f"{' and '.join(machines)}"
+    )
 
 
 def machine() -> str:
@@ -273,7 +283,8 @@ def _comparisons(
 def _compared(first: Rate, second: Rate, metric: str) -> list[str]:
     d = difference(first, second)
     word = "tie" if d.tie else "worse" if d.value > 0 else "better"
-    interval = f"{_gap(d.low, metric)} to {_gap(d.high, metric)}"
+    told = math.isfinite(d.low)
+    interval = f"{_gap(d.low, metric)} to {_gap(d.high, metric)}" if told else "–"
     return [_gap(d.value, metric), interval, f'<span class="{word}">{word}</span>']
 
 
@@ -363,6 +374,8 @@ def _gap(value: float, metric: str) -> str:
 
 def _with_interval(found: Rate, metric: str) -> str:
     low, high = found.interval
+    if not math.isfinite(low):
+        return _value(found, metric).removesuffix(" %")
     if metric == "KL":
         return f"{found.value:.3g} ({low:.3g} to {high:.3g})"
     return f"{100 * found.value:.2f} ({100 * low:.2f} to {100 * high:.2f})"

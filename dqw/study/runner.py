@@ -14,12 +14,13 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ from dqw.digest import weights_digest
 from dqw.errors import UserError
 from dqw.probe import Changed, first_changed
 from dqw.recipe import Recipe
-from dqw.speech import spread_evenly
-from dqw.study.lab import Lab, Say, cell_name, forget_checkpoints, with_changes
+from dqw.speech import spread, spread_evenly
+from dqw.study.lab import KL_CLIPS, Lab, Say, cell_name, forget_checkpoints, with_changes
 from dqw.study.table import STUDIES, Scope, Setting, Study
 from dqw.whisper.data import Item, load_items
 from dqw.whisper.files import write_atomic
@@ -92,13 +93,14 @@ def run_study(request: Request, say: Callable[[str], None] = print) -> Path | No
     everything = study.settings(Scope(lab.student, lab.recipe, request.quick, lab.packed))
     settings = chosen(everything, request.only)
     about = describe(study, request, lab)
-    claim(request.out, about)
+    claim(request.out, about, {"KL on": _ids(spread(lab.test, KL_CLIPS))})
     seeds = 1 if request.quick else request.seeds
     cells = cells_of(settings, seeds)
+    check_cells(request.out, cells)
     run_cells(lab, cells, say)
     every = all(cell_path(request.out, *cell).exists() for cell in cells_of(everything, seeds))
     if every and not _measuring(request.out):
-        shutil.rmtree(lab.states, ignore_errors=True)
+        forget_states(lab.states)
     left = [cell for cell in cells if not cell_path(request.out, *cell).exists()]
     if left:
         say(
@@ -265,7 +267,9 @@ def describe(study: Study, request: Request, lab: Lab) -> dict[str, Any]:
         text = repr([(item.id, item.text, item.language) for item in items])
         return {"clips": len(items), "sha256": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
-    sounds = hashlib.sha256(repr([_sound(item) for item in [*lab.train, *lab.test]]).encode())
+    sounds = hashlib.sha256()
+    for item in [*lab.train, *lab.test]:
+        sounds.update(_sound(item))
     layers = [lab.student.config.encoder_layers, lab.student.config.decoder_layers]
     return {
         "study": study.name,
@@ -276,20 +280,25 @@ def describe(study: Study, request: Request, lab: Lab) -> dict[str, Any]:
         "speech": listed(lab.train),
         "measured on": listed(lab.test),
         "audio": sounds.hexdigest()[:16],
+        "KL on": _ids(spread_evenly(lab.test, KL_CLIPS)),
         "steps": lab.steps,
         "quick": request.quick,
         "recipe": lab.recipe.to_dict(),
     }
 
 
-def _sound(item: Item) -> tuple[float | None, bytes]:
+def _ids(items: list[Item]) -> str:
+    return hashlib.sha256(repr([item.id for item in items]).encode()).hexdigest()[:16]
+
+
+def _sound(item: Item) -> bytes:
     """What tells a clip's audio from another of its name: its length, and some bytes from within.
-    Of a dataset, whose rows would have to be read, the length is None and tells nothing."""
+    Of a dataset, whose rows would have to be read, nothing does."""
     if not isinstance(item.audio, Path):
-        return item.seconds, b""
+        return b""
     with open(item.audio, "rb") as file:
         file.seek(item.audio.stat().st_size // 2)
-        return item.seconds, file.read(4096)
+        return f"{item.seconds}".encode() + file.read(4096)
 
 
 def check_folder(out: Path) -> None:
@@ -299,14 +308,16 @@ def check_folder(out: Path) -> None:
         raise UserError(f"{out} exists and is no study's folder: give another --out.")
 
 
-def claim(out: Path, about: dict[str, Any]) -> None:
-    """Make ``out`` this study's folder, or check that it is."""
+def claim(out: Path, about: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Make ``out`` this study's folder, or check that it is. earlier: what a version that did not
+    note it had."""
     path = out / "study.json"
     if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError:
             raise UserError(f"{path} is not JSON: give another --out, or remove it.") from None
+        before = {**earlier, **before}
         for key, value in about.items():
             if key in before and before[key] != value:  # an earlier version noted less
                 raise UserError(
@@ -314,7 +325,7 @@ def claim(out: Path, about: dict[str, Any]) -> None:
                     + (f"({before.get(key)!r}, now {value!r})" if key != "recipe" else "")
                     + ": give another --out, or the same settings."
                 )
-        return
+        about = {**before, **about}
     write_atomic(path, json.dumps(about, indent=1) + "\n")
 
 
@@ -346,12 +357,22 @@ def _place(first: Changed) -> tuple[int, int]:
 def _measuring(out: Path) -> bool:
     """Whether another process holds a cell of the study in ``out``, with more seeds perhaps."""
     for path in (out / "cells").glob("*.lock"):
-        with open(path, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return True
+        try:
+            with open(path, "r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass  # gone meanwhile, or a file system without locks
     return False
+
+
+def forget_states(states: Path) -> None:
+    """Delete them: renamed first, so that none are half there."""
+    gone = states.with_name(f"{states.name}.{os.getpid()}.gone")
+    with suppress(OSError):
+        states.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 @contextmanager
@@ -363,8 +384,12 @@ def claimed(path: Path) -> Iterator[bool]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield False
-            return
+            time.sleep(0.1)  # another may only have looked
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
         except OSError:
             pass  # a file system without locks: one process at a time
         try:
@@ -388,8 +413,28 @@ def run_cell(lab: Lab, setting: Setting, seed: int, status: Say) -> dict[str, An
 
 
 def digest_of(setting: Setting) -> str:
-    """Of all that a setting is."""
-    return hashlib.sha256(repr(setting).encode()).hexdigest()[:16]
+    """Of what is measured in a setting, but for its name."""
+    phases = [(phase.share, phase.quantized, phase.changes) for phase in setting.phases]
+    bits = setting.factors.get("bits") if setting.layers else None
+    what = setting.model, setting.changes, phases, setting.ratio, setting.layers, bits
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+def check_cells(out: Path, cells: list[tuple[Setting, int]]) -> None:
+    """Raise UserError where cells are there that were measured by other settings of one name."""
+    stale = []
+    for setting, seed in cells:
+        path = cell_path(out, setting, seed)
+        with suppress(OSError, ValueError, AttributeError):  # not there, or damaged: said later
+            row = json.loads(path.read_text(encoding="utf-8"))
+            if row.get("settings", digest_of(setting)) != digest_of(setting):
+                stale.append(path.name)
+    if stale:
+        some = textwrap.shorten(", ".join(stale), 200)
+        raise UserError(
+            f"{len(stale)} cells in {out / 'cells'} were measured when their settings meant "
+            f"something else ({some}): remove them, and they are measured again."
+        )
 
 
 def _within(bar: Bar, name: str) -> Callable[[str], None]:
@@ -408,14 +453,8 @@ def read_cells(out: Path, cells: list[tuple[Setting, int]]) -> dict[str, list[di
         try:
             row = json.loads(path.read_text(encoding="utf-8"))
             row["kl"], row["clips"], row["mib"]
-            other = row.get("settings", digest_of(setting)) != digest_of(setting)
         except (json.JSONDecodeError, KeyError, TypeError):
             raise UserError(f"{path} is damaged: remove it, and it is measured again.") from None
-        if other:
-            raise UserError(
-                f"{path} was measured when {setting.name!r} meant something else: remove it, and "
-                "it is measured again."
-            )
         found.setdefault(setting.name, []).append(row)
     return found
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Mean KL with its interval, in nats a token, over ``tokens`` of ``clips``."""
+    """Mean KL with its interval, in nats a token, over ``tokens`` of ``clips``; of one clip the
+    interval is NaN."""
 
     kl: float
     low: float
@@ -27,7 +28,8 @@ class Divergence:
     clips: int
 
     def to_dict(self) -> dict[str, Any]:
-        interval = [round(self.low, 6), round(self.high, 6)]
+        ends = round(self.low, 6), round(self.high, 6)
+        interval = list(ends) if self.clips > 1 else None  # JSON has no NaN
         return {"nats_per_token": round(self.kl, 6), "interval": interval, "tokens": self.tokens,
                 "clips": self.clips}  # fmt: skip
 

@@ -1,12 +1,12 @@
 """Rates with intervals, and which differences are more than chance.
 
 A setting's rate is a sum over clips and seeds: KL nats a token, errors a word or character. It is
-drawn 10000 times anew. Clips are taken with replacement (bootstrap), and what that gives is widened
-to the interval of Student's t for so many. Of a few seeds replacement shows too little, above all
-in the tails that many comparisons need: what they add is drawn from Student's t itself. All
-settings are drawn with the same clips and the same seeds, which stand for the same order of the
-same speech, so that differences are paired. A difference whose 95 % interval holds zero is a tie;
-in a verdict that is the interval of all pairs together, as the least is chosen by the same data.
+drawn 10000 times anew, with clips taken with replacement (bootstrap). Of a few clips, and of seeds,
+replacement shows too little, above all in the tails that many comparisons need: there errors of the
+mean are drawn from Student's t, in pairs of either sign. All settings are drawn with the same clips
+and the same seeds, which stand for the same order of the same speech, so that differences are
+paired. A difference whose 95 % interval holds zero is a tie; in a verdict that is the interval of
+all pairs together, as the least is chosen by the same data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dqw.whisper.scoring import metric_of
 
 DRAWS = 10_000
 _PARTS = 20  # in which they are multiplied, as float64
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 97.5 %
+_FEW = 100  # clips up to which the mean's error is Student's
 Cell = Mapping[str, Any]
 Cells = Mapping[str, Sequence[Cell]]  # setting's name → its cells, by seed
 
@@ -42,9 +42,9 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """One clip tells nothing."""
+        """95 %; of one clip, which tells nothing, NaN."""
         if self.clips < 2:
-            return 0.0, np.inf
+            return np.nan, np.nan
         low, high = np.percentile(self.draws, [2.5, 97.5])
         return max(float(low), 0.0), float(high)
 
@@ -84,29 +84,33 @@ def rate(cells: Sequence[Cell], metric: str, language: str | None = None) -> Rat
     seeds, clips, _ = table.shape
     total, units = table.sum((0, 1))
     draws = np.full(DRAWS, total / units)
-    if clips > 1:
-        every = np.concatenate(
-            [
-                some.astype(np.float64) @ table.sum(0)
-                for some in np.split(_times_drawn(clips), _PARTS)
-            ]
-        )  # (draws, 2)
-        draws += widening(clips) * (every[:, 0] / every[:, 1] - total / units)
+    every = table.sum(0)
+    if clips > _FEW:
+        parts = np.split(_times_drawn(clips), _PARTS)
+        drawn = np.concatenate([some.astype(np.float64) @ every for some in parts])
+        draws = drawn[:, 0] / drawn[:, 1]
+    elif clips > 1:
+        # To first order: what each clip takes the rate away from itself, times the clips.
+        draws += _students(clips, "clips") @ (
+            clips * (every[:, 0] - total / units * every[:, 1]) / units
+        )
     if seeds > 1:
         own = table.sum(1)
-        draws += _of_seeds(seeds) @ (own[:, 0] / own[:, 1])
+        draws += _students(seeds, "seeds") @ (own[:, 0] / own[:, 1])
     return Rate(float(total), int(units), clips, draws)
 
 
-@lru_cache(maxsize=8)
-def _of_seeds(seeds: int) -> np.ndarray:
-    """(draws, seeds): what weighs the seeds' rates to give their mean's error, which is Student's t
-    with seeds - 1 degrees of freedom times its standard error."""
-    dice, free = np.random.default_rng(seeds), seeds - 1
-    normal = dice.standard_normal((DRAWS, seeds))
+@lru_cache(maxsize=16)
+def _students(count: int, what: str) -> np.ndarray:
+    """(draws, count): what weighs ``count`` values to give their mean's error: Student's t with
+    count - 1 degrees of freedom times its standard error. Every draw has one of the other sign.
+    what: seeds or clips, which err by chances of their own."""
+    dice, free = np.random.default_rng([count, len(what), ord(what[0])]), count - 1
+    normal = dice.standard_normal((DRAWS // 2, count))
     normal -= normal.mean(1, keepdims=True)
-    spread = np.sqrt(dice.chisquare(free, (DRAWS, 1)) / free)
-    return normal / spread / np.sqrt(seeds * free)
+    spread = np.sqrt(dice.chisquare(free, (DRAWS // 2, 1)) / free)
+    weights = normal / spread / np.sqrt(count * free)
+    return np.concatenate([weights, -weights])
 
 
 @lru_cache(maxsize=2)
@@ -118,15 +122,6 @@ def _times_drawn(clips: int) -> np.ndarray:
     for row in times:
         row[:] = np.bincount(dice.integers(0, clips, size=clips), minlength=clips)
     return times
-
-
-def widening(clips: int) -> float:
-    """How much wider Student's interval of the mean of two or more ``clips`` is than that of
-    drawing them with replacement, whose deviation is √((n-1)/n) of theirs and is taken for normal.
-    """
-    free = clips - 1
-    student = _STUDENT[free - 1] if free <= len(_STUDENT) else 1.96 + 2.5 / free
-    return student / 1.96 * float(np.sqrt(clips / free))
 
 
 def difference(first: Rate, second: Rate, among: int = 1) -> Difference:

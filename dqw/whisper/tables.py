@@ -51,8 +51,9 @@ def print_scores(result: Evaluation, spelling: bool, size: int | None = None) ->
     )
     if result.divergence is not None:
         far = result.divergence
+        between = f"{far.low:.5f} to {far.high:.5f}" if far.clips > 1 else "one clip: no interval"
         console.print(
-            f"KL from the teacher: {far.kl:.5f} nats a token ({far.low:.5f} to {far.high:.5f}; "
+            f"KL from the teacher: {far.kl:.5f} nats a token ({between}; "
             f"{far.tokens} tokens of {far.clips} clips)",
             soft_wrap=True,
         )
