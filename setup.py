@@ -86,6 +86,7 @@ class BuildExtension(build_ext):
             for name in ("dqw._C", "dqw._C_cuda"):  # older builds are not this source
                 Path(self.get_ext_fullpath(name)).unlink(missing_ok=True)
             return
+        self.in_checkout = bool(self.inplace)  # setuptools builds elsewhere first, and copies
         super().run()
         self.build_cuda()
 
@@ -115,8 +116,9 @@ class BuildExtension(build_ext):
                 raise
             self.announce_fallback(str(error).splitlines()[0])
             # An older build is not this source: the reference, with its warning, is.
-            for stale in (self.get_ext_fullpath(ext.name), ROOT / "dqw" / "_C.so"):
-                Path(stale).unlink(missing_ok=True)
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            if self.in_checkout:
+                (ROOT / "dqw" / "_C.so").unlink(missing_ok=True)
 
     def announce_fallback(self, why: str) -> None:
         print(

@@ -41,7 +41,7 @@ def parse_bytes(text: str) -> int:
     """ "32MiB", "32 MB" or "33554432" → bytes. Raises UserError for anything else."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
     size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
-    if not size:
+    if size < 1024:  # nobody means 33 bytes
         raise UserError(f"--budget is {text!r}: give a size, like 32MiB or 34MB.")
     return size
 

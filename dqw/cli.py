@@ -119,6 +119,10 @@ def _show_warning(message: Warning | str, *where: Any) -> None:
 # ---------------------------------------------------------------- transcribe
 
 
+def _target(folder: Path, audio: Path, form: str) -> Path:
+    return folder / f"{audio.stem}.{form}"
+
+
 @app.command(epilog="Example: dqw transcribe talk.mp3 --model runs/demo/student --format srt")
 def transcribe(
     audio: Annotated[list[Path], typer.Argument(help="wav, flac, mp3 or ogg files of any length.")],
@@ -139,6 +143,10 @@ def transcribe(
         Path | None,
         typer.Option(file_okay=False, help="Write NAME.FORMAT files here instead of printing."),
     ] = None,
+    skip_existing: Annotated[
+        bool,
+        typer.Option("--skip-existing", help="Leave out audio whose files in --output-dir exist."),
+    ] = False,
     timestamps: Annotated[
         bool, typer.Option("--timestamps", help="Times of each segment.")
     ] = False,
@@ -158,8 +166,17 @@ def transcribe(
         raise UserError(f"{forms[0]} of several files can't be printed at once; give --output-dir")
     from dqw.whisper.files import check_writable, write_atomic
 
+    if skip_existing and output_dir is None:
+        raise UserError("--skip-existing is for files that were written; give --output-dir")
     if output_dir is not None:
         _check_names(audio)
+        if skip_existing:  # each is there whole or not at all
+            left = [a for a in audio if not all(_target(output_dir, a, f).exists() for f in forms)]
+            if len(left) < len(audio):
+                err.print(f"{len(audio) - len(left)} of {len(audio)} are written already")
+            if not left:
+                return
+            audio = left
         if "txt" in forms:
             _check_references(audio, output_dir)
         check_writable(output_dir / f".{os.getpid()}.part", "--output-dir")
@@ -209,7 +226,7 @@ def transcribe(
         for index, transcript in steps:
             if output_dir is not None:
                 for name in forms:
-                    path = output_dir / f"{audio[index].stem}.{name}"
+                    path = _target(output_dir, audio[index], name)
                     write_atomic(path, render(transcript, name, timestamps))
                 continue
             waiting[index] = transcript

@@ -52,7 +52,13 @@ def compress(
             "dynamic (short clips are not padded), decoder, paper-base, paper-tiny."
         ),
     ] = None,
-    bits: Annotated[int | None, typer.Option(help="Bits of Linear weights, 2 to 8.")] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            help="Bits of Linear weights, 2 to 8; where the recipe shares bytes out (default, with "
+            "--data), what they take in the folder on average."
+        ),
+    ] = None,
     grid: Annotated[
         str | None,
         typer.Option(

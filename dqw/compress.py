@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqw.bars import progress_bar
-from dqw.devices import best_device, lowered
+from dqw.devices import best_device, lowered, warn_of_triton
 from dqw.distill.config import check_settings
 from dqw.errors import UserError
 from dqw.processes import agreed, is_main, wait
@@ -86,11 +86,17 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     if job.ptq_only and not is_main():
         return job.out  # no work for several processes
     check_output(job)
+    if job.resume and (job.ptq_only or not job.run.exists()):
+        say("nothing to resume: begun anew")  # a command that a machine repeats until it is done
+        job = replace(job, resume=False)
     if not job.ptq_only:
         check_settings(recipe.distill, recipe.train)
         check_guidance(job, recipe)
+    if job.data is not None:
+        say(f"reading the headers of {job.data}")
     items = load_data(job, say)
     pair = load_models(job, say)
+    check_budget(job, recipe, pair)
     heals = lacks_layers(job, pair)
     if heals and not items:
         say("without --data nothing makes up for the layers that were cut")
@@ -100,6 +106,7 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     recipe = began or recipe
     batches: list[dict[str, Tensor]] = []
     if items and (job.ptq_only or allocates or heals):
+        warn_of_triton()
         for model in (pair.teacher, pair.student):
             model.to(best_device())
         batches = listen(items, recipe, pair, heals, say)
@@ -141,6 +148,19 @@ def check_guidance(job: Job, recipe: Recipe) -> None:
         )
 
 
+def check_budget(job: Job, recipe: Recipe, pair: Pair) -> None:
+    """Raise UserError where --budget is below what no choice of bits changes."""
+    from dqw.budget import float_bytes, overhead
+
+    plan = recipe.plan(pair.student)
+    fixed = float_bytes(pair.student, plan) + overhead(plan)
+    if job.budget and job.budget <= fixed:
+        raise UserError(
+            f"--budget is {job.budget / 2**20:.2f} MiB, and what stays float takes "
+            f"{fixed / 2**20:.2f} MiB: give a larger one."
+        )
+
+
 def load_data(job: Job, say: Say) -> list[Item]:
     """The clips, none without --data. Raises UserError where the job needs some."""
     from dqw.whisper.data import load_items
@@ -149,9 +169,12 @@ def load_data(job: Job, say: Say) -> list[Item]:
         if not job.ptq_only or job.budget:
             raise UserError(_NO_SPEECH if job.budget else _NO_DATA)
         return []
-    items = load_items(job.data, language=job.language)
+    items = load_items(job.data, language=job.language, say=say)
     seconds = sum(item.seconds or 0 for item in items)
-    say(f"data: {len(items)} clips, {seconds / 60:.1f} min")
+    known = all(item.seconds is not None for item in items)
+    length = f"{seconds / 60:.1f} min" if known else "their length is read as they come"
+    texts = sum(item.text is not None for item in items)
+    say(f"data: {len(items)} clips, {texts} with a text, {length}")
     return items
 
 
@@ -177,7 +200,7 @@ def listen(
 
 
 def check_output(job: Job) -> None:
-    """Refuse to overwrite, and to start anew beside an unfinished run or resume where none is."""
+    """Refuse to overwrite, and to start anew beside an unfinished run."""
     out, run = job.out, job.run
     if out.exists():
         raise UserError(f"{out} exists already: give another --out, or remove it first.")
@@ -189,12 +212,8 @@ def check_output(job: Job) -> None:
         ) from error
     check_writable(out, "--out")
     if job.ptq_only:
-        if job.resume:
-            raise UserError("nothing is trained, so there is no run to resume: leave out --resume.")
         return
     unfinished = run.exists() and not (run / "finished").exists()
-    if job.resume and not unfinished:
-        raise UserError(f"there is no unfinished run in {run}: leave out --resume.")
     if unfinished and not job.resume:
         raise UserError(f"{run} holds an unfinished run: add --resume to go on, or remove it.")
 

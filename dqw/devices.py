@@ -106,13 +106,18 @@ def move_to(model: Any, device: str, exact: bool = False) -> None:
         return
     if not has_gpu():
         raise UserError("torch finds no CUDA GPU: leave out --device, or install a torch for CUDA.")
-    if lacking := lacks_for_triton():
+    warn_of_triton()
+    model.to(best_device(), None if exact else torch.float16)
+
+
+def warn_of_triton() -> None:
+    """Warn, where there is a GPU, of what its kernels will want of the system."""
+    if has_gpu() and (lacking := lacks_for_triton()):
         warnings.warn(
             f"Triton builds its launcher at the first kernel, and this machine lacks {lacking}: "
             "install gcc and Python's headers (python3-dev) where that fails.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    model.to(best_device(), None if exact else torch.float16)
 
 
 def lacks_for_triton() -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import gc
 import os
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 # How long a process waits for another: the main one may write labels for hours.

@@ -10,6 +10,7 @@ import sys
 import time
 from errno import EACCES, ENOSPC
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -149,6 +150,25 @@ def test_a_word_of_caution_beside_the_audio(model, audio, tmp_path):
     for out, said in ((tmp_path, True), (tmp_path / "out", False)):
         result = dqw_("transcribe", audio[0], "--model", model, "--output-dir", out)
         assert result.exit_code == 0 and ("take a .txt for what is said" in result.stderr) == said
+
+
+def test_transcribe_goes_on_where_it_was(model, audio, tmp_path):
+    out = tmp_path / "out"
+    one, two = (out / f"{Path(path).stem}.srt" for path in audio)
+    command = ["transcribe", *audio, "--model", model, "--language", "en", "--format", "srt"]
+    command += ["--output-dir", out]
+    out.mkdir()
+    one.write_text("mine")
+    found = dqw_(*command, "--skip-existing")
+    assert found.exit_code == 0 and "wrote 1 files" in found.output, found.output
+    assert "1 of 2 are written already" in found.output
+    assert one.read_text() == "mine" and two.exists()
+    found = dqw_(*command, "--skip-existing")
+    assert found.exit_code == 0 and "2 of 2 are written already" in found.output
+    assert "wrote" not in found.output
+    assert dqw_(*command).exit_code == 0 and one.read_text() != "mine"
+    found = dqw_(*command[:-2], "--skip-existing")
+    assert found.exit_code == 1 and "give --output-dir" in found.output
 
 
 def test_transcribe_json_lines(model, audio):

@@ -96,6 +96,32 @@ def test_a_student_of_its_own(base: Path, data: Path, tmp_path: Path) -> None:
     assert (made_by["teacher"], made_by["student"]) == ("base", "other")
 
 
+def test_one_command_begins_and_resumes(base: Path, data: Path, tmp_path: Path) -> None:
+    """What a machine repeats until it is done."""
+    out = tmp_path / "student"
+    for more in (["--ptq-only"], ["--steps", "1", "--batch-size", "2"]):
+        command = ("compress", "--teacher", base, "--data", data, "--out", out, "--resume", *more)
+        code, output = run_dqw(*command, "--calibration-clips", "2")
+        assert code == 0 and "nothing to resume: begun anew" in output, output
+        shutil.rmtree(out)
+
+
+def test_odd_settings_of_a_fine_tune_are_kept(base: Path, tmp_path: Path) -> None:
+    """transformers refuses to save such settings once they were changed; and a language that all
+    texts were forced into is its language."""
+    path = base / "generation_config.json"
+    settings = json.loads(path.read_text())
+    spoken = settings["lang_to_id"]["<|ja|>"]
+    settings |= {"temperature": 0.0, "forced_decoder_ids": [[1, spoken], [2, 9]], "language": None}
+    path.write_text(json.dumps(settings))
+    out = tmp_path / "out"
+    code, output = run_dqw("compress", "--teacher", base, "--ptq-only", "--out", out)
+    assert code == 0, output
+    written = json.loads((out / "generation_config.json").read_text())
+    assert written["temperature"] == 0.0 and written["language"] == "<|ja|>"
+    assert written.get("forced_decoder_ids") is None
+
+
 WITHOUT_LIBRARY = """
 import pathlib, sys
 exists = pathlib.Path.exists
@@ -223,7 +249,8 @@ def test_the_default_shares_out_its_bytes_and_trains_only_when_asked(
         ("like 4,4", ["--student-layers", "4", "--ptq-only"]),
         ("the teacher has 2", ["--student-layers", "4,1", "--ptq-only"]),
         ("is not known", ["--recipe", "best", "--ptq-only"]),
-        ("leave out --resume", ["--resume", "--data", "DATA"]),
+        ("and what stays float takes", ["--data", "DATA", "--budget", "4kB"]),
+        ("give a size, like 32MiB", ["--data", "DATA", "--budget", "33"]),
         ("exclude each other", ["--student", "BASE", "--student-layers", "1,1", "--ptq-only"]),
     ],
 )

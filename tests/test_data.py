@@ -109,6 +109,20 @@ def test_audio_folder_with_texts_beside(folder):
         load_items(folder / "none")
 
 
+def test_a_folder_with_files_that_cannot_be_read(folder):
+    said = []
+    (folder / "audio" / "c.mp3").write_bytes(b"<html>not found</html>")
+    (folder / "audio" / "d.m4a").write_bytes(b"0000ftypM4A ")
+    items = load_items(folder / "audio", say=said.append)
+    assert [item.id for item in items] == ["a.wav", "b.flac"]
+    assert any("1 of 3 files cannot be read and are left out" in s and "c.mp3" in s for s in said)
+    assert any("1 files such as d.m4a are left out" in s for s in said)
+    for name in ("a.wav", "b.flac"):
+        (folder / "audio" / name).unlink()
+    with pytest.raises(UserError, match=r"c\.mp3 does not hold audio"):
+        load_items(folder / "audio")
+
+
 def test_text_files_as_windows_writes_them(folder):
     (folder / "audio" / "a.txt").write_text("Hello there.", encoding="utf-8-sig")
     assert load_items(folder / "audio")[0].text == "Hello there."
@@ -163,6 +177,10 @@ def test_a_dataset_of_several_splits_and_of_more_audio(folder, dataset):
 
 
 def test_dataset_rows_without_text_and_with_one_id(folder, dataset):
+    said = []
+    dataset.remove_columns("sentence").save_to_disk(folder / "mute")
+    assert load_items(folder / "mute", say=said.append)[0].text is None
+    assert "has no column of texts that is known" in said[0] and "audio, locale" in said[0]
     for texts, kept in ((["Hello.", " "], ["Hello.", None]), ([7, 8], [None, None])):
         rows = dataset.remove_columns("sentence").add_column("text", texts)
         rows = rows.add_column("id", ["same", "same"])

@@ -223,10 +223,18 @@ def _explain(name: str, error: Exception, on_hub: bool) -> UserError:
 
 def _modernize(model: WhisperForConditionalGeneration, processor: WhisperProcessor) -> None:
     """Before 2024 checkpoints forced decoder ids; language and task are settings today."""
-    configs: list[Any] = [model.config, model.generation_config]
-    for config in configs:
-        if getattr(config, "forced_decoder_ids", None) is not None:
+    settings: Any = model.generation_config
+    configs: list[Any] = [model.config, settings]
+    forced = [getattr(config, "forced_decoder_ids", None) for config in configs]
+    for config, ids in zip(configs, forced, strict=True):
+        if ids is not None:
             config.forced_decoder_ids = None
     for name, value in prompt_ids(processor.tokenizer).items():
-        if getattr(model.generation_config, name, None) is None:
-            setattr(model.generation_config, name, value)
+        if getattr(settings, name, None) is None:
+            setattr(settings, name, value)
+    spoken = {place: token for ids in forced for place, token in ids or ()}.get(1)
+    codes = {token: code for code, token in (getattr(settings, "lang_to_id", None) or {}).items()}
+    if getattr(settings, "language", None) is None and spoken in codes:  # a fine-tune of one
+        settings.language = codes[spoken]
+    # transformers refuses to save settings that are odd and were changed; odd ones were so before.
+    settings._original_object_hash = hash(settings)

@@ -26,7 +26,11 @@ from dqw.whisper.audio import (
     load_stretch,
 )
 
-_TEXT_COLUMNS = ("text", "sentence", "transcription", "transcript", "normalized_text")
+_TEXT_COLUMNS = (
+    *("text", "sentence", "transcription", "transcript", "normalized_text"),
+    *("raw_text", "raw_transcription", "reference"),
+)
+_OTHER_AUDIO = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".3gp")
 _LANGUAGE_COLUMNS = ("language", "locale")
 # Codes of FLEURS and Common Voice for what Whisper calls otherwise.
 _ALIASES = {"nb": "no", "cmn": "zh", "fil": "tl", "jv": "jw", "iw": "he"}
@@ -94,13 +98,14 @@ def load_items(
     or a Hugging Face dataset as name[:config][:split].
     `language`: keep only the clips of this language; clips that name none are taken to be in it.
     `need_text`: leave out clips without a transcript (an error when none has one).
-    `limit`: at most this many clips. `say` hears how many were left out for lack of a text.
+    `limit`: at most this many clips. `say` hears how many were left out for lack of a text, or, of
+    a folder, as they cannot be read.
     Raises UserError with the row or file and the cure.
     """
     if limit is not None and limit < 1:
         raise UserError(f"the limit is {limit}; give at least 1 clip")
     code = language_code(language, "the language option")
-    items = _read(data)
+    items = _read(data, say)
     if code is not None:
         languages = sorted({item.language for item in items if item.language})
         items = [replace(i, language=code) for i in items if i.language in (None, code)]
@@ -141,7 +146,7 @@ def language_code(language: str | None, where: str) -> str | None:
     )
 
 
-def _read(data: str | Path) -> list[Item]:
+def _read(data: str | Path, say: Callable[[str], object]) -> list[Item]:
     path = Path(data)
     if path.is_dir():
         if (path / "manifest.jsonl").is_file():
@@ -149,20 +154,20 @@ def _read(data: str | Path) -> list[Item]:
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             from datasets import Dataset
 
-            return _from_dataset(Dataset.load_from_disk(str(path)), str(path))
+            return _from_dataset(Dataset.load_from_disk(str(path)), str(path), say)
         if (path / "dataset_dict.json").is_file():
             splits = sorted(f.name for f in path.iterdir() if (f / "state.json").is_file())
             raise UserError(
                 f"{path} holds the splits {', '.join(splits)}; give one, as {path}/NAME"
             )
-        return _read_folder(path)
+        return _read_folder(path, say)
     if path.is_file():
         if path.suffix.lower() in SUFFIXES:
             raise UserError(f"{path} is one audio file; give its folder or a manifest.jsonl")
         return _read_manifest(path)
     if path.suffix == ".jsonl" or path.is_absolute() or str(data).startswith((".", "~")):
         raise UserError(f"{path} does not exist; give a manifest.jsonl, a folder or a dataset name")
-    return _read_hub(str(data))
+    return _read_hub(str(data), say)
 
 
 def _read_manifest(path: Path) -> list[Item]:
@@ -227,19 +232,30 @@ def _checked_text(text: str | None, where: str, cure: str) -> str | None:
     return text
 
 
-def _read_folder(folder: Path) -> list[Item]:
-    files = sorted(
-        f for f in folder.rglob("*")
-        if f.suffix.lower() in SUFFIXES and not f.name.startswith(".") and f.is_file()
-    )  # fmt: skip
+def _read_folder(folder: Path, say: Callable[[str], object]) -> list[Item]:
+    """Its audio; files that cannot be read are left out and said, unless all are so."""
+    found = sorted(f for f in folder.rglob("*") if not f.name.startswith(".") and f.is_file())
+    files = [f for f in found if f.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(f"{folder} holds no audio; put wav, flac, mp3 or ogg files there")
-    items = []
+    other = [f for f in found if f.suffix.lower() in _OTHER_AUDIO]
+    if other:
+        say(f"{len(other)} files such as {other[0].name} are left out: they are of a type that "
+            "can't be read (ffmpeg -i INPUT OUTPUT.wav makes one that can)")  # fmt: skip
+    items, faults = [], list[UserError]()
     for file in files:
         beside = file.with_suffix(".txt")
         text = _read_transcript(beside) if beside.is_file() else None
-        name = file.relative_to(folder).as_posix()
-        items.append(Item(name, file, text, None, audio_seconds(file)))
+        try:
+            seconds = audio_seconds(file)
+        except UserError as error:
+            faults.append(error)
+            continue
+        items.append(Item(file.relative_to(folder).as_posix(), file, text, None, seconds))
+    if not items:
+        raise faults[0]
+    if faults:
+        say(f"{len(faults)} of {len(files)} files cannot be read and are left out: {faults[0]}")
     return items
 
 
@@ -251,7 +267,7 @@ def _read_transcript(file: Path) -> str | None:
     return _checked_text(text, str(file), "write the transcript or delete the file")
 
 
-def _read_hub(name: str) -> list[Item]:
+def _read_hub(name: str, say: Callable[[str], object]) -> list[Item]:
     parts = re.split(r":(?![^\[]*\])", name)  # a split may be a slice, train[:5%]
     if len(parts) > 3 or not all(parts):
         raise UserError(f"'{name}' is no dataset name; write name, name:split or name:config:split")
@@ -274,7 +290,7 @@ def _read_hub(name: str) -> list[Item]:
             f"{name} is neither a file here nor a dataset that could be loaded ({reason}); check "
             "the path, or the dataset's name:config:split and the network"
         ) from None
-    return _from_dataset(dataset, name)
+    return _from_dataset(dataset, name, say)
 
 
 def _column(names: Iterable[str], wanted: Iterable[str]) -> str | None:
@@ -282,7 +298,7 @@ def _column(names: Iterable[str], wanted: Iterable[str]) -> str | None:
     return next((name for name in wanted if name in names), None)
 
 
-def _from_dataset(dataset: Any, name: str) -> list[Item]:
+def _from_dataset(dataset: Any, name: str, say: Callable[[str], object]) -> list[Item]:
     from datasets import Audio
 
     features = dataset.features
@@ -292,6 +308,9 @@ def _from_dataset(dataset: Any, name: str) -> list[Item]:
     # Alone: a row's other columns would be decoded with it.
     audio = dataset.select_columns([column]).cast_column(column, Audio(decode=False))
     text_column = _column(features, _TEXT_COLUMNS)
+    if text_column is None:
+        say(f"{name} has no column of texts that is known ({', '.join(_TEXT_COLUMNS)}; it has "
+            f"{', '.join(features)}): its clips count as unlabelled")  # fmt: skip
     language_column = _column(features, _LANGUAGE_COLUMNS)
     labels = dataset.select_columns(
         [c for c in (text_column, language_column, "id") if c in features]
