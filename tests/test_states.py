@@ -122,6 +122,16 @@ def test_states_that_would_fill_the_disk_are_not_kept_unless_told_to(tmp_path, m
     assert len([line for line in notes if "is worked out at every step: kept" in line]) == 1
 
 
+def test_a_resumed_run_finds_the_states_of_its_rounded_encoder(tmp_path):
+    config = replace(CONFIG, calibration_clips=3)
+    train = replace(KEPT, steps=2, cache_states="always", save_steps=1)
+    for resume in (False, True):
+        student = dqw.quantize(tiny_model())  # as loaded anew: not rounded yet
+        run(tmp_path, student, config=config, train=train, items=clips(4), resume=resume)
+        assert len(list((tmp_path / "states").iterdir())) == 1
+        shutil.rmtree(tmp_path / "checkpoint-2")
+
+
 @pytest.mark.parametrize("learns", [False, True])
 def test_what_a_window_takes_is_known_before(tmp_path, learns):
     train = replace(KEPT, steps=1, batch_size=1, cache_states="always", freeze_encoder=not learns)

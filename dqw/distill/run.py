@@ -190,14 +190,14 @@ def _distill(
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     states_in = Path()
     if kept:
+        if found is not None:  # what a frozen encoder gives depends on how it was rounded
+            store.load_weights(found, pupil)
         content = repr((made.fingerprint(), dataset.seed, config.augment))
         states_in = states_folder(states or folder / STATES, pupil, teacher, content, autocast)
     if kept and train.cache_states == "auto":
         kept = agreed(_room(dataset, pupil, states_in, shown))
     windows: SpeechDataset | StatesDataset = dataset
     if kept:
-        if found is not None:
-            store.load_weights(found, pupil)
         pupil.to(args.device)
         with args.main_process_first(local=False):
             windows = keep_states(
