@@ -20,7 +20,7 @@ from dqw.bars import progress_bar
 from dqw.devices import best_device, lowered, warn_of_triton
 from dqw.distill.config import check_settings
 from dqw.errors import UserError
-from dqw.processes import agreed, is_main, wait
+from dqw.processes import agreed, alike, is_main, wait
 from dqw.recipe import Recipe
 from dqw.save import save_student
 from dqw.whisper.files import check_writable, write_atomic
@@ -86,7 +86,7 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     if job.ptq_only and not is_main():
         return job.out  # no work for several processes
     check_output(job)
-    if job.resume and (job.ptq_only or not job.run.exists()):
+    if job.resume and not resumable(job):
         say("nothing to resume: begun anew")  # a command that a machine repeats until it is done
         job = replace(job, resume=False)
     if not job.ptq_only:
@@ -135,6 +135,15 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
         if job.budget and size > job.budget:
             say(f"that is {size - job.budget} bytes over --budget: training has spread the codes")
     return job.out
+
+
+def resumable(job: Job) -> bool:
+    """Whether a run of training was begun and did not end. Raises UserError where processes do not
+    see the same."""
+    found = not job.ptq_only and job.run.exists() and not (job.run / "finished").exists()
+    if not job.ptq_only and not alike(found):
+        raise UserError(f"processes do not all see {job.run}: give all the same output folder.")
+    return found
 
 
 def check_guidance(job: Job, recipe: Recipe) -> None:

@@ -37,6 +37,9 @@ def save_student(
     try:
         with contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, partial, ignore_errors=True)
+            # transformers saves odd settings only where they are as they were loaded.
+            settings = student.generation_config
+            settings._original_object_hash = hash(settings)
             with quiet_transformers():
                 student.save_pretrained(partial)
             save_processor(processor, partial)

@@ -104,6 +104,8 @@ def test_one_command_begins_and_resumes(base: Path, data: Path, tmp_path: Path) 
         code, output = run_dqw(*command, "--calibration-clips", "2")
         assert code == 0 and "nothing to resume: begun anew" in output, output
         shutil.rmtree(out)
+    code, output = run_dqw(*command, "--calibration-clips", "2")  # that run was finished
+    assert code == 0 and "nothing to resume: begun anew" in output, output
 
 
 def test_odd_settings_of_a_fine_tune_are_kept(base: Path, tmp_path: Path) -> None:
@@ -113,9 +115,11 @@ def test_odd_settings_of_a_fine_tune_are_kept(base: Path, tmp_path: Path) -> Non
     settings = json.loads(path.read_text())
     spoken = settings["lang_to_id"]["<|ja|>"]
     settings |= {"temperature": 0.0, "forced_decoder_ids": [[1, spoken], [2, 9]], "language": None}
+    settings |= {"task": None, "alignment_heads": [[0, 0], [1, 1]]}
     path.write_text(json.dumps(settings))
     out = tmp_path / "out"
-    code, output = run_dqw("compress", "--teacher", base, "--ptq-only", "--out", out)
+    cut = ("--ptq-only", "--student-layers", "2,1")
+    code, output = run_dqw("compress", "--teacher", base, *cut, "--out", out)
     assert code == 0, output
     written = json.loads((out / "generation_config.json").read_text())
     assert written["temperature"] == 0.0 and written["language"] == "<|ja|>"

@@ -121,6 +121,9 @@ def test_a_folder_with_files_that_cannot_be_read(folder):
         (folder / "audio" / name).unlink()
     with pytest.raises(UserError, match=r"c\.mp3 does not hold audio"):
         load_items(folder / "audio")
+    (folder / "audio" / "c.mp3").unlink()
+    with pytest.raises(UserError, match=r"holds no audio; 1 files such as d.m4a are of a type"):
+        load_items(folder / "audio")
 
 
 def test_text_files_as_windows_writes_them(folder):

@@ -32,6 +32,7 @@ from dqw.errors import UserError
 
 PREFIX = "checkpoint-"
 _UNFINISHED = ".unfinished-"
+_LOCK = ".lock"
 LOCK_SECONDS = 8  # workers of a killed run look for it every 5 s, and hold its lock until then
 _RUN = "run.json"
 
@@ -41,21 +42,24 @@ def held(folder: Path) -> Iterator[None]:
     """The run's folder for this process alone, until the block, or the process and those that read
     clips for it, end; it may be deleted meanwhile. Raises UserError where another one has it."""
     until = time.monotonic() + LOCK_SECONDS
+    path = folder / _LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-        try:
+        # A file, for writing: between machines NFS has no locks on folders.
+        with open(path, "w") as lock:
             with suppress(OSError):  # a file system without locks
-                if not _taken(lock, until):
+                if not _taken(lock.fileno(), until):
                     raise UserError(
                         f"another process is training in {folder}: wait for it to end, or choose "
                         "another folder."
                     )
-            if _is_at(lock, folder):
+            if not _is_at(lock.fileno(), path):
+                continue
+            try:
                 yield
-                return
-        finally:
-            os.close(lock)
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def _taken(lock: int, until: float) -> bool:

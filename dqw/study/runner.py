@@ -229,7 +229,7 @@ def speech(
         raise UserError("--data is missing: give speech to learn or calibrate from.")
     train = []
     if request.data is not None and study.calibrates:
-        train = load_items(request.data, request.language)
+        train = load_items(request.data, request.language, say=say)
     test = load_items(request.eval_data, request.language, need_text=True, say=say)
     learned = {path for item in train if (path := _path(item)) is not None}
     shared = [item.id for item in test if _path(item) in learned]
@@ -372,7 +372,8 @@ def forget_states(states: Path) -> None:
     gone = states.with_name(f"{states.name}.{os.getpid()}.gone")
     with suppress(OSError):
         states.rename(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    for old in states.parent.glob(f"{states.name}.*.gone"):  # and of a process that was killed
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -225,16 +225,17 @@ def _modernize(model: WhisperForConditionalGeneration, processor: WhisperProcess
     """Before 2024 checkpoints forced decoder ids; language and task are settings today."""
     settings: Any = model.generation_config
     configs: list[Any] = [model.config, settings]
-    forced = [getattr(config, "forced_decoder_ids", None) for config in configs]
-    for config, ids in zip(configs, forced, strict=True):
-        if ids is not None:
+    told = [ids for c in (settings, model.config)
+            if (ids := getattr(c, "forced_decoder_ids", None)) is not None]  # fmt: skip
+    # transformers heeds them only where neither task nor language is set.
+    heeded = getattr(settings, "task", None) is None and getattr(settings, "language", None) is None
+    for config in configs:
+        if getattr(config, "forced_decoder_ids", None) is not None:
             config.forced_decoder_ids = None
     for name, value in prompt_ids(processor.tokenizer).items():
         if getattr(settings, name, None) is None:
             setattr(settings, name, value)
-    spoken = {place: token for ids in forced for place, token in ids or ()}.get(1)
+    spoken = {place: token for place, token in (told or [[]])[0]}.get(1)
     codes = {token: code for code, token in (getattr(settings, "lang_to_id", None) or {}).items()}
-    if getattr(settings, "language", None) is None and spoken in codes:  # a fine-tune of one
+    if heeded and spoken in codes:  # a fine-tune of one language
         settings.language = codes[spoken]
-    # transformers refuses to save settings that are odd and were changed; odd ones were so before.
-    settings._original_object_hash = hash(settings)

@@ -99,7 +99,7 @@ def load_items(
     `language`: keep only the clips of this language; clips that name none are taken to be in it.
     `need_text`: leave out clips without a transcript (an error when none has one).
     `limit`: at most this many clips. `say` hears how many were left out for lack of a text, or, of
-    a folder, as they cannot be read.
+    a folder, as they cannot be read, and where a dataset has no texts.
     Raises UserError with the row or file and the cure.
     """
     if limit is not None and limit < 1:
@@ -236,12 +236,15 @@ def _read_folder(folder: Path, say: Callable[[str], object]) -> list[Item]:
     """Its audio; files that cannot be read are left out and said, unless all are so."""
     found = sorted(f for f in folder.rglob("*") if not f.name.startswith(".") and f.is_file())
     files = [f for f in found if f.suffix.lower() in SUFFIXES]
-    if not files:
-        raise UserError(f"{folder} holds no audio; put wav, flac, mp3 or ogg files there")
     other = [f for f in found if f.suffix.lower() in _OTHER_AUDIO]
+    cure = "are of a type that can't be read (ffmpeg -i INPUT OUTPUT.wav makes one that can)"
+    if not files:
+        those = f"{len(other)} files such as {other[0].name} {cure}" if other else ""
+        raise UserError(
+            f"{folder} holds no audio; " + (those or "put wav, flac, mp3 or ogg files there")
+        )
     if other:
-        say(f"{len(other)} files such as {other[0].name} are left out: they are of a type that "
-            "can't be read (ffmpeg -i INPUT OUTPUT.wav makes one that can)")  # fmt: skip
+        say(f"{len(other)} files such as {other[0].name} are left out: they {cure}")
     items, faults = [], list[UserError]()
     for file in files:
         beside = file.with_suffix(".txt")
