@@ -98,7 +98,10 @@ def compress(
         int | None, typer.Option(help="Windows of speech that rounding errors are measured on.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the unfinished run in OUT.run, where there is one.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the unfinished run in OUT.run, where there is one."
+        ),
     ] = False,
 ) -> None:
     """Make a Whisper small: distil a teacher into a quantized student, and write a folder."""
