@@ -153,7 +153,7 @@ def test_the_teacher_is_asked_once_a_clip(tmp_path, small_steps, monkeypatch):
 def test_rounding_hears_joined_clips(tmp_path, monkeypatch, small_steps):
     seen = []
     monkeypatch.setattr(
-        "dqw.distill.run.calibrate", lambda student, batches, *_, **__: seen.extend(batches)
+        "dqw.distill.rounding.calibrate", lambda student, batches, *_, **__: seen.extend(batches)
     )
     short = [Noise(f"s{i}", f"t{i}", seed=i, seconds=0.35, real_seconds=0.35) for i in range(6)]
     for choice in ("dynamic", "full"):

@@ -370,14 +370,16 @@ def test_a_folder_is_one_process_s_at_a_time(tmp_path, monkeypatch):
         with held(out):
             pass
     monkeypatch.setattr("dqw.distill.checkpoint.LOCK_SECONDS", 60)
-    release = threading.Event()
+    taken, release = threading.Event(), threading.Event()
 
     def hold():
         with held(out):
+            taken.set()
             release.wait(30)
 
     other = threading.Thread(target=hold)
     other.start()
+    assert taken.wait(30)
     threading.Timer(0.5, release.set).start()
     with held(out):  # a worker of a killed run may hold it for some seconds more
         assert release.is_set()
