@@ -72,6 +72,11 @@ class Job:
         """The training run's folder."""
         return self.out.with_name(self.out.name + ".run")
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether a run of training was begun there and did not end."""
+        return self.run.exists() and not (self.run / "finished").exists()
+
 
 def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     """Run ``job`` and return the folder it wrote. ``say`` gets a line at every station.
@@ -140,7 +145,7 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
 def resumable(job: Job) -> bool:
     """Whether a run of training was begun and did not end. Raises UserError where processes do not
     see the same."""
-    found = not job.ptq_only and job.run.exists() and not (job.run / "finished").exists()
+    found = not job.ptq_only and job.unfinished
     if not job.ptq_only and not alike(found):
         raise UserError(f"processes do not all see {job.run}: give all the same output folder.")
     return found
@@ -222,7 +227,7 @@ def check_output(job: Job) -> None:
     check_writable(out, "--out")
     if job.ptq_only:
         return
-    unfinished = run.exists() and not (run / "finished").exists()
+    unfinished = job.unfinished
     if unfinished and not job.resume:
         raise UserError(f"{run} holds an unfinished run: add --resume to go on, or remove it.")
 

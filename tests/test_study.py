@@ -23,8 +23,8 @@ from dqw.probe import Probe
 from dqw.recipe import Recipe
 from dqw.speech import spread, spread_evenly
 from dqw.study import STUDIES, lab
+from dqw.study.cells import measuring
 from dqw.study.plot import Axis, Point, dots, figure, lines
-from dqw.study.runner import _measuring
 from dqw.study.sizes import SHAPES, authors_bytes, empty_model, size_table
 from dqw.study.table import Scope
 from dqw.whisper.checkpoint import load_whisper
@@ -236,8 +236,8 @@ def test_grids_compares_within_bits_and_scales_and_cells_are_kept(
         code, printed = study("grids", base, speech, out)
         assert code == 0 and "cells are another process's" in printed, printed
         assert not (out / "grids.html").exists() and not other.with_suffix(".json").exists()
-        assert _measuring(out)
-    assert not _measuring(out)
+        assert measuring(out)
+    assert not measuring(out)
     code, printed = study("grids", base, speech, out)  # that process was killed
     assert code == 0 and (out / "grids.html").exists(), printed
     assert not list((out / "cells").glob("*.lock"))

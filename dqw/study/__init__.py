@@ -1,8 +1,9 @@
 """`dqw study NAME`: questions about bits, grids, matching and guidance, answered by measurement.
 
-`table.py` says what each study measures, as data; `lab.py` measures one cell of it; `runner.py`
-runs the cells that are not there yet; `stats.py` says which differences are ties; `report.py` and
-`plot.py` write the CSV, the plot and the page; `sizes.py` counts bytes as the paper's authors do.
+`table.py` says what each study measures, as data; `lab.py` measures one cell of it, and `cells.py`
+keeps it; `runner.py` has those measured that are not there yet; `dqw.whisper.stats` says which
+differences are ties; `report.py` and `plot.py` write the CSV, the plot and the page; `sizes.py`
+counts bytes as the paper's authors do.
 """
 
 from __future__ import annotations
