@@ -107,7 +107,7 @@ def stretches(
 
 
 def _held(item: SpeechItem, count: int, window: float) -> list[SpeechItem]:
-    from dqw.distill.prepare import windows
+    from dqw.distill.windows import windows
 
     wave = item.load()
     return [part.held(wave) for part in spread(windows(item, window, wave), count)]
@@ -171,7 +171,7 @@ def _dataset(
             items, encoder, pair.teacher, pair.teacher_processor, recipe.distill, recipe.train,
             Path(folder) / "labels.jsonl",
             window=float(pair.processor.feature_extractor.chunk_length),
-            progress=lambda done, total: say(f"teacher labels {done}/{total}")
+            progress=lambda what, done, total: say(f"{what} {done}/{total}")
             if done == total else None,
         )  # fmt: skip
     for line in made.left_out():

@@ -27,7 +27,8 @@ from dqw.distill.data import (
 )
 from dqw.distill.labels import _writer, is_loop, read_labels, write_labels
 from dqw.distill.losses import IGNORE
-from dqw.distill.prepare import prepare, windows
+from dqw.distill.prepare import prepare
+from dqw.distill.windows import windows
 from dqw.errors import UserError
 from dqw.linear import QuantLinear
 from dqw.whisper.data import Item
@@ -296,6 +297,43 @@ def test_long_unlabelled_audio_is_cut_at_quiet_places():
     assert all(a.stop == b.start for a, b in pairwise(cut))
     assert cut[-1].stop == 40_000 and all(len(w.load()) <= 16_000 for w in cut)
     assert cut[1].id == f"long@{cut[1].start}"
+
+
+def test_recordings_are_cut_once(encoder, tmp_path):
+    class Recording(Noise):
+        reads = 0
+
+        def load(self):
+            type(self).reads += 1
+            return super().load()
+
+        def load_part(self, start, stop):
+            return super().load()[start:stop]
+
+    def made(seconds: float) -> list[str]:
+        items = [
+            *clips(1),
+            Noise("a", None),
+            Recording("b", None, seconds=seconds, real_seconds=seconds),
+        ]
+        found = prepare(
+            items, encoder, teacher, tiny_processor(), DistillConfig(), TrainConfig(),
+            tmp_path / "labels.jsonl", window=1.0, progress=lambda *counted: seen.append(counted),
+        )  # fmt: skip
+        ids = [example.item.id for example in found.examples]
+        return ids + [id for group in found.skipped.values() for id in group]
+
+    teacher, seen = tiny_model(), list[tuple[str, int, int]]()
+    first = made(2.5)
+    assert len(first) == 5 and first[2] == "b@0" and Recording.reads == 1
+    assert seen[0] == ("recordings cut", 1, 1) and seen[-1] == ("teacher labels", 4, 4)
+    path = tmp_path / "cuts.jsonl"
+    path.write_text(path.read_text() + '{"id": "c", "sec')  # killed here
+    assert made(2.5) == first and Recording.reads == 1
+    assert made(3.75) != first and Recording.reads == 2  # another length: another recording
+    path.write_text("{}\n")
+    with pytest.raises(UserError, match="row 1 is not a recording's cut points: delete the file"):
+        made(2.5)
 
 
 def test_teacher_labels_are_written_once_and_survive_a_torn_line(tmp_path):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from dqw.distill.progress import Display, Pace, StepReport
+from dqw.distill.rows import append_rows
 from dqw.whisper.files import write_atomic
 
 if TYPE_CHECKING:
@@ -60,8 +61,7 @@ class ReportCallback(TrainerCallback):
         self.display.report(report)
         row = {"step": report.step, **logs, "seconds_per_step": round(self.seconds, 4)}
         row["matching"] = {stack: list(m) for stack, m in report.matching.items()}
-        with open(self.log_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_rows(self.log_path, [row])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.display.stop()

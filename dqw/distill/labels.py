@@ -6,16 +6,13 @@ activations: 110 clips take whisper-base 38 to 46 s instead of 167, two cores of
 encoder's activations are floats, 138 where the decoder's are int8. On a GPU the float model does,
 in CUDA graphs.
 
-Labels are kept as JSON Lines, one clip a line, each line flushed to disk as it is made. A run that
-was killed goes on with what is there; a line cut off by the kill is dropped. What another teacher
-wrote, or the same in another language, is written anew. Empty transcripts and loops are recorded as
-such and not learned from.
+Labels are kept as JSON Lines, one clip a line. A run that was killed goes on with what is there.
+What another teacher wrote, or the same in another language, is written anew. Empty transcripts and
+loops are recorded as such and not learned from.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +26,7 @@ import dqw.ops  # noqa: F401  loads the library
 from dqw.convert import packed_copy, quant_modules, set_activations
 from dqw.digest import weights_digest
 from dqw.distill.data import SpeechItem
+from dqw.distill.rows import append_rows, read_rows
 from dqw.errors import UserError
 from dqw.recipe import QuantConfig, Recipe
 from dqw.whisper.transcribe import transcribe
@@ -79,22 +77,17 @@ def write_labels(
     known = [(asked(item), item) for item in todo]
     known.sort(key=lambda pair: pair[0])
     done = len(items) - len(todo)
-    # Ids are file names, which need not be UTF-8: such bytes are written as JSON reads them back.
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        while known:
-            code = known[0][0]
-            batch = [item for spoken, item in known[:batch_size] if spoken == code]
-            known = known[len(batch) :]
-            heard, waves = _loaded(batch, unread)
-            for item, label in zip(heard, _transcribe(writer, processor, waves, code), strict=True):
-                labels[item.id] = {**label, "asked": code, "by": by}
-                row = {"id": item.id, **labels[item.id]}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(items))
+    while known:
+        code = known[0][0]
+        batch = [item for spoken, item in known[:batch_size] if spoken == code]
+        known = known[len(batch) :]
+        heard, waves = _loaded(batch, unread)
+        for item, label in zip(heard, _transcribe(writer, processor, waves, code), strict=True):
+            labels[item.id] = {**label, "asked": code, "by": by}
+        append_rows(path, [{"id": item.id, **labels[item.id]} for item in heard])
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(items))
     return labels
 
 
@@ -131,26 +124,9 @@ def _writer(teacher: Any) -> Any:
 
 
 def read_labels(path: Path) -> dict[str, dict[str, Any]]:
-    """The labels of a file that `write_labels` wrote; a torn last line is cut off the file."""
-    if not path.exists():
-        return {}
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
-    labels = {}
-    # Not splitlines(): a text may hold a line separator of Unicode's.
-    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-            labels[row.pop("id")] = row
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            raise UserError(
-                f"{path} row {number} is not a teacher label: delete the file, and the teacher "
-                "writes it again."
-            ) from None
-    return labels
+    """The labels of a file that `write_labels` wrote."""
+    what = "a teacher label: delete the file, and the teacher writes it again."
+    return {row.pop("id"): row for row in read_rows(path, ("id",), what)}
 
 
 def _transcribe(

@@ -6,15 +6,14 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from dqw.distill.config import DistillConfig, TrainConfig
 from dqw.distill.data import Example, LabelEncoder, SpeechItem
 from dqw.distill.labels import write_labels
+from dqw.distill.windows import Cuts
 from dqw.errors import UserError
 from dqw.whisper.audio import SAMPLE_RATE
 from dqw.whisper.data import language_code
@@ -22,42 +21,6 @@ from dqw.whisper.data import language_code
 # A clip this little over the window is cut by rounding, not by speech.
 SLACK_SECONDS = 0.05
 _OWN_TOKEN = re.compile(r"<\|[^|]*\|>")
-
-
-@dataclass(frozen=True)
-class Window:
-    """A stretch of a long clip, samples `start` to `stop`; an item of its own, without text."""
-
-    source: SpeechItem
-    start: int
-    stop: int
-    text: str | None = None
-    samples: np.ndarray | None = None  # float16: to read them, the source is decoded whole
-
-    @property
-    def id(self) -> str:
-        return f"{self.source.id}@{self.start}"
-
-    @property
-    def language(self) -> str | None:
-        return self.source.language
-
-    @property
-    def seconds(self) -> float:
-        return (self.stop - self.start) / SAMPLE_RATE
-
-    def load(self) -> np.ndarray:
-        if self.samples is not None:
-            return self.samples.astype(np.float32)
-        load_part = getattr(self.source, "load_part", None)  # another's items may have none
-        if load_part is not None:
-            part: np.ndarray = load_part(self.start, self.stop)
-            return part
-        return self.source.load()[self.start : self.stop]
-
-    def held(self, wave: np.ndarray) -> Window:
-        """The same with its samples in memory; ``wave``: all of its source's."""
-        return replace(self, samples=wave[self.start : self.stop].astype(np.float16))
 
 
 @dataclass
@@ -104,15 +67,17 @@ def prepare(
     labels_path: Path,
     *,
     window: float = 30.0,
-    progress: Callable[[int, int], object] | None = None,
+    progress: Callable[[str, int, int], object] = lambda what, done, total: None,
 ) -> Prepared:
     """Choose, cut and label the clips.
 
     Labelled clips longer than `window` (what the models hear at once, in seconds) are left out:
     their text would not match what is heard. Unlabelled ones are cut into windows at quiet places
-    and labelled by the teacher, with its own `processor`. Raises UserError if nothing is left to
-    learn from, if a labelled clip has no language and the model needs one, or if two clips that
-    the teacher is to label have one id.
+    and labelled by the teacher, with its own `processor`; labels and, beside them, cut points
+    (`cuts.jsonl`) are kept in `labels_path`, and not made again. `progress` is called with what is
+    counted, how much is done, and of how much. Raises UserError if nothing is left to learn from,
+    if a labelled clip has no language and the model needs one, or if two clips that the teacher is
+    to label have one id.
     """
     language = None if train.language is None else str(train.language)
     language = language_code(language, "train.language")
@@ -137,13 +102,9 @@ def prepare(
                 made.skip(f"longer than {window:g} s", item)
             else:
                 labelled.append((item, seconds))
-        elif seconds > window + SLACK_SECONDS:
-            try:
-                unlabelled += [(part, part.seconds) for part in windows(item, window)]
-            except UserError as error:
-                made.unread(item, error)
         else:
             unlabelled.append((item, seconds))
+    unlabelled = _cut(unlabelled, window, labels_path.with_name("cuts.jsonl"), made, progress)
     texts: dict[str, dict[str, Any]] = {}
     if unlabelled:
         _check_ids([item.id for item, _ in unlabelled])
@@ -154,7 +115,7 @@ def prepare(
             labels_path,
             language=language,
             batch_size=train.label_batch_size,
-            progress=progress,
+            progress=lambda done, total: progress("teacher labels", done, total),
             unread=made.unread,
         )
         gone = set(made.skipped.get("cannot be read", ()))
@@ -171,6 +132,33 @@ def prepare(
             f"up to {window:g} s with a text, or allow teacher labels.{fault}"
         )
     return made
+
+
+def _cut(
+    items: list[tuple[SpeechItem, float]],
+    window: float,
+    path: Path,
+    made: Prepared,
+    progress: Callable[[str, int, int], object],
+) -> list[tuple[SpeechItem, float]]:
+    """``items``, each with its length, and in place of those that no window holds their windows."""
+    long = sum(seconds > window + SLACK_SECONDS for _, seconds in items)
+    if not long:
+        return items
+    cuts = Cuts(path)
+    found: list[tuple[SpeechItem, float]] = []
+    done = 0
+    for item, seconds in items:
+        if seconds <= window + SLACK_SECONDS:
+            found.append((item, seconds))
+            continue
+        try:
+            found += [(part, part.seconds) for part in cuts.windows(item, seconds, window)]
+        except UserError as error:
+            made.unread(item, error)
+        done += 1
+        progress("recordings cut", done, long)
+    return found
 
 
 def _seconds(item: SpeechItem) -> float:
@@ -227,30 +215,3 @@ def _add(
         made.skip(f"text of more than {encoder.max_length} tokens", item)
         return
     made.examples.append(Example(item, text, language, seconds))
-
-
-def windows(
-    item: SpeechItem, seconds: float = 30.0, wave: np.ndarray | None = None
-) -> list[Window]:
-    """Cut a long clip into windows of at most `seconds`, at quiet places. wave: its samples, where
-    they are at hand."""
-    wave = item.load() if wave is None else wave
-    longest = int(seconds * SAMPLE_RATE)
-    made: list[Window] = []
-    start = 0
-    while len(wave) - start > longest:
-        stop = start + quiet_place(wave[start : start + longest], int(seconds / 6 * SAMPLE_RATE))
-        made.append(Window(item, start, stop))
-        start = stop
-    made.append(Window(item, start, len(wave)))
-    return made
-
-
-def quiet_place(wave: np.ndarray, search: int) -> int:
-    """The middle of the quietest 0.2 s within the last `search` samples of `wave`."""
-    size = SAMPLE_RATE // 5
-    first = max(len(wave) - max(search, size), 0)
-    power = np.square(wave[first:], dtype=np.float64)
-    sums = np.concatenate([[0.0], np.cumsum(power)])
-    energy = sums[size:] - sums[:-size]
-    return first + int(energy.argmin()) + size // 2

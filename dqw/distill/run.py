@@ -3,6 +3,7 @@
 output_dir/
   checkpoint-120/        see dqw.distill.checkpoint
   teacher_labels.jsonl   texts the teacher wrote
+  cuts.jsonl             where long recordings were cut
   log.jsonl              losses of every logged step
   guidance.jsonl         losses and choices of every guidance update
   states/                see dqw.distill.states
@@ -151,7 +152,7 @@ def _distill(
             items, encoder, teacher, pair.teacher_processor, config, train,
             folder / "teacher_labels.jsonl",
             window=float(processor.feature_extractor.chunk_length),
-            progress=lambda done, total: shown.count("teacher labels", done, total),
+            progress=shown.count,
         )  # fmt: skip
     for line in made.left_out():
         shown.note(line)

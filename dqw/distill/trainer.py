@@ -34,6 +34,7 @@ from dqw.distill.model import (
     teacher_pass,
     teacher_recalled,
 )
+from dqw.distill.rows import append_rows
 from dqw.distill.stepping import parameter_groups, scheduler_state, seed_step, spec_augment
 from dqw.errors import UserError
 from dqw.whisper.context import AudioContext
@@ -196,7 +197,7 @@ class DistillTrainer(Seq2SeqTrainer):
             self.guidance.update()
         if self.args.should_save:
             line = {"step": self.state.global_step, **self.guidance.state_dict()}
-            append_line(self.folder / "guidance.jsonl", line)
+            append_rows(self.folder / "guidance.jsonl", [line])
 
     @torch.no_grad()
     def probe(self, batch: Batch) -> tuple[Losses, Losses]:
@@ -329,9 +330,3 @@ def settings_of(*configs: Any) -> dict[str, Any]:
         name = type(config).__name__.removesuffix("Config").lower()
         values[name] = {k: v for k, v in asdict(config).items() if k not in free}
     return values
-
-
-def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON line."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")

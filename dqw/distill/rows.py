@@ -1,0 +1,44 @@
+"""JSON Lines that grow while a run works: one object a line, on the disk before the next begins.
+
+A line cut off by a kill is dropped when the file is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dqw.errors import UserError
+
+
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Append one line each. Ids are file names, which need not be UTF-8: such bytes are written as
+    JSON reads them back."""
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path, keys: Iterable[str], what: str) -> Iterator[dict[str, Any]]:
+    """The rows of ``path``, none where it is not there; a torn last line is cut off the file.
+    Raises UserError for a row without ``keys``; ``what``: a row that it is not, and the cure."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    # Not splitlines(): a text may hold a line separator of Unicode's.
+    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+            for key in keys:
+                row[key]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f"{path} row {number} is not {what}") from None
+        yield row
