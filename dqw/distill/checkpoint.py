@@ -13,13 +13,11 @@ random states to keep: each micro-step seeds the generators from its own number.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from dqw.errors import UserError
+from dqw.locks import locked
 
 PREFIX = "checkpoint-"
 _UNFINISHED = ".unfinished-"
@@ -41,46 +40,13 @@ _RUN = "run.json"
 def held(folder: Path) -> Iterator[None]:
     """The run's folder for this process alone, until the block, or the process and those that read
     clips for it, end; it may be deleted meanwhile. Raises UserError where another one has it."""
-    until = time.monotonic() + LOCK_SECONDS
-    path = folder / _LOCK
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        # A file, for writing: between machines NFS has no locks on folders.
-        with open(path, "w") as lock:
-            with suppress(OSError):  # a file system without locks
-                if not _taken(lock.fileno(), until):
-                    raise UserError(
-                        f"another process is training in {folder}: wait for it to end, or choose "
-                        "another folder."
-                    )
-            if not _is_at(lock.fileno(), path):
-                continue
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _taken(lock: int, until: float) -> bool:
-    """Whether the lock could be had before ``until``."""
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.2)
-        else:
-            return True
-
-
-def _is_at(handle: int, path: Path) -> bool:
-    """Whether ``path`` is still what was opened: another may have deleted it as it ended."""
-    try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
+    with locked(folder / _LOCK, LOCK_SECONDS) as ours:
+        if not ours:
+            raise UserError(
+                f"another process is training in {folder}: wait for it to end, or choose another "
+                "folder."
+            )
+        yield
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -16,10 +15,13 @@ from typing import Any
 
 from dqw.bars import Bar, progress_bar
 from dqw.errors import UserError
+from dqw.locks import is_locked, locked
 from dqw.probe import Changed, first_changed
 from dqw.study.lab import Lab, Say, cell_name, forget_checkpoints
 from dqw.study.table import Setting
 from dqw.whisper.files import write_atomic
+
+LOOK_SECONDS = 0.2  # another may only have looked whether a cell is held
 
 
 def cells_of(settings: list[Setting], seeds: int) -> list[tuple[Setting, int]]:
@@ -54,15 +56,7 @@ def _place(first: Changed) -> tuple[int, int]:
 
 def measuring(out: Path) -> bool:
     """Whether another process holds a cell of the study in ``out``, with more seeds perhaps."""
-    for path in (out / "cells").glob("*.lock"):
-        try:
-            with open(path, "r+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass  # gone meanwhile, or a file system without locks
-    return False
+    return any(is_locked(path) for path in (out / "cells").glob("*.lock"))
 
 
 def forget_states(states: Path) -> None:
@@ -78,23 +72,8 @@ def forget_states(states: Path) -> None:
 def claimed(path: Path) -> Iterator[bool]:
     """Whether the cell ``path`` is this process's to measure: neither there nor another's. The lock
     ends with the block, or with the process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.1)  # another may only have looked
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-        except OSError:
-            pass  # a file system without locks: one process at a time
-        try:
-            yield not path.exists()
-        finally:
-            Path(lock.name).unlink(missing_ok=True)
+    with locked(path.with_suffix(".lock"), LOOK_SECONDS) as ours:
+        yield ours and not path.exists()
 
 
 def run_cell(lab: Lab, setting: Setting, seed: int, status: Say) -> dict[str, Any]:
