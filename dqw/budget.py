@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from dqw.hf import POSITIONS, sinusoidal_positions
 from dqw.probe import Probe
 from dqw.recipe import Override, QuantSpec, Recipe
 from dqw.speech import spread
+
+if TYPE_CHECKING:
+    from dqw.kept import Kept
 
 # Windows of speech, for the KL. base at 27 to 39.4 MiB: a plan by 4, 6 or 8 of 24 windows costs 3.0
 # to 4.8, 2.5 to 4.3 or 1.8 to 2.9 % more, by the others, than theirs
@@ -123,12 +126,13 @@ def fit_budget(
     budget: int,
     batches: Sequence[Mapping[str, Tensor]],
     say: Callable[[str], object] = print,
+    kept: Kept | None = None,
 ) -> Recipe:
     """``recipe`` with an override a layer, so that the folder takes at most ``budget`` bytes.
 
     model: float, on any device; batches: as of ``dqw.speech``, of which some windows are
     used. The plan is said in a few lines; layers whose bits an override of the recipe gives keep
-    them. Raises UserError if the budget cannot be met.
+    them. ``kept``: where sensitivities are kept. Raises UserError if the budget cannot be met.
     """
     start = time.monotonic()
     plan = recipe.plan(model)
@@ -137,11 +141,15 @@ def fit_budget(
         probe = Probe(model, few(batches, WINDOWS))
         with progress_bar("sensitivities", len(free)) as advance:
             by_steps = recipe.quant.allocate == "steps"
-            measured = sensitivities(model, free, probe, by_steps, advance)
+            known = kept.choices(free) if kept is not None else {}
+            keep = kept.keep_choices if kept is not None else None
+            measured = sensitivities(model, free, probe, by_steps, advance, known, keep)
     found = {name: measured.get(name) or [_as_told(model, name, plan[name])] for name in plan}
     rest = float_bytes(model, plan) + overhead(plan)
     chosen = dict(zip(found, allocate(list(found.values()), budget - rest)))
-    say(f"sensitivities of {len(free)} layers measured in {time.monotonic() - start:.0f} s")
+    seconds = f"{time.monotonic() - start:.0f} s"
+    before = f", {len(known)} of them before" if known else ""
+    say(f"sensitivities of {len(free)} layers measured in {seconds}{before}")
     for line in described(chosen):
         say(line)
     total = rest + sum(choice.size for choice in chosen.values())

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,13 @@ from dqw.embedding import TiedProjection
 from dqw.linear import QuantLinear, QuantModule
 from dqw.together import rounded_once
 
+if TYPE_CHECKING:
+    from dqw.kept import Kept
+
 # Matrices in which a part of a layer ends: what they are given is kept until they are rounded, and
 # what comes before them need not run again.
 ENDS = ("attn.out_proj", "fc2")
+FIRST = "model.encoder.layers.0"  # what is rounded first
 
 
 @torch.no_grad()
@@ -41,6 +45,7 @@ def calibrate(
     batches: Iterable[dict[str, Tensor]],
     progress: Callable[[str], object] | None = None,
     off_grid: bool = False,
+    kept: Kept | None = None,
 ) -> None:
     """Round the Linear weights and the embedding of a learning Whisper with compensation, in place.
 
@@ -49,6 +54,7 @@ def calibrate(
     of each position where products are of bfloat16 (2.8 GB for base and 160 windows), else 37.
     ``progress`` gets each layer's name.
     ``off_grid``: training starts off the grid at every width, for a student that has far to go.
+    ``kept``: layers that it has are taken from there, others go there.
     """
     say = progress or (lambda name: None)
     encoder, decoder = model.model.encoder, model.model.decoder
@@ -56,12 +62,15 @@ def calibrate(
     with _as_float(encoder):
         heard = [_hearing(encoder, batch) for batch in given]
     now = [_hearing(encoder, batch) for batch in given]
-    _walk("model.encoder.layers", encoder.layers, heard, now, say, off_grid)
+    _walk("model.encoder.layers", encoder.layers, heard, now, say, off_grid, kept)
     told = list[Call]()
     moments = _output_moments(model)
+    done = [name for name in moments if kept is not None and kept.has(name)]
     with _as_float(model):
         for call, batch in zip(heard, given, strict=True):
             told.append(decoder_call(model.model, batch, call))
+            if len(done) == len(moments):
+                continue  # nothing is left to add up
             states = encoder.layer_norm(call.hidden)
             last = decoder(**decoding(batch, states)).last_hidden_state
             for module, holder, moment in moments.values():
@@ -69,9 +78,15 @@ def calibrate(
                 moment.add(rows, _doubt(module(rows)))
     heard.clear()
     for name, (_, holder, moment) in moments.items():
+        if kept is not None and name in done:
+            kept.load(name, holder)
+            say(name)
+            continue
         round_layers({name: holder}, moment, off_grid, say)
+        if kept is not None:
+            kept.save(name, holder)
     now = [decoder_call(model.model, b, call) for b, call in zip(given, now, strict=True)]
-    _walk("model.decoder.layers", decoder.layers, told, now, say, off_grid)
+    _walk("model.decoder.layers", decoder.layers, told, now, say, off_grid, kept)
 
 
 def _hearing(encoder: Any, batch: dict[str, Tensor]) -> Call:
@@ -131,9 +146,20 @@ def _walk(
     now: list[Call],
     say: Callable[[str], object],
     off_grid: bool,
+    kept: Kept | None,
 ) -> None:
     """Round a stack's layers one after the other; the calls end behind the last one."""
     for index, layer in enumerate(layers):
+        place = f"{stack}.{index}"
+        if kept is not None and kept.has(place):
+            with _as_float(layer):
+                for call in floats:
+                    call.hidden = call.run(layer)
+            kept.load(place, layer)
+            for name in _learning(layer):
+                say(f"{place}.{name}")
+            _go_on(layer, now)
+            continue
         stages, inputs = _float_layer(layer, floats)
         for stage, rows in zip(stages, inputs, strict=True):
             name, matrix, holder = stage[0]
@@ -144,15 +170,22 @@ def _walk(
                     moment.add(call.rows(x, holder.cols), y=rows.pop(0))
                     if name.endswith(ENDS):
                         given.append(x)
-            shared = {f"{stack}.{index}.{own}": holder for own, _, holder in stage}
+            shared = {f"{place}.{own}": holder for own, _, holder in stage}
             round_layers(shared, moment, off_grid, say)
             if given:
                 for call in now:
                     call.known += _known(layer, name, matrix(given.pop(0)))
-        with rounded_once(layer):
-            for call in now:
-                call.hidden = call.run(layer)
-                call.known.clear()
+        _go_on(layer, now)
+        if kept is not None:
+            kept.save(place, layer)
+
+
+def _go_on(layer: nn.Module, now: list[Call]) -> None:
+    """Run the rounded ``layer`` on its calls."""
+    with rounded_once(layer):
+        for call in now:
+            call.hidden = call.run(layer)
+            call.known.clear()
 
 
 def _known(layer: nn.Module, name: str, output: Tensor) -> list[tuple[nn.Module, Any]]:

@@ -96,13 +96,18 @@ def sensitivities(
     probe: Probe,
     steps: bool = False,
     progress: Callable[[str], object] | None = None,
+    known: Mapping[str, list[Choice]] | None = None,
+    keep: Callable[[str, QuantSpec, list[Choice]], object] | None = None,
 ) -> dict[str, list[Choice]]:
     """Layer name → its choices: the ``candidates`` of its spec, or with ``steps`` one for each of
-    ``STEPS``. The float ``model`` stays as it is."""
-    found = {}
+    ``STEPS``. The float ``model`` stays as it is. known: layers that were measured before; keep is
+    called with each of the others."""
+    found = dict(known or {})
     for name, spec in plan.items():
         if progress is not None:
             progress(name)
+        if name in found:
+            continue
         layer = model.get_submodule(name)
         matrix = layer.weight.detach().flatten(1).float()
         some = _some(matrix)
@@ -119,6 +124,8 @@ def sensitivities(
             Choice(option, size, cost * error, 8 * size / max(matrix.numel(), 1))
             for option, size, error in row
         ]
+        if keep is not None:
+            keep(name, spec, found[name])
     return found
 
 

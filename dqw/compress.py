@@ -1,34 +1,34 @@
 """From a float Whisper to a small folder: what ``dqw compress`` does, as one function.
 
 teacher and student → plan → fake quantization → distillation → freeze → a folder. Without training,
-error-compensating rounding on calibration speech takes distillation's place. The training run lives
-beside the folder, in OUT.run (checkpoints, labels, logs); the folder itself is written under a
-temporary name and appears whole or not at all.
+error-compensating rounding on calibration speech takes distillation's place. Beside the folder,
+which appears whole or not at all, lie the training run in OUT.run (checkpoints, labels, logs) and,
+until the folder is written, what else takes long in OUT.work (``dqw.kept``).
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dqw.bars import progress_bar
-from dqw.devices import best_device, lowered, warn_of_triton
+import dqw
+from dqw.devices import best_device, warn_of_triton
 from dqw.distill.config import check_settings
 from dqw.errors import UserError
+from dqw.kept import Kept
 from dqw.processes import agreed, alike, is_main, wait
 from dqw.recipe import Recipe
 from dqw.save import save_student
+from dqw.stations import basis, calibrate_student, heal_student, listen, quantize_student
 from dqw.whisper.files import check_writable, write_atomic
 from dqw.whisper.report import model_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import WhisperForConditionalGeneration
 
     from dqw.distill.pair import Pair
     from dqw.whisper.data import Item
@@ -73,6 +73,11 @@ class Job:
         return self.out.with_name(self.out.name + ".run")
 
     @property
+    def work(self) -> Path:
+        """What else was worked out, kept until the output is written."""
+        return self.out.with_name(self.out.name + ".work")
+
+    @property
     def unfinished(self) -> bool:
         """Whether a run of training was begun there and did not end."""
         return self.run.exists() and not (self.run / "finished").exists()
@@ -84,6 +89,15 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     Raises UserError before any long work for whatever can be known then: an output folder that
     exists, unknown data rows, models that do not fit each other, an unfinished run.
     """
+    try:
+        return _compress(job, recipe, say)
+    except KeyboardInterrupt:
+        if job.work.exists():
+            say(f"what is done is kept in {job.work}: the same command goes on from it")
+        raise
+
+
+def _compress(job: Job, recipe: Recipe, say: Say) -> Path:
     if not job.ptq_only and not recipe.train.wanted:
         if job.data is None:
             raise UserError(_NO_DATA)
@@ -92,7 +106,8 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
         return job.out  # no work for several processes
     check_output(job)
     if job.resume and not resumable(job):
-        say("nothing to resume: begun anew")  # a command that a machine repeats until it is done
+        if not job.work.exists():
+            say("nothing to resume: begun anew")  # a machine repeats one command until it is done
         job = replace(job, resume=False)
     if not job.ptq_only:
         check_settings(recipe.distill, recipe.train)
@@ -110,13 +125,16 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     allocates = began is None and bool(job.budget or (shared_out and items))
     recipe = began or recipe
     batches: list[dict[str, Tensor]] = []
+    kept: Kept | None = None
     if items and (job.ptq_only or allocates or heals):
         warn_of_triton()
         for model in (pair.teacher, pair.student):
             model.to(best_device())
-        batches = listen(items, recipe, pair, heals, say)
+        kept = Kept(job.work, say) if is_main() else None
+        batches = listen(items, recipe, pair, heals, say, kept)
+        kept = kept and kept.on(basis(pair, batches), dqw.__version__, recipe.quant.allocate)
     if heals and batches:
-        heal_student(pair, batches, say)
+        heal_student(pair, batches, say, kept)
     if pair.teacher is not pair.student:
         pair.teacher.to("cpu")  # training moves it back: until then a GPU's memory is for others
     if allocates:
@@ -124,17 +142,18 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
 
         plan = recipe.plan(pair.student)
         budget = job.budget or model_size(pair.student, plan) + overhead(plan)
-        recipe = fit_budget(pair.student, recipe, budget, batches, say)
+        recipe = fit_budget(pair.student, recipe, budget, batches, say, kept)
     recipe = recipe if job.ptq_only else agreed(recipe)
     quantize_student(pair.student, recipe, say)
     if job.ptq_only and batches:
-        calibrate_student(pair.student, batches, say)
+        calibrate_student(pair.student, batches, say, kept and kept.on((), recipe.quant))
     if not job.ptq_only:
         train(job, recipe, pair, items)
     if is_main():
         save_student(pair.student, pair.processor, job.out, provenance(job, recipe))
         if not job.ptq_only:
             finish(job)
+        shutil.rmtree(job.work, ignore_errors=True)
         size = model_bytes(job.out)
         say(f"wrote {job.out}: {size / 2**20:.1f} MiB without the tokenizer")
         if job.budget and size > job.budget:
@@ -201,18 +220,6 @@ def lacks_layers(job: Job, pair: Pair) -> bool:
     return cut and not (job.resume and newest(job.run))
 
 
-def listen(
-    items: list[Item], recipe: Recipe, pair: Pair, heals: bool, say: Say
-) -> list[dict[str, Tensor]]:
-    """Windows of speech to calibrate on, and to heal on."""
-    from dqw.heal import WINDOWS
-    from dqw.speech import calibration_batches
-
-    wanted = max(recipe.distill.calibration_clips, WINDOWS if heals else 0)
-    listening = replace(recipe.distill, calibration_clips=wanted)
-    return calibration_batches(items, replace(recipe, distill=listening), pair, say)
-
-
 def check_output(job: Job) -> None:
     """Refuse to overwrite, and to start anew beside an unfinished run."""
     out, run = job.out, job.run
@@ -262,32 +269,6 @@ def load_models(job: Job, say: Say) -> Pair:
     return Pair(teacher, student, processor, teacher_processor)
 
 
-def heal_student(pair: Pair, batches: list[dict[str, Tensor]], say: Say) -> None:
-    """Fit what a cut student lacks into its layers (``dqw.heal``), in place."""
-    from dqw.heal import heal
-
-    start = time.monotonic()
-    config = pair.student.config
-    layers = config.encoder_layers + config.decoder_layers
-    with progress_bar("healing", layers, "layers") as advance, lowered(pair.teacher, pair.student):
-        heal(pair.student, pair.teacher, batches, advance)
-    clips = sum(len(batch["decoder_input_ids"]) for batch in batches)
-    say(f"healed {layers} layers on {clips} windows of speech in {time.monotonic() - start:.0f} s")
-
-
-def quantize_student(student: WhisperForConditionalGeneration, recipe: Recipe, say: Say) -> None:
-    """Swap in the learning modules; their clips start at the least squared error."""
-    from dqw.convert import quant_modules, quantize
-
-    start = time.monotonic()
-    with progress_bar("clips", len(recipe.plan(student))) as advance:
-        quantize(student, recipe, progress=advance)
-    count = len(quant_modules(student))
-    say(
-        f"quantized {count} layers at their least squared error in {time.monotonic() - start:.0f} s"
-    )
-
-
 def resumed_plan(job: Job, recipe: Recipe) -> Recipe | None:
     """``recipe`` with the layers' bits or steps that the run to be resumed began with; None: it has
     none that belong to this recipe."""
@@ -300,20 +281,6 @@ def resumed_plan(job: Job, recipe: Recipe) -> Recipe | None:
     if own | {"override": kept["override"]} != kept or kept["override"][:rules] != own["override"]:
         return None
     return Recipe.from_dict({**data, "quant": kept}, str(path))
-
-
-def calibrate_student(
-    student: WhisperForConditionalGeneration, batches: list[dict[str, Tensor]], say: Say
-) -> None:
-    """Round with error compensation (``dqw.calibrate``), in place."""
-    from dqw.calibrate import calibrate, layer_count
-
-    start = time.monotonic()
-    student.eval()
-    with progress_bar("rounding", layer_count(student)) as advance, lowered(student):
-        calibrate(student, batches, progress=advance)
-    clips = sum(len(batch["decoder_input_ids"]) for batch in batches)
-    say(f"rounded on {clips} windows of speech in {time.monotonic() - start:.0f} s")
 
 
 def train(job: Job, recipe: Recipe, pair: Pair, items: list[Item]) -> None:

@@ -114,19 +114,23 @@ def _held(item: SpeechItem, count: int, window: float) -> list[SpeechItem]:
 
 
 def calibration_batches(
-    items: Sequence[SpeechItem], recipe: Recipe, pair: Pair, say: Callable[[str], object]
+    items: Sequence[SpeechItem],
+    recipe: Recipe,
+    pair: Pair,
+    say: Callable[[str], object],
+    labels: Path | None = None,
 ) -> list[dict[str, Tensor]]:
     """Batches of at most 4 windows: input_features (batch, mel, 3000), decoder_input_ids and
     decoder_mask (batch, length), on the CPU.
 
-    ``recipe.distill.calibration_clips`` windows (96 if it is 0), from ``stretches``. Raises
-    UserError if no clip can be used.
+    ``recipe.distill.calibration_clips`` windows (96 if it is 0), from ``stretches``.
+    labels: where the teacher's texts are kept; None: not. Raises UserError if no clip can be used.
     """
     wanted = recipe.distill.calibration_clips or WINDOWS
     joined = replace(recipe.distill.augment, concatenate=0.8, noise=0.0, speed=0.0, redraw=True)
     window = float(pair.processor.feature_extractor.chunk_length)
     chosen = stretches(items, wanted, window, recipe.distill.teacher_labels)
-    dataset, collate = _dataset(chosen, recipe, joined, pair, say)
+    dataset, collate = _dataset(chosen, recipe, joined, pair, say, labels)
     plenty = wanted < len(items) or wanted < len(chosen)
     count = min(wanted, len(dataset)) if plenty else min(wanted, 2 * len(dataset))
     names = ("input_features", "decoder_input_ids", "decoder_mask")
@@ -155,6 +159,7 @@ def _dataset(
     augment: Any,
     pair: Pair,
     say: Callable[[str], object],
+    labels: Path | None = None,
 ) -> tuple[Any, Callable[[list[dict[str, Any]]], dict[str, Tensor]]]:
     """Windows of ``items`` with their tokens, and what stacks some to a batch."""
     from dqw.distill.data import Collator, LabelEncoder, SpeechDataset
@@ -169,7 +174,7 @@ def _dataset(
     with tempfile.TemporaryDirectory() as folder:
         made = prepare(
             items, encoder, pair.teacher, pair.teacher_processor, recipe.distill, recipe.train,
-            Path(folder) / "labels.jsonl",
+            labels or Path(folder) / "labels.jsonl",
             window=float(pair.processor.feature_extractor.chunk_length),
             progress=lambda what, done, total: say(f"{what} {done}/{total}")
             if done == total else None,

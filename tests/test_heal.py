@@ -13,10 +13,10 @@ from torch import nn
 
 import dqw.heal as healing
 from dqw.calls import Call
-from dqw.compress import heal_student
 from dqw.distill.pair import Pair
 from dqw.heal import heal
 from dqw.probe import Probe
+from dqw.stations import heal_student
 from dqw.whisper.student import cut_student
 
 
@@ -125,7 +125,7 @@ def test_a_whole_copy_stays_so_in_bfloat16(tier: str, monkeypatch: pytest.Monkey
     teacher = tiny(2, 2)
     student = cut_student(teacher, 2, 2)
     with instruction_set(tier):
-        heal_student(Pair(teacher, student, None, None), speech(1), print)
+        heal_student(Pair(teacher, student, None, None), speech(1), print, None)
     for name, value in student.state_dict().items():
         assert torch.equal(value, teacher.state_dict()[name]), name
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from dqw.distill.progress import Display, Pace, StepReport
-from dqw.distill.rows import append_rows
+from dqw.rows import append_rows
 from dqw.whisper.files import write_atomic
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ import dqw.ops  # noqa: F401  loads the library
 from dqw.convert import packed_copy, quant_modules, set_activations
 from dqw.digest import weights_digest
 from dqw.distill.data import SpeechItem
-from dqw.distill.rows import append_rows, read_rows
 from dqw.errors import UserError
 from dqw.recipe import QuantConfig, Recipe
+from dqw.rows import append_rows, read_rows
 from dqw.whisper.transcribe import transcribe
 
 # A transcript that compresses further than this repeats itself (Whisper's own threshold).

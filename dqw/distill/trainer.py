@@ -34,9 +34,9 @@ from dqw.distill.model import (
     teacher_pass,
     teacher_recalled,
 )
-from dqw.distill.rows import append_rows
 from dqw.distill.stepping import parameter_groups, scheduler_state, seed_step, spec_augment
 from dqw.errors import UserError
+from dqw.rows import append_rows
 from dqw.whisper.context import AudioContext
 
 TOKEN_LOSSES = ("ce", "kl")

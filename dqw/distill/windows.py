@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dqw.distill.data import SpeechItem
-from dqw.distill.rows import append_rows, read_rows
+from dqw.rows import append_rows, read_rows
 from dqw.whisper.audio import SAMPLE_RATE
 
 
