@@ -128,7 +128,11 @@ def transcribe(
     audio: Annotated[list[Path], typer.Argument(help="wav, flac, mp3 or ogg files of any length.")],
     model: Model,
     language: Annotated[
-        str | None, typer.Option(help="Language spoken, such as en or ja; detected if left out.")
+        str | None,
+        typer.Option(
+            help="Language spoken, such as en or ja; left out: the one that a fine-tune names, "
+            "or detected."
+        ),
     ] = None,
     task: Annotated[
         str, typer.Option(help="transcribe, or translate into English.")
@@ -171,22 +175,25 @@ def transcribe(
     if output_dir is not None:
         _check_names(audio)
         if skip_existing:  # each is there whole or not at all
-            left = [a for a in audio if not all(_target(output_dir, a, f).exists() for f in forms)]
+            left = [a for a in audio if _missing(output_dir, a, forms)]
             if len(left) < len(audio):
                 err.print(f"{len(audio) - len(left)} of {len(audio)} are written already")
             if not left:
                 return
             audio = left
         if "txt" in forms:
-            _check_references(audio, output_dir)
+            made_here = [a for a in audio if "txt" in _missing(output_dir, a, forms)]
+            _check_references(made_here if skip_existing else audio, output_dir)
         check_writable(output_dir / f".{os.getpid()}.part", "--output-dir")
-    total = 0.0
-    for path in audio:
-        try:
-            total += audio_seconds(path)
-        except UserError:  # of several, a damaged one is left out; one that is not there, no
-            if len(audio) == 1 or not path.is_file():
-                raise
+    seconds: list[float | None] = []
+    with err.status(f"looking at {len(audio)} files"):  # of an mp3 all of it
+        for path in audio:
+            try:
+                seconds.append(audio_seconds(path))
+            except UserError:  # of several, a damaged one is left out; one that is not there, no
+                if len(audio) == 1 or not path.is_file():
+                    raise
+                seconds.append(None)
 
     from dqw.whisper.engines import open_engine
     from dqw.whisper.transcribe import Transcript, iter_transcripts
@@ -196,9 +203,9 @@ def transcribe(
         engine = open_engine(model, beam_size, activations, device)
     timed = timestamps or any(name in TIMED for name in forms)
     waiting: dict[int, Transcript | None] = {}
-    printed = damaged = 0
+    printed = damaged = written = 0
 
-    with audio_progress(total) as advance:
+    with audio_progress(sum(s or 0.0 for s in seconds)) as advance:
 
         def print_ready() -> None:  # in the order given, as soon as possible
             nonlocal printed
@@ -221,18 +228,20 @@ def transcribe(
 
         steps = iter_transcripts(
             engine, audio, language, task, beam_size, timed, batch_size, advance, audio_context,
-            damaged=leave_out if len(audio) > 1 else None,
+            damaged=leave_out if len(audio) > 1 else None, seconds=seconds,
+            ahead=None if output_dir is not None else max(_AHEAD, 2 * batch_size),
         )  # fmt: skip
         for index, transcript in steps:
             if output_dir is not None:
-                for name in forms:
+                missing = _missing(output_dir, audio[index], forms) if skip_existing else forms
+                written += len(missing)
+                for name in missing:
                     path = _target(output_dir, audio[index], name)
                     write_atomic(path, render(transcript, name, timestamps))
                 continue
             waiting[index] = transcript
             print_ready()
     if output_dir is not None:
-        written = (len(audio) - damaged) * len(forms)
         err.print(f"wrote {written} files to {output_dir}", markup=False, soft_wrap=True)
         if "txt" in forms and any(p.parent.resolve() == output_dir.resolve() for p in audio):
             err.print("beside audio dqw eval and compress take a .txt for what is said there")
@@ -248,6 +257,14 @@ def _forms(given: list[str]) -> list[str]:
         if name not in (*FORMATS, "all"):
             raise UserError(f"the format is '{name}'; choose txt, json, srt, vtt or all")
     return list(FORMATS) if "all" in names else list(dict.fromkeys(names))
+
+
+_AHEAD = 32  # files whose texts may wait to be printed for one that was named before them
+
+
+def _missing(folder: Path, audio: Path, forms: list[str]) -> list[str]:
+    """Those of ``forms`` that are not written yet."""
+    return [name for name in forms if not _target(folder, audio, name).exists()]
 
 
 def _check_names(audio: list[Path]) -> None:

@@ -74,7 +74,7 @@ def evaluate(
     """Measure word and character error rates on transcribed audio."""
     import json
 
-    from dqw.whisper.data import load_items
+    from dqw.whisper.data import Item, load_items
     from dqw.whisper.files import check_writable, write_atomic
 
     for option, path in (("--json", json_file), ("--save-transcripts", save_transcripts)):
@@ -98,6 +98,7 @@ def evaluate(
             device,
         )
     size, spelling = evaluator.model_bytes, evaluator.spelling
+    damaged: list[str] = []
     with audio_progress(sum(item.seconds or 0 for item in items)) as advance:
         done = 0.0
 
@@ -106,7 +107,12 @@ def evaluate(
             advance(seconds - done)
             done = seconds
 
-        result = evaluator.run(items, progress=step)
+        def leave_out(item: Item, error: UserError) -> None:
+            damaged.append(item.id)
+            err.print(f"{error}; the others go on", style="yellow", markup=False, soft_wrap=True)
+
+        result = evaluator.run(items, progress=step, damaged=leave_out)
+    items = [item for item in items if item.id not in damaged]
     if teacher is not None:
         with progress_bar("KL from the teacher", len(items), "clips") as clip:
             try:
@@ -131,6 +137,8 @@ def evaluate(
                     "english_spelling_map": spelling}  # fmt: skip
         figures = {**settings, **_machine(evaluator.package), **result.to_dict()}
         write_atomic(json_file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    if damaged:
+        raise UserError(f"{len(damaged)} clips are damaged and not in these figures ({damaged[0]})")
 
 
 def _say(line: str) -> None:

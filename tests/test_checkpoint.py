@@ -131,3 +131,21 @@ def test_old_checkpoints_stop_forcing_decoder_ids(folder):
     model, _ = load_whisper(folder)
     assert getattr(model.generation_config, "forced_decoder_ids", None) is None
     assert model.generation_config.lang_to_id == languages
+
+
+@pytest.mark.parametrize("task", ["translate", "transcribe"])
+def test_what_a_fine_tune_forced_are_its_settings(folder, task):
+    path, config = folder / "generation_config.json", folder / "config.json"
+    stored = json.loads(path.read_text())
+    language, english = (stored["lang_to_id"][f"<|{code}|>"] for code in ("ja", "en"))
+    forced = [[1, language], [2, stored["task_to_id"][task]]]
+    plain = {key: value for key, value in stored.items() if key not in ("task", "language")}
+    path.write_text(json.dumps(plain | {"forced_decoder_ids": forced}))
+    settings = load_whisper(folder)[0].generation_config
+    assert (settings.language, settings.task) == ("<|ja|>", task)
+    # OpenAI's own config.json forces English on all.
+    path.write_text(json.dumps(plain))
+    before = json.loads(config.read_text())
+    config.write_text(json.dumps(before | {"forced_decoder_ids": [[1, english], *forced[1:]]}))
+    settings = load_whisper(folder)[0].generation_config
+    assert (getattr(settings, "language", None), settings.task) == (None, "transcribe")

@@ -37,6 +37,12 @@ def test_nothing_is_renamed_into_dev(monkeypatch: pytest.MonkeyPatch) -> None:
     write_atomic("/dev/null", [b"some bytes"])
 
 
+def test_a_name_may_be_as_long_as_names_are(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 251 + ".txt")
+    write_atomic(path, "text")
+    assert path.read_text() == "text" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_folder_in_the_way_is_said(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         write_atomic(tmp_path, "text")

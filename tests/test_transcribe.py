@@ -6,7 +6,8 @@ import torch
 from whisper_helpers import TIMES, tiny, tone, write_tone
 
 from dqw.errors import UserError
-from dqw.whisper.transcribe import Segment, Transcript, transcribe
+from dqw.whisper.engines import PlainEngine
+from dqw.whisper.transcribe import Segment, Transcript, _Decoder, iter_transcripts, transcribe
 from dqw.whisper.writers import render
 
 
@@ -71,6 +72,58 @@ def test_long_audio_goes_window_by_window(whisper):
     assert seen == [2.5, 2.5 + 9 / 16]
 
 
+def test_silent_windows_of_a_recording_are_passed_over(whisper, monkeypatch):
+    """And the language is that of the first window with sound."""
+    sound = 0.1 * np.random.default_rng(1).standard_normal(16_000).astype(np.float32)
+    nothing = np.zeros(32_000, dtype=np.float32)
+    encode, windows = PlainEngine.encode, []
+
+    def counting(engine, features):
+        windows.append(len(features))
+        return encode(engine, features)
+
+    monkeypatch.setattr(PlainEngine, "encode", counting)
+    done = []
+    found = transcribe(*whisper, [np.concatenate([nothing, sound, nothing])], progress=done.append)
+    heard = len(windows)
+    assert heard >= 1 and found[0].seconds == 5.0 and done == [5.0]
+    assert all(s.start >= 2.0 for s in found[0].segments) and found[0].segments
+    transcribe(*whisper, [np.concatenate([sound, nothing])])
+    assert found[0].language == transcribe(*whisper, [sound])[0].language
+    still = np.full(80_000, 2e-4, dtype=np.float32)  # above the dither: every window is heard
+    windows.clear()
+    transcribe(*whisper, [still])
+    assert len(windows) >= 5
+
+
+def test_what_a_fine_tune_says_of_its_language(whisper, monkeypatch):
+    audio = voices(2)
+    for named in ("<|ja|>", "ja", "japanese"):
+        monkeypatch.setattr(whisper[0].generation_config, "language", named, raising=False)
+        assert [t.language for t in transcribe(*whisper, audio)] == ["ja", "ja"]
+    assert transcribe(*whisper, audio, "de")[0].language == "de"
+    before = transcribe(*whisper, audio, [None, "de"])
+    monkeypatch.setattr(whisper[0].generation_config, "language", "klingon", raising=False)
+    assert transcribe(*whisper, audio)[0].language in ("en", "de", "ja")  # none that is known
+    assert [t.language for t in before] == ["ja", "de"]
+
+
+def test_tokens_to_suppress_may_be_beyond_the_vocabulary(whisper, monkeypatch):
+    """A list that is older than the vocabulary, as transformers takes it."""
+    audio, settings = voices(2), whisper[0].generation_config
+    own = transcribe(*whisper, audio, "en")
+    for name in ("suppress_tokens", "begin_suppress_tokens"):
+        monkeypatch.setattr(settings, name, [*(getattr(settings, name) or []), -1, 99_999])
+    assert transcribe(*whisper, audio, "en") == own
+
+
+def test_what_was_named_first_comes_first(whisper):
+    audios = voices(7)
+    steps = iter_transcripts(PlainEngine(*whisper), audios, "en", batch_size=2, ahead=3)
+    order = [index for index, _ in steps]
+    assert sorted(order[:3]) == [0, 1, 2] and sorted(order[3:6]) == [3, 4, 5] and order[6] == 6
+
+
 def test_timestamps_lie_within_the_clip(whisper):
     audio = voices(1)[0]
     found = transcribe(*whisper, [audio], "en", timestamps=True)[0]
@@ -81,9 +134,6 @@ def test_timestamps_lie_within_the_clip(whisper):
 
 
 def test_segments_from_tokens(whisper):
-    from dqw.whisper.engines import PlainEngine
-    from dqw.whisper.transcribe import _Decoder
-
     _, processor = whisper
     decoder = _Decoder(PlainEngine(*whisper), "transcribe", 1, True)
     first = processor.tokenizer.convert_tokens_to_ids(TIMES[0])

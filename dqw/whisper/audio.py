@@ -97,7 +97,7 @@ def _stated_seconds(file: BinaryIO, name: str) -> float:
 
 def is_silent(audio: np.ndarray) -> bool:
     """True where no sample rises above the dither of a 16-bit file."""
-    return audio.size == 0 or float(np.abs(audio).max()) < SILENCE_PEAK
+    return audio.size == 0 or max(float(audio.max()), -float(audio.min())) < SILENCE_PEAK
 
 
 def _check_file(path: Path) -> None:

@@ -225,17 +225,20 @@ def _modernize(model: WhisperForConditionalGeneration, processor: WhisperProcess
     """Before 2024 checkpoints forced decoder ids; language and task are settings today."""
     settings: Any = model.generation_config
     configs: list[Any] = [model.config, settings]
-    told = [ids for c in (settings, model.config)
-            if (ids := getattr(c, "forced_decoder_ids", None)) is not None]  # fmt: skip
+    # Those of config.json say nothing: OpenAI's own force English there.
+    forced = dict(getattr(settings, "forced_decoder_ids", None) or [])
     # transformers heeds them only where neither task nor language is set.
     heeded = getattr(settings, "task", None) is None and getattr(settings, "language", None) is None
     for config in configs:
         if getattr(config, "forced_decoder_ids", None) is not None:
             config.forced_decoder_ids = None
+    tasks = {token: task for task, token in (getattr(settings, "task_to_id", None) or {}).items()}
+    if heeded and forced.get(2) in tasks:  # a fine-tune that translates
+        settings.task = tasks[forced[2]]
     for name, value in prompt_ids(processor.tokenizer).items():
         if getattr(settings, name, None) is None:
             setattr(settings, name, value)
-    spoken = {place: token for place, token in (told or [[]])[0]}.get(1)
+    spoken = forced.get(1)
     codes = {token: code for code, token in (getattr(settings, "lang_to_id", None) or {}).items()}
     if heeded and spoken in codes:  # a fine-tune of one language
         settings.language = codes[spoken]

@@ -69,10 +69,15 @@ class SuppressTokens:
         self.begin = begin_index
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.index_fill(1, self.always.to(scores.device, torch.long), -torch.inf)
+        scores = scores.index_fill(1, self._of(self.always, scores), -torch.inf)
         if input_ids.shape[1] == self.begin:
-            scores = scores.index_fill(1, self.first.to(scores.device, torch.long), -torch.inf)
+            scores = scores.index_fill(1, self._of(self.first, scores), -torch.inf)
         return scores
+
+    @staticmethod
+    def _of(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Those that the vocabulary has: a list may be older than it."""
+        return ids[(ids >= 0) & (ids < scores.shape[1])].to(scores.device, torch.long)
 
 
 class TimestampRules:

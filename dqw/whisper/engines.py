@@ -101,8 +101,9 @@ class PlainEngine:
         return native_decoder(self.model)
 
     def detect(self, states: Tensor) -> list[int]:
-        if self._graphs is not None:
-            return _detected(self._graphs, states, self.settings)
+        native = self.native()
+        if native is not None:  # which keeps what it heard, for the text
+            return _detected(native, states, self.settings)
         from transformers.modeling_outputs import BaseModelOutput
 
         encoded: Any = BaseModelOutput(last_hidden_state=states)

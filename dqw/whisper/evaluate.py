@@ -59,14 +59,17 @@ def evaluate(
     batch_size: int = 8,
     progress: Callable[[float], None] | None = None,
     audio_context: str = "auto",
+    damaged: Callable[[Item, UserError], None] | None = None,
 ) -> Evaluation:
     """Transcribe every item in its language (detected where it has none) and score it.
 
     Every item needs a text: `load_items(…, need_text=True)`. `progress` gets the seconds of audio
     done. Items without a language are scored in the detected one. `audio_context`: as in
-    `transcribe`.
+    `transcribe`. `damaged` is called with items whose audio turns out to be so, which are left
+    out; None: the UserError is raised. It is, too, where none is left.
     """
     started = time.perf_counter()
+    left = _LeftOut(items, damaged)
     transcripts = transcribe(
         model,
         processor,
@@ -76,8 +79,10 @@ def evaluate(
         batch_size=batch_size,
         progress=progress,
         audio_context=audio_context,
+        damaged=left.out if damaged is not None else None,
     )
     wall = time.perf_counter() - started
+    items = left.rest()
     spelling = getattr(processor.tokenizer, "english_spelling_normalizer", None)
     return _scored(items, transcripts, spelling, wall)
 
@@ -86,16 +91,24 @@ def evaluate_rival(
     rival: Rival,
     items: Sequence[Item],
     progress: Callable[[float], None] | None = None,
+    damaged: Callable[[Item, UserError], None] | None = None,
 ) -> Evaluation:
     """``evaluate`` of another package's engine, clip by clip; the same scores.
 
     Raises UserError with the clip where the engine fails.
     """
     started = time.perf_counter()
+    left = _LeftOut(items, damaged)
     transcripts = []
     done = 0.0
-    for item in items:
-        audio = item.load()
+    for index, item in enumerate(items):
+        try:
+            audio = item.load()
+        except UserError as error:
+            if damaged is None:
+                raise
+            left.out(index, error)
+            continue
         try:
             text, language = rival.hear(audio, item.language)
         except Exception as error:  # each package has exceptions of its own
@@ -108,7 +121,7 @@ def evaluate_rival(
         done += seconds
         if progress:
             progress(done)
-    return _scored(items, transcripts, rival.spelling, time.perf_counter() - started)
+    return _scored(left.rest(), transcripts, rival.spelling, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
@@ -206,6 +219,28 @@ def _pair(student: Any, processor: Any, teacher: str) -> Pair:
     whisper, teacher_processor = load_whisper(teacher)
     check_models(student, whisper, teacher_processor)
     return Pair(whisper, student, processor, teacher_processor)
+
+
+class _LeftOut:
+    """Which items are damaged."""
+
+    def __init__(
+        self, items: Sequence[Item], say: Callable[[Item, UserError], None] | None
+    ) -> None:
+        self.items, self.say = items, say
+        self.faults: dict[int, UserError] = {}
+
+    def out(self, index: int, error: UserError) -> None:
+        self.faults[index] = error
+        if self.say is not None:
+            self.say(self.items[index], error)
+
+    def rest(self) -> list[Item]:
+        """The others. Raises the first fault where there are none."""
+        found = [item for index, item in enumerate(self.items) if index not in self.faults]
+        if self.faults and not found:
+            raise next(iter(self.faults.values()))
+        return found
 
 
 def _scored(

@@ -90,7 +90,7 @@ def silence(features: Tensor) -> float:
 
 def _normalized(log: Tensor) -> Tensor:
     loudest = log.amax((-2, -1), keepdim=True)  # of each clip
-    return (torch.maximum(log, loudest - 8.0) + 4.0) / 4.0
+    return torch.maximum(log, loudest - 8.0, out=log).add_(4.0).div_(4.0)
 
 
 @lru_cache

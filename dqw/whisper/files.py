@@ -24,7 +24,9 @@ def write_atomic(
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(chunks, str):
         chunks = [chunks.encode("utf-8", "backslashreplace")]
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")  # others may write it, too
+    # Others may write it, too; and a longer name than its own could be too long.
+    short = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()
+    partial = path.with_name(f".{short}.{os.getpid()}.part")
     if not _replaceable(path):
         with open(path, "ab") as file:
             file.writelines(chunks)

@@ -229,8 +229,8 @@ class Graphs:
         asked = rules.always, rules.first
         if self._bans is None or self._bans[0] != asked:
             bans = torch.zeros(self.shape.vocabulary, dtype=torch.uint8)
-            bans[list(rules.first)] = gpu_steps.NOT_FIRST
-            bans[list(rules.always)] = gpu_steps.NEVER
+            for ids, ban in ((rules.first, gpu_steps.NOT_FIRST), (rules.always, gpu_steps.NEVER)):
+                bans[[i for i in ids if 0 <= i < len(bans)]] = ban
             self._bans = asked, bans
         return self._bans[1]
 

@@ -94,11 +94,13 @@ def transcribe(
     batch_size: int = 8,
     progress: Callable[[float], None] | None = None,
     audio_context: str = "auto",
+    damaged: Callable[[int, UserError], None] | None = None,
 ) -> list[Transcript]:
-    """One transcript per audio, in order.
+    """One transcript per audio, in order; of those that are not ``damaged``, as there.
 
     `audios`: paths, objects with read_bytes(), or mono float32 arrays at 16 kHz. `language`: a
-    code for all, one per audio, or None to detect it. `task`: "transcribe", or "translate" into
+    code for all, one per audio, or None for the one that the model was tuned to, where its
+    generation_config names it, or to detect it. `task`: "transcribe", or "translate" into
     English. `beam_size` 1 is greedy; there is no temperature fallback. `timestamps`: segments with
     times (the text may differ a little: Whisper decodes differently then). `progress` is called
     with the seconds of audio finished, after each clip. `audio_context`: "auto" (short clips are
@@ -109,7 +111,7 @@ def transcribe(
     engine = PlainEngine(model, processor)
     steps = iter_transcripts(
         engine, audios, language, task, beam_size, timestamps, batch_size,
-        audio_context=audio_context,
+        audio_context=audio_context, damaged=damaged,
     )  # fmt: skip
     done = 0.0
     for index, transcript in steps:
@@ -117,7 +119,7 @@ def transcribe(
         done += transcript.seconds
         if progress:
             progress(done)
-    return [results[index] for index in range(len(audios))]
+    return [results[index] for index in sorted(results)]
 
 
 def iter_transcripts(
@@ -131,12 +133,15 @@ def iter_transcripts(
     heard: Callable[[float], None] | None = None,
     audio_context: str = "auto",
     damaged: Callable[[int, UserError], None] | None = None,
+    seconds: Sequence[float | None] | None = None,
+    ahead: int | None = None,
 ) -> Iterator[tuple[int, Transcript]]:
     """(index, transcript) as they get ready, longest clips first; arguments as `transcribe`.
 
     `heard` is called with the seconds of audio that were done since its last call, after each
     batch or window; `damaged` with audio that turns out to be so, which is then left out. None:
-    its UserError is raised.
+    its UserError is raised. `seconds`: lengths, where they are known. `ahead`: so many are done
+    before any behind them; None: all are one lot.
     """
     if task not in TASKS:
         raise UserError(f"the task is '{task}'; choose transcribe or translate")
@@ -149,11 +154,27 @@ def iter_transcripts(
     if audio_context == "full":
         decoder.context = None
     each = [language] * len(audios) if language is None or isinstance(language, str) else language
-    codes = [decoder.code(code) for code in each]
+    codes = [decoder.code(code) or decoder.own_language() for code in each]
     if len(codes) != len(audios):
         raise UserError(f"{len(codes)} languages for {len(audios)} audios; give one for each")
     # Longest first: rows of a batch end together, and too little memory shows at once.
-    order = sorted(range(len(audios)), key=lambda i: -_seconds_hint(audios[i]))
+    known = seconds or [None] * len(audios)
+    hints = [_seconds_hint(a) if s is None else s for a, s in zip(audios, known, strict=True)]
+    step = ahead or max(len(audios), 1)
+    for start in range(0, len(audios), step):
+        lot = sorted(range(start, min(start + step, len(audios))), key=lambda i: -hints[i])
+        yield from _lot(decoder, lot, audios, codes, batch_size, damaged)
+
+
+def _lot(
+    decoder: _Decoder,
+    order: Sequence[int],
+    audios: Sequence[Source],
+    codes: Sequence[str | None],
+    batch_size: int,
+    damaged: Callable[[int, UserError], None] | None,
+) -> Iterator[tuple[int, Transcript]]:
+    """`iter_transcripts` of the audios `order`, in it."""
     batches: dict[tuple[_Run, int], list[_Clip]] = {}
     for index in order:
         source = audios[index]
@@ -164,8 +185,9 @@ def iter_transcripts(
                 raise
             damaged(index, error)
             continue
-        clip = _Clip(index, audio, codes[index])
-        if is_silent(audio):
+        clip, silent = _Clip(index, audio, codes[index]), is_silent(audio)
+        del audio  # hours of it: the clip alone says when it is not needed any more
+        if silent:
             decoder.heard(clip.seconds)
             yield index, Transcript("", clip.language, clip.seconds)
             continue
@@ -178,6 +200,11 @@ def iter_transcripts(
             yield from run(batches.pop(kind))
     for (run, _), batch in batches.items():
         yield from run(batch)
+
+
+def _silent_seconds(audio: np.ndarray) -> list[bool]:
+    """Whether each second is silent."""
+    return [is_silent(audio[i : i + SAMPLE_RATE]) for i in range(0, len(audio), SAMPLE_RATE)]
 
 
 def _seconds_hint(source: Source) -> float:
@@ -231,6 +258,16 @@ class _Decoder:
                             "multilingual one or leave the language out")  # fmt: skip
         return code
 
+    def own_language(self) -> str | None:
+        """The one that a fine-tune's generation_config names, if it knows that."""
+        named = getattr(self.settings, "language", None)
+        if not self.multilingual or not isinstance(named, str):
+            return None
+        try:
+            return self.code(named.strip("<|>"))
+        except UserError:
+            return None
+
     def heard_positions(self, seconds: float) -> int:
         """The encoder's positions for a clip or the rest of a recording."""
         all_of_it = self.engine.log_mel.frames // 2
@@ -261,14 +298,21 @@ class _Decoder:
         log_mel, first = self.engine.log_mel, self.first_timestamp
         recordings = []
         for clip in clips:
-            features = log_mel.long(clip.audio)
+            features, quiet = log_mel.long(clip.audio), _silent_seconds(clip.audio)
             clip.audio = clip.audio[:0].copy()
             # A student of short contexts learned with silence behind the clips.
             padding = silence(features) if self.context else 0.0
-            recordings.append(Recording(features, log_mel.frames, first, padding))
+            recordings.append(Recording(features, log_mel.frames, first, padding, quiet))
         languages = {clip.index: clip.language for clip in clips}
         running = list(zip(clips, recordings, strict=True))
         while running:
+            for clip, recording in running:
+                self.heard(recording.skip() * log_mel.hop / SAMPLE_RATE)
+                if recording.ended:
+                    yield clip.index, self._joined(clip, languages[clip.index], recording.stretches)
+            running = [pair for pair in running if not pair[1].ended]
+            if not running:
+                break
             # Those whose windows have the length of the first one's: all, but for last windows.
             lengths = [self.heard_positions(r.left * log_mel.hop / SAMPLE_RATE) for _, r in running]
             alike = [pair for pair, n in zip(running, lengths, strict=True) if n == lengths[0]]

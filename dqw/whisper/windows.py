@@ -7,6 +7,7 @@ its whole length. The same stretches as transformers' long-form generate, withou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +30,18 @@ class Stretch:
 
 class Recording:
     """features: (mels, frames) of all of it. frames: of a window. first: timestamp 0.00's token.
-    padding: what stands behind the end; transformers puts zeros there."""
+    padding: what stands behind the end; transformers puts zeros there. quiet: whether each second
+    is silent; none: no second is known to be."""
 
-    def __init__(self, features: Tensor, frames: int, first: int, padding: float = 0.0) -> None:
+    def __init__(
+        self,
+        features: Tensor,
+        frames: int,
+        first: int,
+        padding: float = 0.0,
+        quiet: Sequence[bool] = (),
+    ) -> None:
+        self.quiet = quiet
         self.features, self.frames, self.first = features, frames, first
         self.padding = padding
         self.at = 0  # frame where the window begins
@@ -45,6 +55,18 @@ class Recording:
     def left(self) -> int:
         """Frames of the window that the recording has."""
         return min(self.features.shape[1] - self.at, self.frames)
+
+    def skip(self) -> int:
+        """Move over windows that are silent throughout, where a model would hear what is often said
+        last in films; returns the frames that these are."""
+        begin, a_second = self.at, round(1 / _FRAME)
+        while not self.ended:
+            stop = self.at + self.left
+            seconds = self.quiet[self.at // a_second : -(-stop // a_second)]
+            if not seconds or not all(seconds):
+                break
+            self.at = stop
+        return self.at - begin
 
     def window(self) -> Tensor:
         """Features (mels, frames) of the window, padded behind the end."""
