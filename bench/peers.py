@@ -116,9 +116,9 @@ def linear_int4pack(p: Problem, data: Data) -> tuple[Builder, int]:
 
 
 def fake_quantizer(
-    function: Callable[[Problem, Tensor, Tensor, int], Tensor], forward_only: bool = False
+    function: Callable[[Tensor, Tensor, Tensor, int], Tensor], forward_only: bool = False
 ) -> Callable[[Problem, Data], tuple[Builder, int]]:
-    """A peer from ``function(problem, x, scale, level_max)`` on a uniform grid."""
+    """A peer from ``function(x, scale, zero points, level_max)`` on a uniform grid."""
 
     def build(p: Problem, data: Data) -> tuple[Builder, int]:
         if forward_only and p.variant != "forward":
@@ -128,22 +128,22 @@ def fake_quantizer(
         top = 2 ** (p.bits - 1) - 1
 
         def make() -> Call:
-            return fake_quant_call(p, top, lambda x, s: function(p, x, s, top))[0]
+            # A buffer, as torch's own modules keep it. The first takes integers on a CPU; they are
+            # checked, by their values, and a GPU would be waited for.
+            dtype = torch.int32 if forward_only and p.device == "cpu" else torch.float32
+            zeros = torch.zeros(p.N, dtype=dtype, device=p.device)
+            return fake_quant_call(p, top, lambda x, s: function(x, s, zeros, top))[0]
 
         return make, 4 * p.N * p.K
 
     return build
 
 
-def per_channel_affine(p: Problem, x: Tensor, scale: Tensor, top: int) -> Tensor:
-    # Integer zero points are checked, by their values: a GPU would be waited for.
-    dtype = torch.float32 if x.is_cuda else torch.int32
-    zeros = torch.zeros(p.N, dtype=dtype, device=x.device)
+def per_channel_affine(x: Tensor, scale: Tensor, zeros: Tensor, top: int) -> Tensor:
     return torch.fake_quantize_per_channel_affine(x, scale.detach().flatten(), zeros, 0, -top, top)
 
 
-def learnable_per_channel_affine(p: Problem, x: Tensor, scale: Tensor, top: int) -> Tensor:
-    zeros = torch.zeros(p.N, device=x.device)
+def learnable_per_channel_affine(x: Tensor, scale: Tensor, zeros: Tensor, top: int) -> Tensor:
     return torch._fake_quantize_learnable_per_channel_affine(
         x, scale.flatten(), zeros, 0, -top, top, 1.0
     )

@@ -23,6 +23,7 @@ from bench.calls import packed_matrix, size
 from bench.rows import Problem, write
 from dqw import ops, ops_cuda
 from dqw.errors import UserError
+from dqw.recipe import GROUP_SIZES
 
 SHAPES = (
     (512, 512), (512, 2048), (2048, 512), (768, 768), (768, 3072), (3072, 768), (1280, 1280),
@@ -48,6 +49,7 @@ def measure(rows: int, cols: int, out: int, group_size: int, device: str = "cuda
     x = torch.randn(rows, cols, device=device, dtype=torch.float16)
     problem = Problem("quant_linear", rows, cols, out, 4, "apot", group_size, "float", "float16",
                       device)  # fmt: skip
+    _check(rows, cols, group_size)
     weight, scale, levels = packed_matrix(problem)
     exact = ops.dequantize(weight, scale, levels, out, cols, 4, group_size)
     want, half = x.float() @ exact.T, exact.half()
@@ -58,7 +60,11 @@ def measure(rows: int, cols: int, out: int, group_size: int, device: str = "cuda
 
     def packed() -> timing.Call:
         w, s = weight.clone(), scale.clone()
-        return lambda: ops.quant_linear(x, w, s, levels, None, out, 4, group_size, False)
+        if device == "cpu":
+            return lambda: ops.quant_linear(x, w, s, levels, None, out, 4, group_size, False)
+        # Directly: quant_linear gives to Triton what that is faster at.
+        given, gemv = (x, [w], [s], levels, [x.new_empty(0)]), torch.ops.dqw_cuda.gemv
+        return lambda: gemv(*given, [out], 4, group_size, False)[0]
 
     errors: dict[str, float] = {}
     timings: dict[str, dict[str, float]] = {}
@@ -67,6 +73,8 @@ def measure(rows: int, cols: int, out: int, group_size: int, device: str = "cuda
         candidates = {"float16": timing.local(call, device, "float16")}
         try:  # a graph holds the plan that it was captured with
             most = next(MOST[n] for n in MOST if rows <= n)
+            if device != "cpu" and torch.cuda.get_device_capability() < (9, 0):
+                most = most[0], 0  # without clusters
             for plan in [(0, 0), *plans(cols, *most)]:
                 name = f"{1 << plan[0]} x {plan[1]}" if plan[1] else "plan_of"
                 torch.ops.dqw_cuda.force_plan(*plan)
@@ -81,6 +89,15 @@ def measure(rows: int, cols: int, out: int, group_size: int, device: str = "cuda
     return [{**shape, "plan": n, **t, "error": errors.get(n)} for n, t in timings.items()]
 
 
+def _check(rows: int, cols: int, group_size: int) -> None:
+    if rows > max(MOST) or cols % 8 or group_size not in (0, *GROUP_SIZES):
+        raise UserError(
+            f"{rows} rows of {cols} columns in groups of {group_size} are not the kernel's: give "
+            f"up to {max(MOST)} rows, columns in eights, and groups of 0 or "
+            f"{', '.join(map(str, GROUP_SIZES))}."
+        )
+
+
 def main(
     shapes: Annotated[str, typer.Option(help="whisper, or M,K,N;M,K,N.")] = "whisper",
     group_size: Annotated[int, typer.Option(help="0 (one scale a row), 16, 32, 64, 128.")] = 0,
@@ -92,6 +109,8 @@ def main(
         raise UserError(f"The CUDA C++ kernel is not here: {ops_cuda.library_reason}.")
     options.check_writable(json_file, "--json")
     named = options.parse_shapes(shapes)
+    for m, k, _ in named or []:
+        _check(m, k, group_size)
     rows: list[dict] = []
     console = Console()
     machine = table.machine(options.Options(device="cuda"), False)

@@ -142,8 +142,12 @@ def run(asked: Asked, report: Report) -> tuple[list[Engine], dict[str, str]]:
                 engine = start(name, kind, path, asked, stretches, skipped)
                 if engine is not None:
                     engines.append(engine)
-            time_clips(engines, stretches, 3 if asked.quick else 5, report)
-            time_files(engines, files, asked.batch_size, report)
+            if not any(engine.name == "dqw" for engine in engines):
+                why = next((reason for name, reason in skipped.items() if name[:4] == "dqw "), "")
+                raise UserError(f"dqw did not start ({why}): there is nothing to compare.")
+            room = Room(engines, skipped)
+            time_clips(room, stretches, 3 if asked.quick else 5, report)
+            time_files(room, files, asked.batch_size, report)
         finally:
             for engine in engines:
                 stop(engine.process)
@@ -166,34 +170,66 @@ def speech(asked: Asked, folder: Path, report: Report) -> tuple[dict[int, Path],
     return stretches, files
 
 
-def time_clips(
-    engines: list[Engine], stretches: dict[int, Path], turns: int, report: Report
-) -> None:
+@dataclass
+class Room:
+    """The engines that are timed. A rival that ends takes its own rows away, and no others."""
+
+    engines: list[Engine]
+    skipped: dict[str, str]
+
+    def ask(self, engine: Engine, question: dict[str, Any]) -> dict[str, Any] | None:
+        """Its answer; None: it is gone. Raises UserError where it is dqw's own."""
+        try:
+            return ask(engine, question)
+        except UserError as error:
+            if engine.name == "dqw":
+                raise
+            stop(engine.process)
+            self.engines.remove(engine)
+            self.skipped[engine.label] = str(error)
+            return None
+
+    def hear(self, engine: Engine, files: list[Path], batch_size: int = 1) -> dict[str, Any] | None:
+        return self.ask(engine, _clips(files, batch_size))
+
+
+def time_clips(room: Room, stretches: dict[int, Path], turns: int, report: Report) -> None:
     if not stretches:
         return
     longest = max(stretches)
-    for engine in engines:  # once uncounted: it brings caches and threads back
-        engine.megabytes = hear(engine, [stretches[longest]])["megabytes"]
+    for engine in list(room.engines):  # once uncounted: it brings caches and threads back
+        answer = room.hear(engine, [stretches[longest]])
+        if answer is not None:
+            engine.megabytes = answer["megabytes"]
     for turn in range(turns):
         for length, clip in sorted(stretches.items(), reverse=True):
-            for engine in engines:
+            for engine in list(room.engines):
                 report(f"turn {turn + 1} of {turns}: {engine.label}, {length} s")
-                answer = hear(engine, [clip])
+                answer = room.hear(engine, [clip])
+                if answer is None:
+                    continue
                 engine.text[length] = answer["texts"][0]
                 engine.seconds.setdefault(length, []).append(answer["seconds"])
 
 
-def time_files(engines: list[Engine], files: list[Path], batch_size: int, report: Report) -> None:
+def time_files(room: Room, files: list[Path], batch_size: int, report: Report) -> None:
     if not files:
         return
     seconds = sum(len(np.load(file)) for file in files) / clips.RATE
-    for engine in engines:
-        ask(engine, {"reset": True})
+    # A GPU's graphs are captured for a number of clips: for all that come, once uncounted.
+    counts = {min(batch_size, len(files)), len(files) % TURN % batch_size} - {0}
+    for engine in list(room.engines):
+        for count in counts:
+            room.hear(engine, files[:count], batch_size)
+        if engine in room.engines and room.ask(engine, {"reset": True}) is None:
+            continue
         engine.files = Files(len(files), batch_size, seconds)
     for at in range(0, len(files), TURN):
-        for engine in engines:
+        for engine in list(room.engines):
             report(f"{engine.label}: {at} of {len(files)} files")
-            answer = hear(engine, files[at : at + TURN], batch_size)
+            answer = room.hear(engine, files[at : at + TURN], batch_size)
+            if answer is None:
+                continue
             assert engine.files
             engine.files.seconds += answer["seconds"]
             engine.files.megabytes = answer["megabytes"]
@@ -260,7 +296,11 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def hear(engine: Engine, files: list[Path], batch_size: int = 1) -> dict[str, Any]:
-    return ask(engine, {"clips": [str(file) for file in files], "batch": batch_size})
+    return ask(engine, _clips(files, batch_size))
+
+
+def _clips(files: list[Path], batch_size: int) -> dict[str, Any]:
+    return {"clips": [str(file) for file in files], "batch": batch_size}
 
 
 def ask(engine: Engine, question: dict[str, Any]) -> dict[str, Any]:
@@ -304,7 +344,9 @@ def candidates(
             continue
         module = MODULES.get(name)
         if name == "dqw-float":
-            continue  # on a CPU a float model is transformers'
+            if asked.peers is not None:
+                skipped[name] = "it is of a GPU: on a CPU a float model is transformers'"
+            continue
         if module and find_spec(module) is None:
             skipped[name] = f"{module} is not installed (pip install -e '.[bench-transcribe]')"
         elif name in ("dqw-generate", "dqw-plain"):

@@ -70,7 +70,10 @@ def attend(
     """What transformers asks of an attention function: query (batch, heads, queries, head_dim), key
     and value (batch, heads, positions, head_dim) → (batch, queries, heads, head_dim), no weights.
     """
-    if attention_mask is None and _serves(query, key, value) and not given.get("dropout"):
+    causal = given.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    every = attention_mask is None and not (causal and query.shape[2] > 1)
+    if every and _serves(query, key, value) and not given.get("dropout"):
         scaling = given.get("scaling")
         q = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
         found = torch.ops.dqw_cpu.attention(q, key, value, True)

@@ -171,12 +171,18 @@ class QuantModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantModule":
         """Moves to another device take everything; casts leave the stored scales as they are."""
-        scale = self._buffers.pop("scale", None)
-        super()._apply(fn, recurse)
-        if scale is not None:
+        scale = self._buffers.get("scale")
+
+        def move(tensor: Tensor) -> Tensor:
+            if tensor is not scale:
+                return fn(tensor)
             moved = fn(torch.empty_like(scale, dtype=self.dtype))
-            self._buffers["scale"] = scale.to(moved.device)
             self.dtype = moved.dtype
+            if scale.is_meta:  # to_empty
+                return torch.empty_like(scale, device=moved.device)
+            return scale.to(moved.device)
+
+        super()._apply(move, recurse)
         return self
 
     def extra_repr(self) -> str:

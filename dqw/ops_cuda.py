@@ -69,9 +69,28 @@ def _check_packed(
         raise ValueError(f"levels must be contiguous int16 of {2**bits} entries")
 
 
+def _check_rounding(
+    x: Tensor, scale: Tensor, bucket: Tensor, group_size: int, *like: Tensor
+) -> None:
+    """The same of fake quantization; ``like``: tensors of the shape of ``x``."""
+    if x.dim() != 2 or any(t.shape != x.shape for t in like):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (x, *like))
+        raise ValueError(
+            f"fake quantization takes matrices of one shape (rows, cols), not {shapes}"
+        )
+    rows, groups = len(x), -(-x.shape[1] // group_size) if group_size else 1
+    shapes = [(rows, groups)] if group_size else [(rows, 1), (1, 1)]
+    if tuple(scale.shape) not in shapes:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}, but {shapes[0]} is needed")
+    for t in (scale, bucket, *like):
+        if t.device != x.device:
+            raise ValueError(f"x is on {x.device}, and what rounds it on {t.device}")
+
+
 def fake_quant(x: Tensor, scale: Tensor, bucket: Tensor, group_size: int) -> Tensor:
     from dqw_kernels import fake_quant as kernel
 
+    _check_rounding(x, scale, bucket, group_size)
     return kernel.fake_quant(x, scale, bucket, group_size)
 
 
@@ -80,6 +99,7 @@ def fake_quant_backward(
 ) -> tuple[Tensor, Tensor]:
     from dqw_kernels import fake_quant as kernel
 
+    _check_rounding(x, scale, bucket, group_size, grad)
     return kernel.fake_quant_backward(grad, x, scale, bucket, group_size)
 
 
@@ -94,6 +114,7 @@ def fake_quant_clip(
     from dqw_kernels import fake_quant as kernel
 
     scale = reference.stored_scale(reference.exact_scale(clip, bucket), window)
+    _check_rounding(x, scale, bucket, group_size)
     # Other than float32 is rounded twice: to x's dtype, and to the one asked for.
     written = dtype if x.dtype == torch.float32 else x.dtype
     return kernel.fake_quant(x, scale, bucket, group_size, written).to(dtype)
@@ -112,6 +133,7 @@ def fake_quant_clip_backward(
 
     exact = reference.exact_scale(clip, bucket)
     scale = reference.stored_scale(exact, window)
+    _check_rounding(x, scale, bucket, group_size, grad)
     dx, dscale = kernel.fake_quant_backward(grad, x, scale, bucket, group_size)
     return dx, reference.clip_gradient(dscale, exact, bucket, gradient_scale)
 

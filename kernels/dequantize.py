@@ -15,7 +15,7 @@ from dqw_kernels.decode import load_codes
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # one kernel for any number of tokens
 def _dequantize(ids_ptr, weight_ptr, scale_ptr, levels_ptr, y_ptr, count, rows, cols, blocks,
                 group, scale_stride, BITS: tl.constexpr, GATHER: tl.constexpr,
                 ROWS: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip

@@ -174,3 +174,19 @@ def test_scaling_and_masks_are_those_of_torch(scaling: float | None) -> None:
         wanted = scaled_dot_product_attention(q, k, v, given, scale=scaling).transpose(1, 2)
         assert weights is None and found.shape == wanted.shape and found.dtype == q.dtype
         assert (found - wanted).abs().max() < 0.03
+
+
+@torch.no_grad()
+def test_a_causal_call_is_not_the_kernels() -> None:
+    """transformers makes no mask for an attention whose name it does not know."""
+    q, k, v = (torch.randn(1, 2, 5, 16).bfloat16() for _ in range(3))
+    causal, free = make_tiny_whisper().model.decoder.layers[0].self_attn, nn.Module()
+    free.is_causal = False  # type: ignore[assignment]
+    assert causal.is_causal
+    wanted = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    for module, given in ((causal, {}), (free, {"is_causal": True})):
+        found, _ = attend(module, q, k, v, None, **given)
+        assert (found - wanted).abs().max() < 0.03
+    every = scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    assert (attend(free, q, k, v, None)[0] - every).abs().max() < 0.03
+    assert (every - wanted).abs().max() > 0.1

@@ -14,6 +14,7 @@ import torch
 
 from bench import cuda, options, plans, quant_linear, runner, timing
 from bench.__main__ import exit_with_a_sentence
+from dqw.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -156,3 +157,9 @@ def test_a_gpu_that_stops_is_one_sentence(capsys: pytest.CaptureFixture[str]) ->
         exit_with_a_sentence(command)
     said = capsys.readouterr().err
     assert stop.value.code == 1 and "illegal memory access" in said and "--peers none" in said
+
+
+def test_plans_of_what_the_kernel_has_not() -> None:
+    for rows, cols, group_size in ((33, 256, 0), (1, 100, 0), (1, 256, 24)):
+        with pytest.raises(UserError, match="are not the kernel's: give up to 32 rows"):
+            plans.measure(rows, cols, 64, group_size, "cpu")

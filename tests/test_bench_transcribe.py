@@ -167,6 +167,34 @@ def test_an_engine_that_ends_is_named():
     process.wait()
 
 
+def test_a_rival_that_ends_takes_no_others_rows_away(tmp_path):
+    import subprocess
+
+    def started(name: str, program: str) -> transcribe.Engine:
+        command = [sys.executable, "-c", program]
+        process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True)
+        return transcribe.Engine(name, "int8", process)
+
+    answer = {"megabytes": 1.0, "texts": ["a"], "seconds": 0.5}
+    speaks = f"import json\nwhile True: input(); print(json.dumps({answer}), flush=True)"
+    ends = f"import json\ninput(); print(json.dumps({answer}), flush=True); input()"
+    own, rival, clip = started("dqw", speaks), started("openvino", ends), tmp_path / "clip.npy"
+    np.save(clip, np.zeros(16_000, dtype=np.float32))
+    room = transcribe.Room([own, rival], {})
+    try:
+        transcribe.time_clips(room, {1: clip}, 3, lambda line: None)
+        assert room.engines == [own] and len(own.seconds[1]) == 3
+        assert "openvino int8 ended while it transcribed" in room.skipped[rival.label]
+        transcribe.time_files(room, [clip] * 3, 2, lambda line: None)
+        assert own.files is not None and own.files.count == 3
+        transcribe.stop(own.process)
+        with pytest.raises(UserError, match="dqw int8 ended"):
+            transcribe.time_clips(room, {1: clip}, 1, lambda line: None)
+    finally:
+        for engine in (own, rival):
+            transcribe.stop(engine.process)
+
+
 def test_memory_that_grows_is_said_aloud():
     steady, leaking, short = (engine([1.0], [2.0], name=n) for n in ("dqw", "peer", "short"))
     steady.files = transcribe.Files(200, 8, 1000.0, 50.0, 400.0, 404.0)

@@ -18,6 +18,7 @@ from dqw import reference
 from dqw.convert import quant_modules, round_float_rest
 from dqw.errors import UserError
 from dqw.hf import packed_state
+from dqw.linear import QuantLinear
 from dqw.packing import pack_scales, unpack_scales
 from dqw.recipe import Override, QuantConfig, QuantSpec, Recipe
 from dqw.save import save_student
@@ -374,3 +375,22 @@ def test_positions_that_are_a_formula_are_not_stored(tmp_path):
     model.save_pretrained(tmp_path / "trained")
     loaded = WhisperForConditionalGeneration.from_pretrained(tmp_path / "trained")
     assert torch.allclose(loaded.get_parameter(name), model.get_parameter(name), atol=1e-3)
+
+
+def test_a_move_that_fails_loses_nothing() -> None:
+    """A GPU that is full: the model goes on where it is."""
+    layer = QuantLinear.from_linear(torch.nn.Linear(64, 8), QuantSpec())
+    layer.freeze()
+    x = torch.randn(2, 64)
+    before = layer(x)
+
+    def full(tensor: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        layer._apply(full)
+    assert torch.equal(layer(x), before)
+    scale = layer.scale.clone()
+    assert torch.equal(layer.half().scale, scale) and layer.dtype == torch.float16
+    empty = layer.to("meta").to_empty(device="cpu")
+    assert empty.scale.device.type == "cpu" and empty.scale.dtype == scale.dtype

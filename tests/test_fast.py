@@ -16,8 +16,15 @@ import dqw
 from dqw.convert import set_activations
 from dqw.recipe import Override, QuantConfig, Recipe
 from dqw.whisper.checkpoint import save_processor
-from dqw.whisper.coverage import coverage, uncovered
-from dqw.whisper.fast import CROSS_TYPES, FastDecoder, Session, fast_decoder, fast_encoder
+from dqw.whisper.coverage import coverage, encoder_uncovered, uncovered
+from dqw.whisper.fast import (
+    CROSS_TYPES,
+    FastDecoder,
+    FastEncoder,
+    Session,
+    fast_decoder,
+    fast_encoder,
+)
 from dqw.whisper.transcribe import transcribe
 
 pytestmark = needs_library
@@ -305,6 +312,53 @@ def test_a_network_follows_its_scales_and_levels(small):
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
 
 
+def test_a_network_follows_levels_that_are_written_over(small):
+    """As load_state_dict puts another checkpoint's there: the same memory, and other values."""
+    model = copy.deepcopy(small)
+    ids, states = ids_and_states()
+    before = stepwise(Session(fast_decoder(model), states, 16, cross_type="float32"), ids)
+    other = {k: v * 2 if k.endswith(".levels") else v for k, v in model.state_dict().items()}
+    model.load_state_dict(other)
+    found = stepwise(Session(fast_decoder(model), states, 16, cross_type="float32"), ids)
+    wanted = reference(model, ids, states)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+    assert not torch.allclose(found, before, rtol=0, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_norms_of_another_kind_run_plainly(small):
+    for change in ("eps", "bias", "type"):
+        model = copy.deepcopy(small)
+        for part in (model.model.decoder, model.model.encoder):
+            norm = part.layers[1].final_layer_norm
+            if change == "eps":
+                norm.eps = 1e-3
+            elif change == "bias":
+                norm.bias = None
+            else:
+                part.layers[1].final_layer_norm = torch.nn.RMSNorm(64)
+        assert "norm is not Whisper's" in uncovered(model), change
+        assert "norm is not Whisper's" in encoder_uncovered(model.model.encoder), change
+        assert fast_decoder(model) is None and fast_encoder(model.model.encoder) is None
+
+
+def test_two_threads_of_python_at_once(small):
+    """Each has its own sequence; scratch of one must not be the other's."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    ids, states = ids_and_states()
+    decoder, encoder = fast_decoder(small), fast_encoder(small.model.encoder)
+    features = torch.randn(2, 80, 40)
+
+    def run(_: int) -> tuple[torch.Tensor, torch.Tensor]:
+        session = Session(decoder, states, 16, cross_type="float32")
+        return stepwise(session, ids), encoder(features, bf16=False)
+
+    wanted = run(0)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(run, range(24)):
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("name", ["scale", "levels", "bias"])
 def test_a_model_that_lies_elsewhere_in_part_runs_plainly(small, name):
     model = copy.deepcopy(small)
@@ -347,6 +401,19 @@ def test_wrong_arguments_are_refused(small):
         session.step(ids[:, 4:5])
     with pytest.raises(RuntimeError, match="states must be"):
         Session(fast_decoder(small), torch.randn(1, 5, 32), 4)
+    for audio in (0, 70_000, 2**61):
+        session.audio = audio
+        with pytest.raises(RuntimeError, match="audio of"):
+            session.step(ids[:, :1])
+    encoder = copy.deepcopy(small.model.encoder)
+    encoder.layers[1].final_layer_norm.weight = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(RuntimeError, match="norm tensor 6 of the encoder has 1 elements, not 64"):
+        FastEncoder(encoder)(torch.randn(1, 80, 20))
+    with pytest.raises(RuntimeError, match="one part or more"):
+        torch.ops.dqw_cpu.ceiling_read(torch.zeros(64), 0, 1)
+    with pytest.raises(RuntimeError, match="rows and columns, not"):
+        nothing, levels = torch.empty(0, dtype=torch.uint8), torch.zeros(16, dtype=torch.int16)
+        torch.ops.dqw.dequantize(nothing, torch.ones(1, 1), levels, 2**59, 64, 4, 0)
     with pytest.raises(RuntimeError, match="freed"):
         torch.ops.dqw_cpu.decoder_cross(10**9, states, 0)
 

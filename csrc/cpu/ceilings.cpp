@@ -35,6 +35,7 @@ int64_t ceiling_multiply(std::string kind, int64_t parts, int64_t rounds) {
 }
 
 int64_t ceiling_read(const Tensor& x_, int64_t parts, int64_t rounds) {
+    DQW_CHECK(x_.is_cpu() && parts > 0, "memory of the CPU is read in one part or more");
     const Tensor x = dense(x_);
     const uint8_t* data = static_cast<const uint8_t*>(x.const_data_ptr());
     const int64_t bytes = x.numel() * static_cast<int64_t>(x.element_size());

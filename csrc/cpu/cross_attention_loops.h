@@ -72,7 +72,7 @@ void run_pack_cross(const CrossHead& h, const float* keys, const float* values, 
     pack_cross_float<Type::f32>(h, keys, values, stride);
 }
 
-// n floats in two bytes each: x = scale * (128 * high + low), high in -127…127, low in -64…63 (in
+// n floats in two bytes each: x = scale * (128 * high + low), high in -127…127, low in -64…64 (in
 // 0…127 for x >= 0 throughout, where high is 0…127, too). Their error is 1 / 32512 of the largest.
 // A NaN in x makes the scale NaN: bytes hold none, and max forgets it.
 struct TwoPlanes {

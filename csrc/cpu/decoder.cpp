@@ -243,9 +243,10 @@ Tensor decoder_step(int64_t handle, const Tensor& ids, const Tensor& positions, 
     s.clips = integers<int32_t>(clips, ScalarType::Int, rows, "clips");
     s.sources = integers<int32_t>(sources, ScalarType::Int, rows * s.longest, "sources");
     s.wanted_rows = integers<int32_t>(wanted, ScalarType::Int, s.wanted, "wanted");
+    DQW_CHECK(audio > 0 && audio <= kLongestInt8Row, "audio of ", audio, " positions");
     s.head = {cross_type(type), audio, padded_positions(audio), net->head_dim(), nullptr};
     const int64_t head_bytes = cross_head_bytes(s.head.type, s.head.padded, s.head.head_dim);
-    DQW_CHECK(audio > 0 && cross.scalar_type() == ScalarType::Byte && cross.is_contiguous() &&
+    DQW_CHECK(cross.scalar_type() == ScalarType::Byte && cross.is_contiguous() &&
                   cross.numel() % (net->layers * net->heads * head_bytes) == 0,
               "cross must be what decoder_cross gave for ", audio, " positions and this type");
     const int64_t clip_count = cross.numel() / (net->layers * net->heads * head_bytes);

@@ -9,6 +9,9 @@ Packed packed_weight(const Tensor& weight, const Tensor& scale, const Tensor& le
     DQW_CHECK(weight.is_cpu() && scale.is_cpu() && levels.is_cpu(),
               "weight, scale and levels of a packed weight must be on the CPU, as the input is");
     DQW_CHECK(bits >= 2 && bits <= 8, "bits must be 2 to 8, got ", bits);
+    // Few enough that no product of them overflows.
+    DQW_CHECK(rows >= 0 && cols >= 0 && rows <= INT32_MAX && cols <= INT32_MAX,
+              "a packed weight has 0 to 2147483647 rows and columns, not ", rows, " and ", cols);
     Packed w{};
     w.bits = static_cast<int>(bits);
     w.rows = rows;

@@ -19,6 +19,10 @@ void check_encoder(const Network& net, int64_t mels, int64_t positions) {
     DQW_CHECK(net.weights.size() == last + 2 &&
                   net.floats.size() == static_cast<size_t>(kNorms * net.layers + 3),
               "not an encoder's network");
+    for (int64_t i = 0; i < kNorms * net.layers + 2; i++) {
+        DQW_CHECK(net.sizes[i] == net.width, "norm tensor ", i, " of the encoder has ",
+                  net.sizes[i], " elements, not ", net.width);
+    }
     for (size_t i = 0; i < last; i++) {
         const Packed& w = net.weights[i].w;
         const bool fc1 = i % kWeights == 4, fc2 = i % kWeights == 5;

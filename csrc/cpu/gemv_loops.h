@@ -5,8 +5,8 @@
 namespace dqw {
 namespace {
 
-// f(first output, pointers to R rows of codes) for outputs [begin, end), R at a time; rows behind
-// the end repeat the last one and their results are dropped.
+// Where the codes of R rows from n on begin; rows behind the end repeat the last one, and their
+// results are dropped.
 template <int R>
 struct RowPointers {
     const uint8_t* p[R];

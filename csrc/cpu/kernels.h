@@ -85,6 +85,8 @@ struct Packed {
     int products16;  // so many pairs of products of bytes, unsigned by `largest`, fit 16 bits
 };
 
+constexpr int64_t kLongestInt8Row = 65536;  // 65536 * 255 * 127 < 2^31
+
 struct Linear {
     Packed w;
     int64_t m;          // rows of x

@@ -37,8 +37,11 @@ int64_t network_new(std::vector<Tensor> floats, std::vector<Tensor> packed,
         Weight w{};
         w.w = packed_weight(t[0], scale, levels, n[0], n[1], n[2], n[3]);
         w.int8 = n[4] != 0;
-        DQW_CHECK(w.w.group % 16 == 0 && n[1] <= 65536 && (w.int8 || !w.w.wide) && n[0] > 0,
-                  "groups must be multiples of 16 and rows at most 65536 long");
+        DQW_CHECK(n[0] > 0, "weight ", i, " has no rows");
+        DQW_CHECK(w.w.group % 16 == 0, "groups must be multiples of 16, not ", w.w.group);
+        DQW_CHECK(n[1] <= kLongestInt8Row, "rows must be at most ", kLongestInt8Row, " long, not ",
+                  n[1]);
+        DQW_CHECK(w.int8 || !w.w.wide, "levels beyond int8 take int8 activations");
         DQW_CHECK(t[3].is_cpu() && t[3].scalar_type() == ScalarType::Float &&
                       t[3].is_contiguous() && (t[3].numel() == 0 || t[3].numel() == n[0]),
                   "bias must be contiguous float32 on the CPU, one a row");

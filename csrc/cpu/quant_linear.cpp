@@ -24,7 +24,6 @@ namespace {
 // Products (codes times rows of x) that are worth a thread: 5 microseconds of AVX2. With threads
 // awake, 1 x 512 -> 2048 takes 20 us on two and 29 us on one; 1 x 512 -> 512 gains nothing.
 constexpr int64_t kInt8Grain = 1 << 18, kFloatGrain = 1 << 16;
-constexpr int64_t kLongestInt8Row = 65536;  // 65536 * 255 * 127 < 2^31
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

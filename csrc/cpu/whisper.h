@@ -72,8 +72,6 @@ struct WhisperKernels {
     void (*self_attention)(const SelfAttention&);
     void (*pack_cross)(const CrossHead&, const float* keys, const float* values, int64_t stride);
     void (*cross_attention)(const CrossAttention&);
-    // The first largest of x[begin:end]; NaN is never one. Returns `begin` for an empty range.
-    int64_t (*argmax)(const float* x, int64_t begin, int64_t end);
 };
 
 extern const WhisperKernels whisper_scalar, whisper_avx2, whisper_avx512;

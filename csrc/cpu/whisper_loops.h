@@ -1,4 +1,4 @@
-// Layer norm, GELU, self-attention and argmax over the lanes of isa_*.h, and the table of all that
+// Layer norm, GELU and self-attention over the lanes of isa_*.h, and the table of all that
 // Whisper's layers need. The file that includes this names CrossDot and kByteOffset.
 #pragma once
 
@@ -89,18 +89,6 @@ void run_self_attention(const SelfAttention& a) {
     }
 }
 
-int64_t run_argmax(const float* x, int64_t begin, int64_t end) {
-    f32 top = all(-__FLT_MAX__);
-    int64_t i = begin;
-    for (; i + W <= end; i += W) top = max(load(x + i), top);
-    float most = largest(top);
-    for (; i < end; i++) most = x[i] > most ? x[i] : most;
-    for (int64_t j = begin; j < end; j++) {
-        if (x[j] == most) return j;
-    }
-    return begin;
-}
-
 constexpr WhisperKernels kWhisperKernels = {
     .layer_norm = run_layer_norm,
     .gelu = run_gelu,
@@ -109,7 +97,6 @@ constexpr WhisperKernels kWhisperKernels = {
     .self_attention = run_self_attention,
     .pack_cross = run_pack_cross,
     .cross_attention = run_cross_attention,
-    .argmax = run_argmax,
 };
 
 }  // namespace

@@ -110,10 +110,18 @@ def _reason(part: nn.Module, named: list[tuple[str, Any]], heads: int) -> str:
         reason = _unfit(module)
         if reason:
             return f"its {name} {reason}"
+    for name, module in part.named_modules():
+        if name.endswith("norm") and not _is_whispers_norm(module):
+            return f"its {name} is not Whisper's"
     rest = part.parameters()
     if any(p.dtype != torch.float32 or p.device.type not in _DEVICES for p in rest):
         return "its float tensors are not float32 on the CPU"
     return ""
+
+
+def _is_whispers_norm(module: nn.Module) -> bool:
+    plain = type(module) is nn.LayerNorm and module.eps == 1e-5
+    return plain and module.weight is not None and module.bias is not None
 
 
 def _unfit(module: nn.Module) -> str:

@@ -61,7 +61,7 @@ def _register_shapes() -> None:
 
     def encoder(network: int, features: Tensor, bf16: bool = False) -> Tensor:
         clips, _, frames = features.shape
-        return features.new_empty(clips, frames // 2, _networks[network].width)
+        return features.new_empty(clips, frames // 2, _networks[network].width, dtype=torch.float32)
 
     def decoder_cross(network: int, states: Tensor, type: int, bf16: bool = False) -> Tensor:
         net, padded = _networks[network], -(-states.shape[1] // 16) * 16
@@ -195,8 +195,14 @@ def identity(module: nn.Module) -> tuple:
             found.append(part.spec.activations)
         tensors = (*part._parameters.values(), *part._buffers.values())
         found += [None if t is None else (t.data_ptr(), t.dtype, t.device) for t in tensors]
+        # Networks hold copies of small integers, levels and the first byte of scales.
+        found += [t._version for t in tensors if t is not None and _is_copied(t)]
         found.append(has_hooks(part))
     return tuple(found)
+
+
+def _is_copied(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.int16, torch.uint8) and not tensor.is_inference()
 
 
 class Session:
