@@ -75,9 +75,7 @@ def _check_rounding(
     """The same of fake quantization; ``like``: tensors of the shape of ``x``."""
     if x.dim() != 2 or any(t.shape != x.shape for t in like):
         found = ", ".join(str(tuple(t.shape)) for t in (x, *like))
-        raise ValueError(
-            f"fake quantization takes matrices of one shape (rows, cols), not {found}"
-        )
+        raise ValueError(f"fake quantization takes matrices of one shape (rows, cols), not {found}")
     rows, groups = len(x), -(-x.shape[1] // group_size) if group_size else 1
     shapes = [(rows, groups)] if group_size else [(rows, 1), (1, 1)]
     if tuple(scale.shape) not in shapes:

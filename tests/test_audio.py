@@ -1,6 +1,7 @@
 """Audio in: every format, rate and channel count; every damaged file one sentence."""
 
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -240,3 +241,43 @@ def test_bytes_from_anywhere(tmp_path):
     Remote.read_bytes = lambda self: b""  # type: ignore[method-assign]
     with pytest.raises(UserError, match="row 7 of a dataset is empty"):
         load_audio(Remote())
+
+
+@pytest.mark.parametrize("stated", [None, 0])
+def test_joined_flacs_are_read_to_their_end(tmp_path, stated, monkeypatch):
+    """As `cat a.flac b.flac` makes them, of a pipe or not; at any place."""
+    one, two = (write_tone(tmp_path / f"{n}.flac", n, 16_000 // n) for n in (1, 2))
+    data = [one.read_bytes(), two.read_bytes()]
+    if stated is not None:
+        data = [d[:21] + bytes([d[21] & 0xF0]) + bytes(4) + d[26:] for d in data]
+    both = tmp_path / "both.flac"
+    both.write_bytes(b"".join(data))
+    for step in (1 << 24, 1000, len(data[0]) + 3):
+        monkeypatch.setattr("dqw.whisper.flac._STEP", step)
+        assert audio_seconds(both) == 1.0 and len(load_audio(both)) == 48_000
+    alone = np.concatenate([load_audio(one), load_audio(two)])
+    np.testing.assert_allclose(load_audio(both), alone, atol=1e-6)
+    for start, stop in ((0, 9_000), (12_000, 20_000), (30_000, 48_000)):
+        np.testing.assert_allclose(load_stretch(both, start, stop), alone[start:stop], atol=1e-6)
+    with pytest.raises(UserError, match="cut off: it ends"):
+        load_stretch(one, 12_000, 20_000)
+
+
+def test_a_wav_that_holds_more_than_its_header_says(tmp_path):
+    path = write_tone(tmp_path / "a.wav", 6.0)
+    data = path.read_bytes()
+    at = data.index(b"data") + 4
+
+    def written(length, more=b""):
+        path.write_bytes(data[:at] + struct.pack("<I", length) + data[at + 4 :] + more)
+        return path
+
+    whole = len(data) - at - 4
+    for load in (load_audio, audio_seconds):
+        with pytest.raises(UserError, match=r"a\.wav is cut off: its header says 64000 bytes"):
+            load(written(64_000))
+        assert load(written(whole)) is not None
+        for more in (b"LIST" + struct.pack("<I", 100_000) + bytes(100_000), b"TAG" + bytes(125)):
+            load(written(whole, more))
+            assert audio_seconds(path) == 6.0
+        assert audio_seconds(written(0xFFFFFFFF)) == 6.0

@@ -75,7 +75,8 @@ def load_stretch(source: str | Path | EncodedAudio, start: int, stop: int) -> np
 
 def audio_seconds(source: str | Path | EncodedAudio) -> float:
     """Length in seconds from the headers. Raises UserError as `load_audio` does, but does not
-    decode: samples that are damaged, or a flac that was cut off, pass."""
+    decode: samples that are damaged, or a flac that was cut off, pass, and of flacs that were
+    joined the first one's is told."""
     if isinstance(source, str | Path):
         _check_file(Path(source))
         with open(source, "rb") as file:
@@ -143,7 +144,7 @@ def _with_samples(audio: np.ndarray, name: str) -> np.ndarray:
 
 
 def _decode(file: BinaryIO, name: str) -> np.ndarray:
-    audio = [_decode_stream(stream, name) for stream in _streams(file, name)]
+    audio = [_decode_stream(stream, name) for stream in _streams(file, name, whole=True)]
     return _with_samples(audio[0] if len(audio) == 1 else np.concatenate(audio), name)
 
 
@@ -156,9 +157,9 @@ class _Stream:
     slack: int | None = 0
 
 
-def _streams(file: BinaryIO, name: str) -> list[_Stream]:
+def _streams(file: BinaryIO, name: str, whole: bool = False) -> list[_Stream]:
     """The streams of a file that stand one after another; nearly always one. UserError where they
-    are seen to be cut off without decoding."""
+    are seen to be cut off without decoding. whole: flacs are read to their end for others."""
     head = file.read(12)
     _check_type(head, name)
     file.seek(0)
@@ -174,17 +175,24 @@ def _streams(file: BinaryIO, name: str) -> list[_Stream]:
                 fault = f"its header says {part.stated} frames, but {part.frames} are there"
                 _refuse_cut(name, fault)
         # Two frames of 1152 samples may go to encoder delay and padding.
-        whole = [_Stream(io.BytesIO(part.encoded()), 2 * 1152) for part in parts]
-        return whole or [_Stream(io.BytesIO(data), None)]  # layer II, or no mp3 behind the ID3
+        found = [_Stream(io.BytesIO(part.encoded()), 2 * 1152) for part in parts]
+        return found or [_Stream(io.BytesIO(data), None)]  # layer II, or no mp3 behind the ID3
     _refuse_cut(name, chunks.missing(file))
     file.seek(0)
-    if head.startswith(b"fLaC") and not flac.states_length(file.read(26)):
-        file.seek(0)
-        whole_flac = flac.with_length(file.read())
-        _refuse_cut(name, "" if whole_flac else "its last frame is not whole")
-        return [_Stream(io.BytesIO(whole_flac or b""))]
-    file.seek(0)
+    if head.startswith(b"fLaC"):
+        flacs = flac.parts(file) if whole else [file]
+        return [_flac_stream(one, name) for one in flacs]
     return [_Stream(file, None if head.startswith((b"RIF", b"RF64")) else 0)]
+
+
+def _flac_stream(file: BinaryIO, name: str) -> _Stream:
+    stated = flac.states_length(file.read(26))
+    file.seek(0)
+    if stated:
+        return _Stream(file)
+    whole = flac.with_length(file.read())
+    _refuse_cut(name, "" if whole else "its last frame is not whole")
+    return _Stream(io.BytesIO(whole or b""))
 
 
 def _refuse_cut(name: str, fault: str) -> None:
@@ -209,8 +217,8 @@ def _decode_stream(stream: _Stream, name: str) -> np.ndarray:
     return mono.finish()
 
 
-def _stretch(file: BinaryIO, name: str, start: int, stop: int) -> np.ndarray:
-    streams = _streams(file, name)
+def _stretch(file: BinaryIO, name: str, start: int, stop: int, whole: bool = False) -> np.ndarray:
+    streams = _streams(file, name, whole)
     if len(streams) > 1:  # one after another, perhaps at several rates
         parts = [_decode_stream(stream, name) for stream in streams]
         return np.concatenate(parts)[start:stop]
@@ -230,6 +238,10 @@ def _stretch(file: BinaryIO, name: str, start: int, stop: int) -> np.ndarray:
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise _corrupt(name, error) from None
     if len(found) < stop - start:
+        file.seek(0)
+        if not whole and len(_streams(file, name, whole=True)) > 1:
+            file.seek(0)
+            return _stretch(file, name, start, stop, whole=True)
         _refuse_cut(name, f"it ends {(stop - start - len(found)) / SAMPLE_RATE:.2f} s early")
     return found
 

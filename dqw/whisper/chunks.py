@@ -13,6 +13,7 @@ from typing import BinaryIO
 # arecord, espeak).
 _UNKNOWN = (0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF)
 _NEARLY_2_GIB = range(0x7EFFF000, 0x80001000)
+_LITTLE = 1 << 16  # bytes behind the samples that are none: a tag, or padding to a sector
 
 
 def missing(file: BinaryIO) -> str:
@@ -22,7 +23,7 @@ def missing(file: BinaryIO) -> str:
     head = file.read(12)
     if head[:4] == b".snd":
         offset, length = struct.unpack(">II", head[4:].ljust(8, b"\0"))
-        return _lacks(length, size - offset)
+        return _lacks(length, size - offset, False)
     wav = head[:4] in (b"RIFF", b"RIFX", b"RF64") and head[8:] == b"WAVE"
     if not wav and not (head[:4] == b"FORM" and head[8:] in (b"AIFF", b"AIFC")):
         return ""
@@ -37,12 +38,25 @@ def missing(file: BinaryIO) -> str:
         if name in (b"data", b"SSND"):
             if length == 0xFFFFFFFF and long is not None:
                 length = long
-            return _lacks(length, size - at - 8)
+            file.seek(at + 8 + length + length % 2)
+            return _lacks(length, size - at - 8, _is_chunk(file.read(8), order, size - file.tell()))
         at += 8 + length + length % 2
     return "it has no samples after its header"
 
 
-def _lacks(length: int, there: int) -> str:
-    if length in _UNKNOWN or length in _NEARLY_2_GIB or there == length or 0 < length < there:
+def _is_chunk(head: bytes, order: str, left: int) -> bool:
+    if len(head) < 8:
+        return False
+    name, length = struct.unpack(order + "4sI", head)
+    return all(32 <= byte < 127 for byte in name) and length <= left
+
+
+def _lacks(length: int, there: int, chunk: bool) -> str:
+    """chunk: whether one follows the samples. Where none does, the header was not written to the
+    end, or counts no further than 4 GiB, and libsndfile would read as far as it says."""
+    unknown = length in _UNKNOWN or length in _NEARLY_2_GIB
+    if unknown and there <= length:
+        return ""
+    if there == length or (0 < length < there and (chunk or there - length < _LITTLE)):
         return ""
     return f"its header says {length} bytes of samples, but {there} are there"

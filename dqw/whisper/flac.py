@@ -1,15 +1,51 @@
-"""A flac that states no length, as one that was written to a pipe: legal, but libsndfile cannot
-read it. Its length stands in the last frame, and goes into a copy's header.
+"""What libsndfile does not read of flacs.
+
+One that states no length, as it was written to a pipe, is legal, but libsndfile cannot read it: its
+length stands in the last frame, and goes into a copy's header. Of several in one file, as ``cat``
+makes it, libsndfile reads the first.
 """
 
 from __future__ import annotations
 
+import io
 import re
 from functools import cache
+from typing import BinaryIO
 
+_BEGIN = b"fLaC"
+_BLOCK = b"\x00\x00\x22"  # the size of STREAMINFO, which comes first; before it 0, or 128
+_STEP = 1 << 24
 _SYNC = re.compile(rb"\xff[\xf8\xf9]")
 _STATED = slice(18, 26)  # of the file; its low 36 bits are the samples
 _SAMPLES = (1 << 36) - 1
+
+
+def begins(file: BinaryIO) -> list[int]:
+    """Where the flacs of a file begin; nearly always 0 alone."""
+    found, at = list[int](), 0
+    file.seek(0)
+    kept = b""  # the end of what was read: a beginning may lie across
+    while data := file.read(_STEP):
+        block = kept + data
+        place = block.find(_BEGIN)
+        while place >= 0:
+            head = block[place : place + 8]
+            if len(head) == 8 and head[4] in (0, 128) and head[5:] == _BLOCK:
+                found.append(at - len(kept) + place)
+            place = block.find(_BEGIN, place + 4)
+        at += len(data)
+        kept = block[-7:]
+    return found
+
+
+def parts(file: BinaryIO) -> list[BinaryIO]:
+    """The flacs of a file, one after another."""
+    starts = begins(file)
+    file.seek(0)
+    if len(starts) < 2:
+        return [file]
+    data = file.read()
+    return [io.BytesIO(data[a:b]) for a, b in zip(starts, [*starts[1:], len(data)], strict=True)]
 
 
 def states_length(head: bytes) -> bool:
