@@ -2,8 +2,6 @@
 
 import copy
 import json
-import shutil
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +16,6 @@ import dqw
 from dqw.distill import DistillConfig, GuidanceConfig, TrainConfig, distill
 from dqw.distill import run as run_module
 from dqw.distill.arguments import training_arguments
-from dqw.distill.checkpoint import held
 from dqw.distill.config import AugmentConfig, SpecAugmentConfig
 from dqw.distill.data import Collator, EpochSampler, SpeechDataset
 from dqw.distill.losses import IGNORE, cross_entropy, hidden_loss, logits_kl
@@ -356,34 +353,6 @@ def test_weights_in_parts_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match=r"part the weights.*torchrun --nproc_per_node"):
         run(tmp_path)
-
-
-def test_a_folder_is_one_process_s_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("dqw.distill.checkpoint.LOCK_SECONDS", 0.3)
-    out = tmp_path / "run"
-    with held(out), pytest.raises(UserError, match="another process is training in"):
-        run(out)
-    assert run(out).steps == SHORT.steps  # the lock went with the block
-    assert {path.name for path in tmp_path.iterdir()} == {"run"}
-    with held(out):
-        shutil.rmtree(out)  # as `dqw compress` does with an older run
-        with held(out):
-            pass
-    monkeypatch.setattr("dqw.distill.checkpoint.LOCK_SECONDS", 60)
-    taken, release = threading.Event(), threading.Event()
-
-    def hold():
-        with held(out):
-            taken.set()
-            release.wait(30)
-
-    other = threading.Thread(target=hold)
-    other.start()
-    assert taken.wait(30)
-    threading.Timer(0.5, release.set).start()
-    with held(out):  # a worker of a killed run may hold it for some seconds more
-        assert release.is_set()
-    other.join()
 
 
 def test_a_constant_rate_warms_up_where_it_is_told_to(tmp_path):
