@@ -54,6 +54,25 @@ def test_the_native_engine_says_the_same(folder, options):
 
 
 @needs_library
+def test_rules_of_a_checkpoint_hold_for_every_engine(folder, tmp_path):
+    """What native decoders do not know is decoded by transformers."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    path = copy / "generation_config.json"
+    plain, audios = json.loads(path.read_text()), voices(0.4, 0.9)
+    before = dict(iter_transcripts(open_engine(copy), audios, "en"))
+    for rule, value, odd in (
+        ("no_repeat_ngram_size", 1, True), ("repetition_penalty", 5.0, True),
+        ("repetition_penalty", 1.0, False), ("max_new_tokens", 2, True),
+    ):  # fmt: skip
+        path.write_text(json.dumps(plain | {rule: value}))
+        engine = open_engine(copy)
+        assert isinstance(engine, NativeEngine) != odd, rule
+        found = dict(iter_transcripts(engine, audios, "en"))
+        assert (found != before) == odd, rule
+
+
+@needs_library
 def test_detecting_the_language_and_decoding_share_their_keys(folder, monkeypatch):
     made, cross = [], torch.ops.dqw_cpu.decoder_cross
 

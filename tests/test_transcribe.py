@@ -40,6 +40,21 @@ def test_greedy_text_is_that_of_plain_generate(whisper):
     assert transcribe(model, processor, [audio], "de", "translate")[0].text == text
 
 
+@pytest.mark.parametrize(
+    ("rule", "value"),
+    [("no_repeat_ngram_size", 1), ("repetition_penalty", 5.0), ("max_new_tokens", 2)],
+)
+def test_rules_of_a_checkpoint_are_heeded(whisper, monkeypatch, rule, value):
+    model, processor = whisper
+    audio = voices(3)[2]
+    before = transcribe(model, processor, [audio], "de")[0].text
+    monkeypatch.setattr(model.generation_config, rule, value)
+    features = processor.feature_extractor(audio, sampling_rate=16_000, return_tensors="pt")
+    ids = model.generate(features["input_features"], language="de")
+    text = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    assert transcribe(model, processor, [audio], "de")[0].text == text != before
+
+
 def test_language_is_detected_where_none_is_given(whisper):
     model, processor = whisper
     audios = voices(3)

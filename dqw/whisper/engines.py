@@ -34,7 +34,20 @@ from dqw.whisper.tokenizer import Pieces
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
+# Settings of generation that change which token comes next, and only ``generate`` knows.
+_RULES = (
+    "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias",
+    "max_new_tokens", "min_new_tokens", "min_length",
+)  # fmt: skip
 _hearing = threading.Lock()  # ``narrowed`` and ``lowered`` change a model that threads may share
+
+
+def own_rules(settings: Any) -> list[str]:
+    """Those of ``_RULES`` that a checkpoint's generation settings have."""
+    found = {name: getattr(settings, name, None) for name in _RULES}
+    if found["repetition_penalty"] == 1.0:
+        del found["repetition_penalty"]
+    return [name for name, value in found.items() if value]
 
 
 class Engine(Protocol):
@@ -86,7 +99,7 @@ class PlainEngine:
             return self._graphs.encode(features)
         encoder: Any = self.model.get_encoder()
         # Directly, as forward would keep its products in float32.
-        native = fast_encoder(encoder) if self.native() else None
+        native = fast_encoder(encoder) if self._native() else None
         if native is not None:
             return native(features, bf16=True)
         rounding = lowered(encoder) if self._rounds else nullcontext()
@@ -94,6 +107,9 @@ class PlainEngine:
             return encoder(features.to(self.model.device, self.model.dtype))[0]
 
     def native(self) -> FastDecoder | Graphs | None:
+        return None if own_rules(self.settings) else self._native()
+
+    def _native(self) -> FastDecoder | Graphs | None:
         if self._graphs is not None:
             return self._graphs
         from dqw.whisper.fast_model import native_decoder
@@ -101,7 +117,7 @@ class PlainEngine:
         return native_decoder(self.model)
 
     def detect(self, states: Tensor) -> list[int]:
-        native = self.native()
+        native = self._native()
         if native is not None:  # which keeps what it heard, for the text
             return _detected(native, states, self.settings)
         from transformers.modeling_outputs import BaseModelOutput
@@ -234,7 +250,7 @@ def _settings(folder: Path) -> Any:
     )
     if any(stored.get(name) is None for name in needed):
         return None
-    if not isinstance(stored["eos_token_id"], int):
+    if not isinstance(stored["eos_token_id"], int) or own_rules(SimpleNamespace(**stored)):
         return None
     defaults = dict.fromkeys(
         ("max_length", "suppress_tokens", "begin_suppress_tokens", "max_initial_timestamp_index")
