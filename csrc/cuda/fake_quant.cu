@@ -25,14 +25,13 @@
 #include <vector>
 
 #include "fake_quant_rows.h"
+#include "launched.h"
 
 namespace dqw {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-#define DQW_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
 std::optional<Float> float_of(ScalarType type) {
     if (type == ScalarType::Float) return Float::kFloat;
@@ -122,12 +121,7 @@ class Launcher {
         if (found != cudaSuccess) cudaGetLastError();  // said here, not of torch's next kernel
         if (error_ == cudaSuccess) error_ = found;
     }
-    void check(const char* who) const {
-        DQW_CHECK(error_ != cudaErrorNoKernelImageForDevice,
-                  "the CUDA C++ library has no code for this GPU: install dqw again with "
-                  "DQW_CUDA_ARCHS of it, or with DQW_CUDA=0");
-        DQW_CHECK(error_ == cudaSuccess, who, cudaGetErrorString(error_));
-    }
+    void check(const char* who) const { check_launch(error_, who); }
 
   private:
     cudaStream_t stream_ = nullptr;
@@ -149,7 +143,7 @@ struct Batch {
                                                backward, *float_of(x), *float_of(other), launch);
         asked.clear();
         DQW_CHECK(served, "no kernel for these types");
-        launch.check("dqw::fake_quant_clip: ");
+        launch.check("dqw::fake_quant_clip");
     }
     // Asks for one more, after those before if they are of another kind.
     void add(const FakeQuant& a, ScalarType x_type, ScalarType other_type, int32_t on) {
@@ -283,7 +277,7 @@ Tensor fake_quant_activation(Tensor x) {
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     Launcher launch(x.get_device_index());
     launch_fake_quant_rows(a, *type, launch);
-    launch.check("dqw::fake_quant_activation: ");
+    launch.check("dqw::fake_quant_activation");
     return y;
 }
 

@@ -21,14 +21,13 @@
 #include <vector>
 
 #include "launch.h"
+#include "launched.h"
 
 namespace dqw {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-#define DQW_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
 bool divides(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
@@ -166,7 +165,7 @@ std::vector<Tensor> gemv_operator(Tensor x, std::vector<Tensor> weights, std::ve
                                  : with_kernel<__half>(a, b, g, launch);
     DQW_CHECK(served, "no kernel for ", bits, " bits in groups of ", group);
     if (error != cudaSuccess) cudaGetLastError();  // said here, not of torch's next kernel
-    DQW_CHECK(error == cudaSuccess, "dqw_cuda::gemv: ", cudaGetErrorString(error));
+    check_launch(error, "dqw_cuda::gemv");
     return ys;
 }
 
