@@ -217,13 +217,12 @@ def time_files(room: Room, files: list[Path], batch_size: int, report: Report) -
         return
     seconds = sum(len(np.load(file)) for file in files) / clips.RATE
     # A GPU's graphs are captured for a number of clips: for all that come, once uncounted.
-    counts = {min(batch_size, len(files)), len(files) % TURN % batch_size} - {0}
+    turns = [min(TURN, len(files) - at) for at in range(0, len(files), TURN)]
+    counts = {min(batch_size, turn) for turn in turns} | {turn % batch_size for turn in turns}
     for engine in list(room.engines):
-        for count in counts:
-            room.hear(engine, files[:count], batch_size)
-        if engine in room.engines and room.ask(engine, {"reset": True}) is None:
-            continue
-        engine.files = Files(len(files), batch_size, seconds)
+        heard = all(room.hear(engine, files[:count], batch_size) for count in counts - {0})
+        if heard and room.ask(engine, {"reset": True}) is not None:
+            engine.files = Files(len(files), batch_size, seconds)
     for at in range(0, len(files), TURN):
         for engine in list(room.engines):
             report(f"{engine.label}: {at} of {len(files)} files")
@@ -285,7 +284,12 @@ def start(
         engine.process = process
         engine.load.append(answer["load"])
         if first is not None:
-            hear(engine, [stretches[first]])
+            try:
+                hear(engine, [stretches[first]])
+            except UserError as error:
+                stop(process)
+                skipped[engine.label] = str(error)
+                return None
             engine.first.append(time.perf_counter() - started)
     return engine
 

@@ -187,6 +187,11 @@ def test_a_rival_that_ends_takes_no_others_rows_away(tmp_path):
         assert "openvino int8 ended while it transcribed" in room.skipped[rival.label]
         transcribe.time_files(room, [clip] * 3, 2, lambda line: None)
         assert own.files is not None and own.files.count == 3
+        last = started("openvino", ends)  # it ends between two batches of the first hearing
+        room.engines.append(last)
+        transcribe.time_files(room, [clip] * 3, 2, lambda line: None)
+        assert room.engines == [own] and last.files is None
+        transcribe.stop(last.process)
         transcribe.stop(own.process)
         with pytest.raises(UserError, match="dqw int8 ended"):
             transcribe.time_clips(room, {1: clip}, 1, lambda line: None)

@@ -307,7 +307,8 @@ class _Decoder:
         running = list(zip(clips, recordings, strict=True))
         while running:
             for clip, recording in running:
-                self.heard(recording.skip() * log_mel.hop / SAMPLE_RATE)
+                if skipped := recording.skip():
+                    self.heard(skipped * log_mel.hop / SAMPLE_RATE)
                 if recording.ended:
                     yield clip.index, self._joined(clip, languages[clip.index], recording.stretches)
             running = [pair for pair in running if not pair[1].ended]
@@ -325,10 +326,7 @@ class _Decoder:
             ):
                 languages[clip.index] = code
                 self.heard(recording.take(tokens) * log_mel.hop / SAMPLE_RATE)
-                if recording.ended:
-                    yield clip.index, self._joined(clip, code, recording.stretches)
-                else:
-                    going.append((clip, recording))
+                going.append((clip, recording))
             running = going
 
     def _joined(self, clip: _Clip, code: str | None, stretches: list[Stretch]) -> Transcript:
