@@ -98,7 +98,6 @@ def evaluate(
             device,
         )
     size, spelling = evaluator.model_bytes, evaluator.spelling
-    damaged: list[str] = []
     with audio_progress(sum(item.seconds or 0 for item in items)) as advance:
         done = 0.0
 
@@ -108,15 +107,13 @@ def evaluate(
             done = seconds
 
         def leave_out(item: Item, error: UserError) -> None:
-            damaged.append(item.id)
             err.print(f"{error}; the others go on", style="yellow", markup=False, soft_wrap=True)
 
         result = evaluator.run(items, progress=step, damaged=leave_out)
-    items = [item for item in items if item.id not in damaged]
     if teacher is not None:
-        with progress_bar("KL from the teacher", len(items), "clips") as clip:
+        with progress_bar("KL from the teacher", len(result.items), "clips") as clip:
             try:
-                result = evaluator.diverge(items, result, lambda done: clip())
+                result = evaluator.diverge(result, lambda done: clip())
             except UserError as error:  # the rates are there and stay
                 err.print(f"KL not measured: {error}", style="yellow", markup=False, soft_wrap=True)
     print_scores(result, spelling, size)
@@ -124,7 +121,7 @@ def evaluate(
         rows = (
             {"id": item.id, "language": item.language or found.language, "reference": item.text,
              "transcript": found.text}
-            for item, found in zip(items, result.transcripts, strict=True)
+            for item, found in zip(result.items, result.transcripts, strict=True)
         )  # fmt: skip
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_atomic(save_transcripts, lines)
@@ -137,8 +134,9 @@ def evaluate(
                     "english_spelling_map": spelling}  # fmt: skip
         figures = {**settings, **_machine(evaluator.package), **result.to_dict()}
         write_atomic(json_file, json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+    damaged = len(items) - len(result.items)
     if damaged:
-        raise UserError(f"{len(damaged)} clips are damaged and not in these figures ({damaged[0]})")
+        raise UserError(f"{damaged} clips are damaged, and not in these figures")
 
 
 def _say(line: str) -> None:

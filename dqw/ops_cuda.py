@@ -56,17 +56,21 @@ def _check_packed(
                 f"packed weight is on {weight.device}, but another tensor on {t.device}: "
                 "move the model and its input to one device"
             )
-    groups = -(-cols // group_size) if group_size else 1
-    shapes = [(rows, groups)] if group_size else [(rows, 1), (1, 1)]
     if weight.numel() != packed_bytes(rows, cols, bits) or not weight.is_contiguous():
         raise ValueError(
             f"packed weight has {weight.numel()} bytes, "
             f"but ({rows}, {cols}) at {bits} bits takes {packed_bytes(rows, cols, bits)}"
         )
-    if tuple(scale.shape) not in shapes:
-        raise ValueError(f"scale has shape {tuple(scale.shape)}, but {shapes[0]} is needed")
+    _check_scale(scale, rows, cols, group_size)
     if levels.dtype != torch.int16 or levels.numel() != 2**bits or not levels.is_contiguous():
         raise ValueError(f"levels must be contiguous int16 of {2**bits} entries")
+
+
+def _check_scale(scale: Tensor, rows: int, cols: int, group_size: int) -> None:
+    groups = -(-cols // group_size) if group_size else 1
+    shapes = [(rows, groups)] if group_size else [(rows, 1), (1, 1)]
+    if tuple(scale.shape) not in shapes:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}, but {shapes[0]} is needed")
 
 
 def _check_rounding(
@@ -76,10 +80,7 @@ def _check_rounding(
     if x.dim() != 2 or any(t.shape != x.shape for t in like):
         found = ", ".join(str(tuple(t.shape)) for t in (x, *like))
         raise ValueError(f"fake quantization takes matrices of one shape (rows, cols), not {found}")
-    rows, groups = len(x), -(-x.shape[1] // group_size) if group_size else 1
-    shapes = [(rows, groups)] if group_size else [(rows, 1), (1, 1)]
-    if tuple(scale.shape) not in shapes:
-        raise ValueError(f"scale has shape {tuple(scale.shape)}, but {shapes[0]} is needed")
+    _check_scale(scale, len(x), x.shape[1], group_size)
     for t in (scale, bucket, *like):
         if t.device != x.device:
             raise ValueError(f"x is on {x.device}, and what rounds it on {t.device}")

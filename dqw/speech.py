@@ -107,7 +107,7 @@ def stretches(
 
 
 def _held(item: SpeechItem, count: int, window: float) -> list[SpeechItem]:
-    from dqw.distill.windows import windows
+    from dqw.distill.cuts import windows
 
     wave = item.load()
     return [part.held(wave) for part in spread(windows(item, window, wave), count)]

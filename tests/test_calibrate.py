@@ -29,7 +29,7 @@ from dqw.compensate import (
 )
 from dqw.convert import quant_modules
 from dqw.distill.config import GuidanceConfig
-from dqw.distill.windows import Window
+from dqw.distill.cuts import Window
 from dqw.embedding import QuantEmbedding
 from dqw.fake_quant import FakeQuantize
 from dqw.linear import QuantLinear

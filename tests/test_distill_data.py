@@ -17,6 +17,7 @@ from test_trainer import run
 
 from dqw.distill import DistillConfig, TrainConfig
 from dqw.distill.config import AugmentConfig
+from dqw.distill.cuts import windows
 from dqw.distill.data import (
     SHUFFLED,
     Collator,
@@ -28,7 +29,6 @@ from dqw.distill.data import (
 from dqw.distill.labels import _writer, is_loop, read_labels, write_labels
 from dqw.distill.losses import IGNORE
 from dqw.distill.prepare import prepare
-from dqw.distill.windows import windows
 from dqw.errors import UserError
 from dqw.linear import QuantLinear
 from dqw.whisper.data import Item

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dqw.distill.config import DistillConfig, TrainConfig
+from dqw.distill.cuts import Cuts
 from dqw.distill.data import Example, LabelEncoder, SpeechItem
 from dqw.distill.labels import write_labels
-from dqw.distill.windows import Cuts
 from dqw.errors import UserError
 from dqw.whisper.audio import SAMPLE_RATE
 from dqw.whisper.data import language_code

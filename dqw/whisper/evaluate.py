@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`transcripts` in the order of the items; `wall_seconds` covers transcribing alone;
-    `divergence`: from the teacher, where one was given."""
+    """`items` that were scored, which are not damaged; `transcripts` in their order;
+    `wall_seconds` covers transcribing alone; `divergence`: from the teacher, where one was given.
+    """
 
+    items: Sequence[Item]
     scores: Scores
     transcripts: list[Transcript]
     audio_seconds: float
@@ -138,16 +140,15 @@ class Evaluator:
 
     def diverge(
         self,
-        items: Sequence[Item],
         found: Evaluation,
         progress: Callable[[int], object] | None = None,
     ) -> Evaluation:
-        """`found`, which `run` gave for `items`, with the divergence from the teacher."""
+        """`found`, which `run` gave, with the divergence from the teacher."""
         from dqw.whisper.divergence import divergence
 
         assert self.pair is not None
         languages = [transcript.language for transcript in found.transcripts]
-        return replace(found, divergence=divergence(self.pair, items, languages, progress))
+        return replace(found, divergence=divergence(self.pair, found.items, languages, progress))
 
 
 def open_evaluator(
@@ -255,4 +256,4 @@ def _scored(
         [item.language or transcript.language for item, transcript in zip(items, transcripts)],
         spelling,
     )
-    return Evaluation(scores, transcripts, sum(t.seconds for t in transcripts), wall)
+    return Evaluation(items, scores, transcripts, sum(t.seconds for t in transcripts), wall)
