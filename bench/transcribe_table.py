@@ -12,10 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench.processes import Engine
 from bench.rows import write, write_cells
 from bench.table import print_skipped
 from bench.timing import summary
-from bench.transcribe import TURN, Engine
+from bench.transcribe import TURN
 
 GROWN = 1.02  # a peak this many times the one of the first turn has grown
 

@@ -16,14 +16,14 @@ from whisper_helpers import save_tiny, tiny, tone, write_tone
 
 import dqw
 from bench import __main__ as command
-from bench import clips, convert_peers, ggml, options, plot, reciter, transcribe
+from bench import clips, convert_peers, ggml, options, plot, processes, reciter, transcribe
 from bench import transcribe_table as tables
 from dqw.errors import UserError
 from dqw.whisper.checkpoint import load_whisper, save_processor
 
 
 def engine(short, long, tokens=(30, 80), name="dqw"):
-    found = transcribe.Engine(name, "int8", None, load=[1.0, 0.5])
+    found = processes.Engine(name, "int8", None, load=[1.0, 0.5])
     found.seconds = {11: short, 30: long}
     found.tokens = dict(zip((11, 30), tokens, strict=True))
     return found
@@ -37,7 +37,7 @@ def test_figures_of_an_engine():
     assert engine([1.0], [1.1], tokens=(30, 34)).per_token is None
     found.dynamic = True
     assert found.per_token is None and found.once is None
-    bare = transcribe.Engine("dqw", "int8", None)
+    bare = processes.Engine("dqw", "int8", None)
     assert bare.per_token is None and bare.once is None and bare.first_text is None
     bare.first = [4.0, 2.0, 3.0]
     assert bare.first_text == 3.0
@@ -163,24 +163,24 @@ def test_an_engine_that_ends_is_named():
         [sys.executable, "-c", "input()"], stdin=-1, stdout=-1, text=True
     )  # fmt: skip
     with pytest.raises(UserError, match="dqw int8 ended while it transcribed"):
-        transcribe.hear(transcribe.Engine("dqw", "int8", process), [])
+        processes.hear(processes.Engine("dqw", "int8", process), [])
     process.wait()
 
 
 def test_a_rival_that_ends_takes_no_others_rows_away(tmp_path):
     import subprocess
 
-    def started(name: str, program: str) -> transcribe.Engine:
+    def started(name: str, program: str) -> processes.Engine:
         command = [sys.executable, "-c", program]
         process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True)
-        return transcribe.Engine(name, "int8", process)
+        return processes.Engine(name, "int8", process)
 
     answer = {"megabytes": 1.0, "texts": ["a"], "seconds": 0.5}
     speaks = f"import json\nwhile True: input(); print(json.dumps({answer}), flush=True)"
     ends = f"import json\ninput(); print(json.dumps({answer}), flush=True); input()"
     own, rival, clip = started("dqw", speaks), started("openvino", ends), tmp_path / "clip.npy"
     np.save(clip, np.zeros(16_000, dtype=np.float32))
-    room = transcribe.Room([own, rival], {})
+    room = processes.Room([own, rival], {})
     try:
         transcribe.time_clips(room, {1: clip}, 3, lambda line: None)
         assert room.engines == [own] and len(own.seconds[1]) == 3
@@ -191,20 +191,20 @@ def test_a_rival_that_ends_takes_no_others_rows_away(tmp_path):
         room.engines.append(last)
         transcribe.time_files(room, [clip] * 3, 2, lambda line: None)
         assert room.engines == [own] and last.files is None
-        transcribe.stop(last.process)
-        transcribe.stop(own.process)
+        processes.stop(last.process)
+        processes.stop(own.process)
         with pytest.raises(UserError, match="dqw int8 ended"):
             transcribe.time_clips(room, {1: clip}, 1, lambda line: None)
     finally:
         for engine in (own, rival):
-            transcribe.stop(engine.process)
+            processes.stop(engine.process)
 
 
 def test_memory_that_grows_is_said_aloud():
     steady, leaking, short = (engine([1.0], [2.0], name=n) for n in ("dqw", "peer", "short"))
-    steady.files = transcribe.Files(200, 8, 1000.0, 50.0, 400.0, 404.0)
-    leaking.files = transcribe.Files(200, 8, 1000.0, 100.0, 400.0, 450.0)
-    short.files = transcribe.Files(20, 8, 100.0, 10.0, 400.0, 400.0)
+    steady.files = processes.Files(200, 8, 1000.0, 50.0, 400.0, 404.0)
+    leaking.files = processes.Files(200, 8, 1000.0, 100.0, 400.0, 450.0)
+    short.files = processes.Files(20, 8, 100.0, 10.0, 400.0, 400.0)
     assert [tables.grows(e) for e in (steady, leaking, short)] == ["no", "YES", "-"]
     console = Console(width=100, record=True)
     tables.print_tables(console, [steady, leaking], {"openvino": "not installed"})
