@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from dqw.whisper.data import language_code
 from dqw.whisper.decoding import Rules, cut_loop, is_time
 from dqw.whisper.engines import Engine, PlainEngine
 from dqw.whisper.features import silence
+from dqw.whisper.transcript import TICK, Segment, Transcript, segment_of
 from dqw.whisper.windows import Recording, Stretch
 
 if TYPE_CHECKING:
@@ -38,36 +39,10 @@ if TYPE_CHECKING:
 
 Source = str | Path | EncodedAudio | np.ndarray
 TASKS = ("transcribe", "translate")
-_TICK = 0.02  # seconds a timestamp token stands for
 _LONG_BATCH = 4 * 3600.0  # seconds of recordings that are heard at once: 460 MB of features
 
 
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of speech; start and end in seconds."""
-
-    start: float
-    end: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """`language`: the code used, given or detected; None for silence and unknown. `segments` are
-    empty unless timestamps were asked for or the audio is longer than 30 s. `looped`: the decoder
-    repeated itself at the end and was stopped; one copy is left (clips of at most 30 s)."""
-
-    text: str
-    language: str | None
-    seconds: float
-    segments: list[Segment] = field(default_factory=list)
-    looped: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-_Run = Callable[[Sequence["_Clip"]], Iterable[tuple[int, "Transcript"]]]
+_Run = Callable[[Sequence["_Clip"]], Iterable[tuple[int, Transcript]]]
 
 
 @dataclass
@@ -216,14 +191,6 @@ def _seconds_hint(source: Source) -> float:
         return math.inf
 
 
-def _segment(start: float, end: float, seconds: float, text: str) -> Segment:
-    """A segment within a clip of so many seconds, at least a tick long: a model may hear speech
-    behind the end, and players take no cue of no length."""
-    start = min(start, max(seconds - _TICK, 0.0))
-    end = min(max(end, start + _TICK), seconds)
-    return Segment(round(start, 2), round(end, 2), text)
-
-
 class _Decoder:
     """One model with one set of decoding options."""
 
@@ -336,7 +303,7 @@ class _Decoder:
             spoken += tokens
             text = self._text(tokens)
             if text:
-                segments.append(_segment(stretch.start, stretch.end, clip.seconds, text))
+                segments.append(segment_of(stretch.start, stretch.end, clip.seconds, text))
         return Transcript(self._text(spoken), self._reported(code), clip.seconds, segments)
 
     def _detected(self, languages: list[str | None], states: torch.Tensor) -> list[str | None]:
@@ -410,14 +377,14 @@ class _Decoder:
         def close(end: float) -> None:
             text = self._text(piece)
             if text:
-                segments.append(_segment(start, end, seconds, text))
+                segments.append(segment_of(start, end, seconds, text))
             piece.clear()
 
         for token in tokens:
             if not is_time(token, self.first_timestamp):
                 piece.append(token)
                 continue
-            moment = (token - self.first_timestamp) * _TICK
+            moment = (token - self.first_timestamp) * TICK
             close(moment)
             start = moment
         close(seconds)

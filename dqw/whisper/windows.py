@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dqw.whisper.decoding import is_time
+from dqw.whisper.transcript import TICK
 
-_TICK = 0.02  # seconds a timestamp token stands for
 _FRAME = 0.01  # seconds of a frame of the features
 
 
@@ -87,7 +87,7 @@ class Recording:
                 self._keep(tokens[begin], tokens[cut - 1], tokens[begin : cut + last])
                 begin = cut
             if not all_heard:
-                moved = round((tokens[begin - 1] - self.first) * _TICK / _FRAME)
+                moved = round((tokens[begin - 1] - self.first) * TICK / _FRAME)
         else:
             end = self.first + left // 2
             later = [t for t, timed in zip(tokens, times, strict=True) if timed and t > self.first]
@@ -98,5 +98,5 @@ class Recording:
 
     def _keep(self, start: int, end: int, tokens: list[int]) -> None:
         offset = self.at * _FRAME
-        ticks = (start - self.first) * _TICK, (end - self.first) * _TICK
+        ticks = (start - self.first) * TICK, (end - self.first) * TICK
         self.stretches.append(Stretch(offset + ticks[0], offset + ticks[1], tokens))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from dqw.whisper.transcribe import Segment, Transcript
+from dqw.whisper.transcript import Segment, Transcript
 
 FORMATS = ("txt", "json", "srt", "vtt")
 TIMED = ("srt", "vtt")  # these need segments
