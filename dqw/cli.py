@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from typer.core import TyperGroup
 
 from dqw.bars import err
@@ -33,8 +32,14 @@ _PLACES = (
 )  # fmt: skip
 
 
+_COMMANDS = ("compress", "transcribe", "eval", "info", "study", "demo")
+
+
 class _Group(TyperGroup):
     """Turns what a user can cause into one sentence and an exit code."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=_COMMANDS.index)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -114,190 +119,6 @@ def _leave_quickly() -> None:
 def _show_warning(message: Warning | str, *where: Any) -> None:
     """A warning as a sentence; the line of code that gave it helps no user."""
     err.print(f"Warning: {message}", style="yellow", markup=False, soft_wrap=True)
-
-
-# ---------------------------------------------------------------- transcribe
-
-
-def _target(folder: Path, audio: Path, form: str) -> Path:
-    return folder / f"{audio.stem}.{form}"
-
-
-@app.command(epilog="Example: dqw transcribe talk.mp3 --model runs/demo/student --format srt")
-def transcribe(
-    audio: Annotated[list[Path], typer.Argument(help="wav, flac, mp3 or ogg files of any length.")],
-    model: Model,
-    language: Annotated[
-        str | None,
-        typer.Option(
-            help="Language spoken, such as en or ja; left out: the one that a fine-tune names, "
-            "or detected."
-        ),
-    ] = None,
-    task: Annotated[
-        str, typer.Option(help="transcribe, or translate into English.")
-    ] = "transcribe",
-    form: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--format", help="txt, json, srt, vtt or all; may be given again. Default: txt."
-        ),
-    ] = None,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(file_okay=False, help="Write NAME.FORMAT files here instead of printing."),
-    ] = None,
-    skip_existing: Annotated[
-        bool,
-        typer.Option("--skip-existing", help="Leave out audio whose files in --output-dir exist."),
-    ] = False,
-    timestamps: Annotated[
-        bool, typer.Option("--timestamps", help="Times of each segment.")
-    ] = False,
-    beam_size: BeamSize = 1,
-    batch_size: BatchSize = 8,
-    audio_context: Context = "auto",
-    activations: Activations = "auto",
-    device: Device = "cpu",
-) -> None:
-    """Write down what is said in audio files."""
-    from dqw.whisper.audio import audio_seconds
-
-    forms = _forms(form or ["txt"])
-    if output_dir is None and len(forms) > 1:
-        raise UserError("several formats can't be printed at once; give --output-dir")
-    if output_dir is None and len(audio) > 1 and forms[0] in ("srt", "vtt"):
-        raise UserError(f"{forms[0]} of several files can't be printed at once; give --output-dir")
-    from dqw.whisper.files import check_writable, write_atomic
-
-    if skip_existing and output_dir is None:
-        raise UserError("--skip-existing is for files that were written; give --output-dir")
-    if output_dir is not None:
-        _check_names(audio)
-        if skip_existing:  # each is there whole or not at all
-            left = [a for a in audio if _missing(output_dir, a, forms)]
-            if len(left) < len(audio):
-                err.print(f"{len(audio) - len(left)} of {len(audio)} are written already")
-            if not left:
-                return
-            audio = left
-        if "txt" in forms:
-            made_here = [a for a in audio if "txt" in _missing(output_dir, a, forms)]
-            _check_references(made_here if skip_existing else audio, output_dir)
-        check_writable(output_dir / f".{os.getpid()}.part", "--output-dir")
-    seconds: list[float | None] = []
-    with err.status(f"looking at {len(audio)} files"):  # of an mp3 all of it
-        for path in audio:
-            try:
-                seconds.append(audio_seconds(path))
-            except UserError:  # of several, a damaged one is left out; one that is not there, no
-                if len(audio) == 1 or not path.is_file():
-                    raise
-                seconds.append(None)
-
-    from dqw.whisper.engines import open_engine
-    from dqw.whisper.transcribe import Transcript, iter_transcripts
-    from dqw.whisper.writers import TIMED, render
-
-    with err.status(f"loading {escape(model)}"):
-        engine = open_engine(model, beam_size, activations, device)
-    timed = timestamps or any(name in TIMED for name in forms)
-    waiting: dict[int, Transcript | None] = {}
-    printed = damaged = written = 0
-
-    with audio_progress(sum(s or 0.0 for s in seconds)) as advance:
-
-        def print_ready() -> None:  # in the order given, as soon as possible
-            nonlocal printed
-            while printed in waiting:
-                found = waiting.pop(printed)
-                if found is not None:
-                    text = render(found, forms[0], timestamps)
-                    with advance.aside():
-                        _print_transcript(text, audio[printed], forms[0], len(audio) > 1)
-                printed += 1
-
-        def leave_out(index: int, error: UserError) -> None:
-            nonlocal damaged
-            damaged += 1
-            words = f"Error: {error}; the others go on"
-            err.print(words, style="red", markup=False, soft_wrap=True)
-            if output_dir is None:
-                waiting[index] = None
-                print_ready()
-
-        steps = iter_transcripts(
-            engine, audio, language, task, beam_size, timed, batch_size, advance, audio_context,
-            damaged=leave_out if len(audio) > 1 else None, seconds=seconds,
-            ahead=None if output_dir is not None else max(_AHEAD, 2 * batch_size),
-        )  # fmt: skip
-        for index, transcript in steps:
-            if output_dir is not None:
-                missing = _missing(output_dir, audio[index], forms) if skip_existing else forms
-                written += len(missing)
-                for name in missing:
-                    path = _target(output_dir, audio[index], name)
-                    write_atomic(path, render(transcript, name, timestamps))
-                continue
-            waiting[index] = transcript
-            print_ready()
-    if output_dir is not None:
-        err.print(f"wrote {written} files to {output_dir}", markup=False, soft_wrap=True)
-        if "txt" in forms and any(p.parent.resolve() == output_dir.resolve() for p in audio):
-            err.print("beside audio dqw eval and compress take a .txt for what is said there")
-    if damaged:
-        raise typer.Exit(1)
-
-
-def _forms(given: list[str]) -> list[str]:
-    from dqw.whisper.writers import FORMATS
-
-    names = [name for item in given for name in item.lower().split(",")]
-    for name in names:
-        if name not in (*FORMATS, "all"):
-            raise UserError(f"the format is '{name}'; choose txt, json, srt, vtt or all")
-    return list(FORMATS) if "all" in names else list(dict.fromkeys(names))
-
-
-_AHEAD = 32  # files whose texts may wait to be printed for one that was named before them
-
-
-def _missing(folder: Path, audio: Path, forms: list[str]) -> list[str]:
-    """Those of ``forms`` that are not written yet."""
-    return [name for name in forms if not _target(folder, audio, name).exists()]
-
-
-def _check_names(audio: list[Path]) -> None:
-    first: dict[str, Path] = {}
-    for path in audio:
-        if path.stem in first:
-            raise UserError(
-                f"{first[path.stem]} and {path} would write the same output file; transcribe them "
-                "into two folders"
-            )
-        first[path.stem] = path
-
-
-def _check_references(audio: list[Path], output_dir: Path) -> None:
-    folder = output_dir.resolve()
-    for path in audio:
-        text = folder / f"{path.stem}.txt"
-        if text.exists() and path.parent.resolve() == folder:
-            raise UserError(
-                f"{text} is there already, and beside audio it is what dqw eval takes for the "
-                "reference; give another --output-dir, or delete it"
-            )
-
-
-def _print_transcript(text: str, path: Path, form: str, several: bool) -> None:
-    if several and form == "txt":
-        text = f"{path}:\n{text}"
-    elif several:  # json: one object a line
-        import json
-
-        text = json.dumps({"audio": str(path), **json.loads(text)}, ensure_ascii=False) + "\n"
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 # ---------------------------------------------------------------- info
@@ -385,4 +206,5 @@ def audio_progress(total: float) -> Iterator[AudioBar]:
 
 import dqw.cli_compress  # noqa: E402  adds compress and demo
 import dqw.cli_eval  # noqa: E402  adds eval
-import dqw.cli_study  # noqa: E402, F401  adds study
+import dqw.cli_study  # noqa: E402  adds study
+import dqw.cli_transcribe  # noqa: E402, F401  adds transcribe

@@ -7,6 +7,7 @@ import pytest
 from whisper_helpers import write_tone
 
 from dqw.errors import UserError
+from dqw.whisper import media
 from dqw.whisper.data import DatasetAudio, language_code, load_items
 
 
@@ -109,14 +110,15 @@ def test_audio_folder_with_texts_beside(folder):
         load_items(folder / "none")
 
 
-def test_a_folder_with_files_that_cannot_be_read(folder):
+def test_a_folder_with_files_that_cannot_be_read(folder, monkeypatch):
+    monkeypatch.setattr(media, "installed", lambda: False)
     said = []
     (folder / "audio" / "c.mp3").write_bytes(b"<html>not found</html>")
     (folder / "audio" / "d.m4a").write_bytes(b"0000ftypM4A ")
     items = load_items(folder / "audio", say=said.append)
     assert [item.id for item in items] == ["a.wav", "b.flac"]
     assert any("1 of 3 files cannot be read and are left out" in s and "c.mp3" in s for s in said)
-    assert any("1 files such as d.m4a are left out" in s for s in said)
+    assert any("1 files such as d.m4a are of a type that PyAV reads" in s for s in said)
     for name in ("a.wav", "b.flac"):
         (folder / "audio" / name).unlink()
     with pytest.raises(UserError, match=r"c\.mp3 does not hold audio"):

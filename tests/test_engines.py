@@ -43,7 +43,8 @@ def folder(tmp_path_factory):
 
 @needs_library
 @pytest.mark.parametrize("options", [{}, {"timestamps": True}, {"language": "de"},
-                                     {"task": "translate", "batch_size": 2}])  # fmt: skip
+                                     {"task": "translate", "batch_size": 2},
+                                     {"prompt": "hello we", "timestamps": True}])  # fmt: skip
 def test_the_native_engine_says_the_same(folder, options):
     audios = voices(0.4, 0.9, 2.5, 0.2, 3.7, 1.0)
     engine = open_engine(folder)

@@ -199,6 +199,33 @@ def tiny_that_loops(whisper):
     return model, processor
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_prompt_stands_before_each_window(whisper, beams):
+    """As OpenAI's initial_prompt: <|startofprev|>, a space, the text."""
+    model, processor = whisper
+    audio = voices(1)[0]
+    features = processor.feature_extractor(audio, sampling_rate=16_000, return_tensors="pt")
+    said = processor.get_prompt_ids("hello", return_tensors="pt")
+    ids = model.generate(
+        features["input_features"], language="de", prompt_ids=said, num_beams=beams
+    )
+    text = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    found = transcribe(model, processor, [audio], "de", beam_size=beams, prompt=" hello ")[0]
+    assert (
+        found.text == text != transcribe(model, processor, [audio], "de", beam_size=beams)[0].text
+    )
+    long = [audio, np.concatenate(voices(6))]
+    for timestamps in (False, True):
+        options = {"timestamps": timestamps, "beam_size": beams, "language": "en"}
+        plain = transcribe(model, processor, long, **options)
+        told = transcribe(model, processor, long, prompt="hello", **options)
+        assert [a.text != b.text for a, b in zip(plain, told, strict=True)] == [True, True]
+        assert (
+            "hello" not in told[0].text
+            and transcribe(model, processor, long, prompt=" ", **options) == plain
+        )
+
+
 def test_beam_search_runs(whisper):
     assert isinstance(transcribe(*whisper, voices(2), "en", beam_size=3)[1].text, str)
 
@@ -221,6 +248,8 @@ def test_bad_options(whisper, tmp_path):
         ({"language": ["en", "de"]}, "2 languages for 1 audios"),
         ({"beam_size": 0}, "beam size is 0"),
         ({"batch_size": -1}, "batch size is -1"),
+        ({"prompt": "hello " * 9}, "the prompt has 18 tokens; 11 is the most"),
+        ({"prompt": "a<|endoftext|>b"}, "holds one of Whisper's own tokens"),
     ):
         with pytest.raises(UserError, match=words):
             transcribe(*whisper, audio, **arguments)

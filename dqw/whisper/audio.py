@@ -1,8 +1,9 @@
 """Audio files to what Whisper reads: mono float32 at 16 kHz, or one sentence that says why not.
 
-Reads wav, flac, mp3 and ogg (whatever libsndfile opens) at any rate and channel count. A damaged
-file is an error, never a shorter transcript. libsndfile itself stays silent about files that were
-cut off or that hold more than it reads: `mp3`, `ogg`, `flac` and `chunks` see to those.
+Reads wav, flac, mp3 and ogg (whatever libsndfile opens) at any rate and channel count, and by
+`media` what FFmpeg does. A damaged file is an error, never a shorter transcript. libsndfile itself
+stays silent about files that were cut off or that hold more than it reads: `mp3`, `ogg`, `flac`
+and `chunks` see to those.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 import soundfile
-import soxr
 
 from dqw.errors import UserError
-from dqw.whisper import chunks, flac, mp3, ogg
+from dqw.whisper import chunks, flac, media, mp3, ogg
+from dqw.whisper.mono import SAMPLE_RATE, Mono, scaled
 
-SAMPLE_RATE = 16_000
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".au")
 # Below this peak (4 steps of 16 bits, -78 dBFS) a clip holds dither at most, and no speech.
 SILENCE_PEAK = 4 / 32768
@@ -49,14 +49,8 @@ def load_audio(
         if rate is None:
             raise UserError("an array of samples needs its sampling rate; pass rate=… in Hz")
         return _from_array(source, rate)
-    if isinstance(source, str | Path):
-        _check_file(Path(source))
-        with open(source, "rb") as file:
-            return _decode(file, str(source))
-    data, name = source.read_bytes(), str(source)
-    if not data:
-        raise UserError(_empty(name))
-    return _decode(io.BytesIO(data), name)
+    with _opened(source) as file:
+        return _decode(file, str(source))
 
 
 def load_stretch(source: str | Path | EncodedAudio, start: int, stop: int) -> np.ndarray:
@@ -66,39 +60,50 @@ def load_stretch(source: str | Path | EncodedAudio, start: int, stop: int) -> np
     resampled with them, as the filter reaches that far. Raises UserError as ``load_audio`` does,
     for damage within the stretch.
     """
-    if isinstance(source, str | Path):
-        _check_file(Path(source))
-        with open(source, "rb") as file:
-            return _stretch(file, str(source), start, stop)
-    return _stretch(io.BytesIO(source.read_bytes()), str(source), start, stop)
+    with _opened(source) as file:
+        return _stretch(file, str(source), start, stop)
 
 
 def audio_seconds(source: str | Path | EncodedAudio) -> float:
     """Length in seconds from the headers. Raises UserError as `load_audio` does, but does not
     decode: samples that are damaged, or a flac that was cut off, pass, and of flacs that were
     joined the first one's is told."""
-    if isinstance(source, str | Path):
-        _check_file(Path(source))
-        with open(source, "rb") as file:
-            return _stated_seconds(file, str(source))
-    return _stated_seconds(io.BytesIO(source.read_bytes()), str(source))
+    with _opened(source) as file:
+        return _stated_seconds(file, str(source))
 
 
 def _stated_seconds(file: BinaryIO, name: str) -> float:
-    streams = _streams(file, name)
-    try:
-        infos = [soundfile.info(stream.file) for stream in streams]
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise _corrupt(name, error) from None
-    seconds = sum(info.frames / info.samplerate for info in infos)
+    if _is_media(file, name):
+        seconds = media.seconds(file, name)
+    else:
+        try:
+            infos = [soundfile.info(stream.file) for stream in _streams(file, name)]
+        except (soundfile.LibsndfileError, RuntimeError) as error:
+            raise _corrupt(name, error) from None
+        seconds = sum(info.frames / info.samplerate for info in infos)
     if seconds == 0:
         raise UserError(_no_samples(name))
     return seconds
 
 
+def readable_suffixes() -> tuple[str, ...]:
+    """Names of audio files end so; lower case."""
+    return SUFFIXES + (media.SUFFIXES if media.installed() else ())
+
+
 def is_silent(audio: np.ndarray) -> bool:
     """True where no sample rises above the dither of a 16-bit file."""
     return audio.size == 0 or max(float(audio.max()), -float(audio.min())) < SILENCE_PEAK
+
+
+def _opened(source: str | Path | EncodedAudio) -> BinaryIO:
+    if isinstance(source, str | Path):
+        _check_file(Path(source))
+        return open(source, "rb")
+    data = source.read_bytes()
+    if not data:
+        raise UserError(_empty(str(source)))
+    return io.BytesIO(data)
 
 
 def _check_file(path: Path) -> None:
@@ -112,14 +117,25 @@ def _check_file(path: Path) -> None:
         raise UserError(_empty(str(path)))
 
 
-def _check_type(head: bytes, name: str) -> None:
+def _is_media(file: BinaryIO, name: str) -> bool:
+    """Whether FFmpeg has to read it. Raises UserError for what nobody reads here."""
+    head = file.read(12)
+    file.seek(0)
+    if media.recognizes(head):
+        if media.installed():
+            return True
+        raise UserError(
+            f"{name} is of a type that PyAV reads: pip install 'dqw[media]' "
+            "(or ffmpeg -i INPUT OUTPUT.wav)"
+        )
     mpeg = len(head) > 1 and head[0] == 0xFF and head[1] & 0xE0 == 0xE0
-    if not (head.startswith(_MAGIC) or mpeg):
-        known = Path(name).suffix.lower() in SUFFIXES
+    if not (mpeg or head.startswith(_MAGIC)):
+        known = Path(name).suffix.lower() in (*SUFFIXES, *media.SUFFIXES)
         fault = "does not hold audio" if known else "is of a type that can't be read"
         raise UserError(
             f"{name} {fault}; give wav, flac, mp3 or ogg (ffmpeg -i INPUT OUTPUT.wav makes one)"
         )
+    return False
 
 
 def _corrupt(name: str, error: Exception) -> UserError:
@@ -144,6 +160,8 @@ def _with_samples(audio: np.ndarray, name: str) -> np.ndarray:
 
 
 def _decode(file: BinaryIO, name: str) -> np.ndarray:
+    if _is_media(file, name):
+        return _with_samples(media.load(file, name), name)
     audio = [_decode_stream(stream, name) for stream in _streams(file, name, whole=True)]
     return _with_samples(audio[0] if len(audio) == 1 else np.concatenate(audio), name)
 
@@ -161,7 +179,6 @@ def _streams(file: BinaryIO, name: str, whole: bool = False) -> list[_Stream]:
     """The streams of a file that stand one after another; nearly always one. UserError where they
     are seen to be cut off without decoding. whole: flacs are read to their end for others."""
     head = file.read(12)
-    _check_type(head, name)
     file.seek(0)
     if head.startswith(b"OggS"):
         data = file.read()
@@ -195,6 +212,10 @@ def _flac_stream(file: BinaryIO, name: str) -> _Stream:
     return _Stream(io.BytesIO(whole or b""))
 
 
+def _ends_early(samples: int) -> str:
+    return f"it ends {samples / SAMPLE_RATE:.2f} s early"
+
+
 def _refuse_cut(name: str, fault: str) -> None:
     if fault:
         raise UserError(f"{name} is cut off: {fault}; copy or encode it again")
@@ -206,7 +227,7 @@ def _decode_stream(stream: _Stream, name: str) -> np.ndarray:
     try:
         with soundfile.SoundFile(stream.file) as sound:
             expected = sound.frames
-            mono = _Mono(sound.samplerate, name)
+            mono = Mono(sound.samplerate, name)
             while len(block := sound.read(30 * sound.samplerate, "float32", always_2d=True)):
                 mono.add(block)
     except (soundfile.LibsndfileError, RuntimeError) as error:
@@ -218,6 +239,11 @@ def _decode_stream(stream: _Stream, name: str) -> np.ndarray:
 
 
 def _stretch(file: BinaryIO, name: str, start: int, stop: int, whole: bool = False) -> np.ndarray:
+    if _is_media(file, name):
+        found = media.load(file, name, stop)[start:]
+        if len(found) < stop - start:
+            _refuse_cut(name, _ends_early(stop - start - len(found)))
+        return found
     streams = _streams(file, name, whole)
     if len(streams) > 1:  # one after another, perhaps at several rates
         parts = [_decode_stream(stream, name) for stream in streams]
@@ -232,7 +258,7 @@ def _stretch(file: BinaryIO, name: str, start: int, stop: int, whole: bool = Fal
             last = -(-stop // up) + around
             sound.seek(min(first * down, sound.frames))
             block = sound.read((last - first) * down, "float32", always_2d=True)
-            mono = _Mono(sound.samplerate, name, first * down)
+            mono = Mono(sound.samplerate, name, first * down)
             mono.add(block)
             found = mono.finish()[start - first * up : stop - first * up]
     except (soundfile.LibsndfileError, RuntimeError) as error:
@@ -242,7 +268,7 @@ def _stretch(file: BinaryIO, name: str, start: int, stop: int, whole: bool = Fal
         if not whole and len(_streams(file, name, whole=True)) > 1:
             file.seek(0)
             return _stretch(file, name, start, stop, whole=True)
-        _refuse_cut(name, f"it ends {(stop - start - len(found)) / SAMPLE_RATE:.2f} s early")
+        _refuse_cut(name, _ends_early(stop - start - len(found)))
     return found
 
 
@@ -257,40 +283,6 @@ def _from_array(samples: np.ndarray, rate: int) -> np.ndarray:
         raise UserError(
             f"the array has the shape {samples.shape}; give (samples, channels), so transpose it"
         )
-    if np.issubdtype(samples.dtype, np.integer):
-        half = 2.0 ** (8 * samples.dtype.itemsize - 1)
-        centre = half if np.issubdtype(samples.dtype, np.unsignedinteger) else 0
-        samples = (samples - centre) / half
-    mono = _Mono(rate, "the array")
-    mono.add(samples.reshape(len(samples), -1).astype(np.float32, copy=False))
+    mono = Mono(rate, "the array")
+    mono.add(scaled(samples.reshape(len(samples), -1)))
     return _with_samples(mono.finish(), "the array")
-
-
-class _Mono:
-    """Blocks of (frames, channels) float32 in, one mono array at 16 kHz out."""
-
-    def __init__(self, rate: int, name: str, start: int = 0) -> None:
-        """start: the frame of the file that comes first."""
-        self.rate, self.name, self.frames, self.start = rate, name, 0, start
-        self.parts: list[np.ndarray] = []
-        self.resampler = None
-        if rate != SAMPLE_RATE:
-            self.resampler = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32")
-
-    def add(self, block: np.ndarray) -> None:
-        mono = np.ascontiguousarray(block.mean(axis=1))
-        bad = ~np.isfinite(mono)
-        if bad.any():
-            first = (self.start + self.frames + int(bad.argmax())) / self.rate
-            raise UserError(
-                f"{self.name} holds NaN or infinite samples, the first at {first:.3f} s; "
-                "export it again"
-            )
-        self.frames += len(mono)
-        self.parts.append(self.resampler.resample_chunk(mono) if self.resampler else mono)
-
-    def finish(self) -> np.ndarray:
-        if self.resampler and self.frames:
-            rest = self.resampler.resample_chunk(np.zeros(0, dtype=np.float32), last=True)
-            self.parts.append(rest)
-        return np.concatenate(self.parts) if self.parts else np.zeros(0, dtype=np.float32)

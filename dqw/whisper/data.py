@@ -19,18 +19,18 @@ import numpy as np
 
 from dqw.errors import UserError
 from dqw.whisper.audio import (
-    SUFFIXES,
     EncodedAudio,
     audio_seconds,
     load_audio,
     load_stretch,
+    readable_suffixes,
 )
+from dqw.whisper.inputs import audio_files
 
 _TEXT_COLUMNS = (
     *("text", "sentence", "transcription", "transcript", "normalized_text"),
     *("raw_text", "raw_transcription", "reference"),
 )
-_OTHER_AUDIO = (".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".3gp")
 _LANGUAGE_COLUMNS = ("language", "locale")
 # Codes of FLEURS and Common Voice for what Whisper calls otherwise.
 _ALIASES = {"nb": "no", "cmn": "zh", "fil": "tl", "jv": "jw", "iw": "he"}
@@ -162,7 +162,7 @@ def _read(data: str | Path, say: Callable[[str], object]) -> list[Item]:
             )
         return _read_folder(path, say)
     if path.is_file():
-        if path.suffix.lower() in SUFFIXES:
+        if path.suffix.lower() in readable_suffixes():
             raise UserError(f"{path} is one audio file; give its folder or a manifest.jsonl")
         return _read_manifest(path)
     if path.suffix == ".jsonl" or path.is_absolute() or str(data).startswith((".", "~")):
@@ -234,17 +234,13 @@ def _checked_text(text: str | None, where: str, cure: str) -> str | None:
 
 def _read_folder(folder: Path, say: Callable[[str], object]) -> list[Item]:
     """Its audio; files that cannot be read are left out and said, unless all are so."""
-    found = sorted(f for f in folder.rglob("*") if not f.name.startswith(".") and f.is_file())
-    files = [f for f in found if f.suffix.lower() in SUFFIXES]
-    other = [f for f in found if f.suffix.lower() in _OTHER_AUDIO]
-    cure = "are of a type that can't be read (ffmpeg -i INPUT OUTPUT.wav makes one that can)"
+    files, other = audio_files(folder)
     if not files:
-        those = f"{len(other)} files such as {other[0].name} {cure}" if other else ""
         raise UserError(
-            f"{folder} holds no audio; " + (those or "put wav, flac, mp3 or ogg files there")
+            f"{folder} holds no audio; {other or 'put wav, flac, mp3 or ogg files there'}"
         )
     if other:
-        say(f"{len(other)} files such as {other[0].name} are left out: they {cure}")
+        say(f"{other}; they are left out")
     items, faults = [], list[UserError]()
     for file in files:
         beside = file.with_suffix(".txt")

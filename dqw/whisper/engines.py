@@ -76,6 +76,9 @@ class Engine(Protocol):
     def text(self, tokens: list[int]) -> str:
         """Words; special tokens left out."""
 
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a text, without any before and after it."""
+
 
 class PlainEngine:
     """A Whisper of transformers, float or packed, on any device."""
@@ -144,6 +147,10 @@ class PlainEngine:
         tokenizer: Any = self.processor.tokenizer
         return tokenizer.decode(tokens, skip_special_tokens=True)
 
+    def tokens(self, text: str) -> list[int]:
+        tokenizer: Any = self.processor.tokenizer
+        return tokenizer.encode(text, add_special_tokens=False)
+
 
 class NativeEngine:
     """A packed folder on the native encoder and decoder, or on a GPU's; see ``open_engine``."""
@@ -178,6 +185,9 @@ class NativeEngine:
 
     def text(self, tokens: list[int]) -> str:
         return self.pieces.text(tokens)
+
+    def tokens(self, text: str) -> list[int]:
+        return self.pieces.tokens(text)
 
 
 def _detected(decoder: FastDecoder | Graphs, states: Tensor, settings: Any) -> list[int]:

@@ -74,10 +74,11 @@ def load_tokenizer(folder: Path) -> WhisperTokenizer:
 class Pieces:
     """Tokens to text with the vocabulary of a tokenizer.json, and no more: the library that also
     encodes needs 40 MB for it, an eighth of what transcribing takes. Merges are not even parsed:
-    what they would leave behind takes 11 MB."""
+    what they would leave behind takes 11 MB. ``tokens`` alone asks the library."""
 
     def __init__(self, file: Path) -> None:
         """Raises UserError if the file holds no vocabulary, or only a part of it."""
+        self.file = file
         stored = file.read_bytes()
         try:
             ids: dict[str, int] = _value(stored, _VOCABULARY, _MERGES)
@@ -99,6 +100,12 @@ class Pieces:
         ends = self._ends
         letters = "".join(self._letters[ends[token] : ends[token + 1]] for token in tokens)
         return letters.translate(_BYTES).encode("latin-1").decode("utf-8", "replace")
+
+    def tokens(self, text: str) -> list[int]:
+        """Those of a text, without any before and after it."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_file(str(self.file)).encode(text, add_special_tokens=False).ids
 
 
 # Strings in JSON cannot look like a key and what it opens.

@@ -70,6 +70,7 @@ def transcribe(
     progress: Callable[[float], None] | None = None,
     audio_context: str = "auto",
     damaged: Callable[[int, UserError], None] | None = None,
+    prompt: str | None = None,
 ) -> list[Transcript]:
     """One transcript per audio, in order; of those that are not ``damaged``, as there.
 
@@ -79,14 +80,17 @@ def transcribe(
     English. `beam_size` 1 is greedy; there is no temperature fallback. `timestamps`: segments with
     times (the text may differ a little: Whisper decodes differently then). `progress` is called
     with the seconds of audio finished, after each clip. `audio_context`: "auto" (short clips are
-    not padded where the model learned that) or "full".
-    Raises UserError for bad audio, an unknown language, task or context, and numbers below 1.
+    not padded where the model learned that) or "full". `prompt`: words to expect, such as names, or
+    a text in the style wanted, at most half of the tokens that a sequence may have; each window
+    is decoded as if it had been said before.
+    Raises UserError for bad audio, an unknown language, task or context, a prompt that is too long,
+    and numbers below 1.
     """
     results: dict[int, Transcript] = {}
     engine = PlainEngine(model, processor)
     steps = iter_transcripts(
         engine, audios, language, task, beam_size, timestamps, batch_size,
-        audio_context=audio_context, damaged=damaged,
+        audio_context=audio_context, damaged=damaged, prompt=prompt,
     )  # fmt: skip
     done = 0.0
     for index, transcript in steps:
@@ -110,6 +114,7 @@ def iter_transcripts(
     damaged: Callable[[int, UserError], None] | None = None,
     seconds: Sequence[float | None] | None = None,
     ahead: int | None = None,
+    prompt: str | None = None,
 ) -> Iterator[tuple[int, Transcript]]:
     """(index, transcript) as they get ready, longest clips first; arguments as `transcribe`.
 
@@ -125,7 +130,8 @@ def iter_transcripts(
             raise UserError(f"the {name} is {value}; give 1 or more")
     if audio_context not in CHOICES:
         raise UserError(f"the audio context is '{audio_context}'; choose auto or full")
-    decoder = _Decoder(engine, task, beam_size, timestamps, heard or (lambda seconds: None))
+    silent = heard or (lambda seconds: None)
+    decoder = _Decoder(engine, task, beam_size, timestamps, silent, prompt)
     if audio_context == "full":
         decoder.context = None
     each = [language] * len(audios) if language is None or isinstance(language, str) else language
@@ -201,6 +207,7 @@ class _Decoder:
         beam_size: int,
         timestamps: bool,
         heard: Callable[[float], None] = lambda seconds: None,
+        prompt: str | None = None,
     ) -> None:
         self.engine, self.task, self.beams = engine, task, beam_size
         self.timestamps, self.heard = timestamps, heard
@@ -215,6 +222,21 @@ class _Decoder:
         self.languages: dict[int, str] = {}  # token id -> code
         if self.multilingual:
             self.languages = {i: token[2:-2] for token, i in self.settings.lang_to_id.items()}
+        self.before = self._before(prompt) if prompt and prompt.strip() else []
+
+    def _before(self, prompt: str) -> list[int]:
+        """The tokens of what counts as said before, by OpenAI's rules for `initial_prompt`."""
+        start = getattr(self.settings, "prev_sot_token_id", None)
+        if start is None:
+            raise UserError("this model was made without a place for a prompt; leave --prompt out")
+        tokens = self.engine.tokens(" " + prompt.strip())
+        last = self.first_timestamp + round(self.window / TICK)
+        if any(self.end <= token <= last for token in tokens):
+            raise UserError("the prompt holds one of Whisper's own tokens, <|…|>; leave it out")
+        most = self.engine.positions // 2 - 1
+        if len(tokens) > most:
+            raise UserError(f"the prompt has {len(tokens)} tokens; {most} is the most, shorten it")
+        return [start, *tokens]
 
     def code(self, language: str | None) -> str | None:
         """Whisper's code for a language; UserError if the model does not know it."""
@@ -325,7 +347,9 @@ class _Decoder:
         if decoder is not None:
             rows = decoder.greedy(states, prompt, rules)
         else:
-            options = {"task": self.task} if self.multilingual else {}
+            options: dict[str, Any] = {"task": self.task} if self.multilingual else {}
+            if self.before:
+                options["prompt_ids"] = torch.tensor(self.before)
             rows = self.engine.generate(
                 states,
                 languages,
@@ -343,7 +367,7 @@ class _Decoder:
         config = self.settings
         rows = []
         for code in languages:
-            row = [config.decoder_start_token_id]
+            row = [*self.before, config.decoder_start_token_id]
             if self.multilingual:
                 row += [config.lang_to_id[f"<|{code}|>"], config.task_to_id[self.task]]
             rows.append(row if timestamps else [*row, config.no_timestamps_token_id])
