@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dqw import grids, ops
 from dqw.fake_quant import FakeQuantize, least_squares_scale
@@ -50,6 +51,7 @@ class _Taught(torch.autograd.Function):
         return rounded.view_as(rounded)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         matrix, scale, magnitudes, bucket = ctx.saved_tensors
         level = ops.quantize(matrix.detach(), scale, bucket, ctx.group_size)
@@ -79,7 +81,7 @@ class CodebookQuantize(FakeQuantize):
         return self.bucket
 
     @property
-    def bucket(self) -> Tensor:  # type: ignore[override]
+    def bucket(self) -> Tensor:
         """The rounding table of the levels as they are now."""
         return grids.rounding_table(self.magnitudes())
 

@@ -6,8 +6,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dqw.errors import UserError
 from dqw.linear import QuantModule
 from dqw.recipe import QuantSpec
+
+
+def unsupported_conv(conv: nn.Conv1d) -> str:
+    """What ``conv`` has that ``QuantConv1d`` has not; "": nothing."""
+    found = {
+        f"{conv.groups} groups": conv.groups != 1,
+        f"dilation {conv.dilation}": conv.dilation != (1,),
+        f"padding {conv.padding!r}": isinstance(conv.padding, str),
+        f"{conv.padding_mode} padding": conv.padding_mode != "zeros",
+    }
+    return ", ".join(fault for fault, here in found.items() if here)
 
 
 class QuantConv1d(QuantModule):
@@ -38,16 +50,17 @@ class QuantConv1d(QuantModule):
     def from_conv(
         cls, conv: nn.Conv1d, spec: QuantSpec | None = None, rest_spec: QuantSpec | None = None
     ) -> "QuantConv1d":
-        """A learning layer that takes over ``conv``'s parameters (shared, not copied)."""
-        if conv.groups != 1 or conv.dilation != (1,) or isinstance(conv.padding, str):
-            raise ValueError("only plain convolutions (one group, no dilation) can be quantized")
+        """A learning layer that takes over ``conv``'s parameters (shared, not copied). Raises
+        UserError for what ``unsupported_conv`` names."""
+        if fault := unsupported_conv(conv):
+            raise UserError(f"a convolution with {fault} cannot be quantized: leave it out.")
         self = cls.__new__(cls)
         kernel = conv.kernel_size[0]
         QuantModule.__init__(
             self, conv.out_channels, conv.in_channels * kernel, spec or QuantSpec()
         )
         self.kernel_size, self.stride = (kernel,), (conv.stride[0],)
-        self.padding = (conv.padding[0],)
+        self.padding = (int(conv.padding[0]),)
         self.bias = conv.bias
         self._learn(conv.weight, rest_spec)
         return self
@@ -57,7 +70,8 @@ class QuantConv1d(QuantModule):
         kernel = self.kernel_size[0]
         with torch.device("meta"):
             conv = nn.Conv1d(self.cols // kernel, self.rows, kernel, self.stride, self.padding)
-        conv.weight = nn.Parameter(self.dequantized_weight().view(self.rows, -1, kernel))
+        weight = self.dequantized_weight().view(self.rows, -1, kernel)
+        conv.weight = nn.Parameter(weight.to(self.float_dtype))
         conv.bias = copy.deepcopy(self.bias)
         return conv
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dqw.conv import QuantConv1d
-from dqw.embedding import QuantEmbedding, TiedProjection
+from dqw.conv import QuantConv1d, unsupported_conv
+from dqw.embedding import QuantEmbedding, TiedProjection, unsupported_embedding
 from dqw.errors import UserError
 from dqw.linear import QuantLinear, QuantModule
 from dqw.recipe import ACTIVATIONS, QuantSpec, Recipe
@@ -38,24 +38,58 @@ def quantize(
     """Swap the layers of ``recipe``'s plan for modules that fake-quantize and learn, in place.
 
     Clips start at the least squared error, so the model as it comes back is post-training
-    quantization. ``progress`` is called with each layer's name. Raises UserError if the model is
-    quantized already or the recipe's patterns match nothing.
+    quantization. ``progress`` is called with each layer's name. Raises UserError, with nothing
+    swapped, if the model is quantized already, the recipe's patterns match nothing, there is
+    nothing to quantize, or a layer does more than its quantized twin could.
     """
     recipe = recipe or Recipe()
     if quant_modules(model):
         raise UserError("the model is quantized already: start from a float checkpoint.")
     rest, plan = recipe.rest_spec(), recipe.plan(model)
-    _check_tied(model, plan)
+    _check_layers(model, plan)
+    places = _Places(model)
     for name, spec in plan.items():
         if progress is not None:
             progress(name)
         module = model.get_submodule(name)
         layer_rest = rest if isinstance(module, nn.Linear) else None
-        model.set_submodule(name, _learning(module, spec, layer_rest))
+        places.put(name, _learning(module, spec, layer_rest))
     _tie_projection(model)
     round_together(model)
-    keep_from_broadcasts(model)
     return model
+
+
+class _Places:
+    """Every name of every module: one may stand in several places."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names: dict[int, list[str]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.names.setdefault(id(module), []).append(name)
+
+    def put(self, name: str, module: nn.Module) -> None:
+        """Put ``module`` wherever what is called ``name`` stands."""
+        for place in self.names[id(self.model.get_submodule(name))]:
+            self.model.set_submodule(place, module)
+
+
+def _check_layers(model: nn.Module, plan: Mapping[str, QuantSpec]) -> None:
+    if not plan:
+        raise UserError(
+            "the model has nothing to quantize: no nn.Linear, nn.Conv1d or embed_tokens that the "
+            "recipe takes."
+        )
+    for name in plan:
+        module = model.get_submodule(name)
+        fault = ""
+        if isinstance(module, nn.Conv1d):
+            fault = unsupported_conv(module)
+        elif isinstance(module, nn.Embedding):
+            fault = unsupported_embedding(module)
+        if fault:
+            raise UserError(f"{name} has {fault}, which its quantized twin has not: skip it.")
+    _check_tied(model, plan)
 
 
 def _check_tied(model: nn.Module, plan: Mapping[str, QuantSpec]) -> None:
@@ -78,17 +112,6 @@ def packed_copy(model: nn.Module, recipe: Recipe) -> nn.Module:
     copied first, what is not has a copy, as ``freeze`` rounds it."""
     weights: list[Any] = [model.get_submodule(name).weight for name in recipe.plan(model)]
     return freeze(quantize(copy.deepcopy(model, {id(w): w for w in weights}), recipe))
-
-
-def keep_from_broadcasts(model: nn.Module) -> None:
-    """Let DistributedDataParallel pass over the tables of ``model``: they are constant, and int16,
-    which no collective can broadcast."""
-    model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
-        name
-        # Layers share a table until ``to`` gives each its own.
-        for name, buffer in model.named_buffers(remove_duplicate=False)
-        if not buffer.is_floating_point()
-    ]
 
 
 def _learning(module: nn.Module, spec: QuantSpec, rest: QuantSpec | None) -> QuantModule:
@@ -129,7 +152,7 @@ def swap_empty(
     For loading: the folder's tensors are put into them afterwards, and those that ``coded`` gives
     the bytes of are for ``decode``. Raises UserError for a layer the model does not have.
     """
-    coded = coded or {}
+    coded, places = coded or {}, _Places(model)
     for name, spec in plan.items():
         try:
             module = model.get_submodule(name)
@@ -145,8 +168,8 @@ def swap_empty(
             ) from error
         empty = _empty(module, spec)
         empty.dtype = next(module.parameters()).dtype
-        empty.await_coded({p: coded.get(f"{name}.{p}") for p in ("weight", "scale")})
-        model.set_submodule(name, empty)
+        empty.await_stored({p: coded.get(f"{name}.{p}") for p in ("weight", "scale")})
+        places.put(name, empty)
     _tie_projection(model)
 
 
@@ -186,25 +209,30 @@ def freeze(model: nn.Module) -> nn.Module:
     """Turn every learning module into packed codes, in place, ready for ``save_pretrained``.
 
     Modules that guidance left out go to their rest bits, or back to plain float layers. What stays
-    float is rounded to float16 here, as it will be stored, so that the model in memory and the
-    folder give the same results. Raises UserError if there is nothing to freeze.
+    float in a model of transformers is rounded to float16 here, as it will be stored, so that the
+    model in memory and the folder give the same results. Raises UserError if there is nothing to
+    freeze.
     """
     modules = quant_modules(model)
     if not modules:
         raise UserError(
             "the model has no quantized layers: call dqw.quantize(model, recipe) first."
         )
+    places = _Places(model)
     for name, module in modules.items():
         if module.stays_float:
-            model.set_submodule(name, _plain(module))
+            places.put(name, _plain(module))
         else:
             module.freeze()
     forget_together(model)
-    round_float_rest(model)
     if hasattr(model, "config"):
+        from transformers import PreTrainedModel
+
         from dqw.hf import attach
 
-        attach(model)
+        if isinstance(model, PreTrainedModel):
+            round_float_rest(model)
+            attach(model)
     return model.eval()
 
 
@@ -247,9 +275,9 @@ def dequantize(model: nn.Module) -> nn.Module:
 
     ``save_pretrained`` then writes an ordinary Whisper folder.
     """
-    embedding = _input_embedding(model)
+    embedding, places = _input_embedding(model), _Places(model)
     for name, module in quant_modules(model).items():
-        model.set_submodule(name, _plain(module))
+        places.put(name, _plain(module))
     forget_together(model)
     if isinstance(embedding, QuantEmbedding):
         projection = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False)

@@ -9,8 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dqw import ops
+from dqw.errors import UserError
 from dqw.linear import QuantModule, packed_linear
 from dqw.recipe import QuantSpec
+
+
+def unsupported_embedding(embedding: nn.Embedding) -> str:
+    """What ``embedding`` has that ``QuantEmbedding`` has not; "": nothing."""
+    options = ("max_norm", "scale_grad_by_freq", "sparse")
+    return ", ".join(name for name in options if getattr(embedding, name))
 
 
 class QuantEmbedding(QuantModule):
@@ -37,7 +44,10 @@ class QuantEmbedding(QuantModule):
         spec: QuantSpec | None = None,
         rest_spec: QuantSpec | None = None,
     ) -> "QuantEmbedding":
-        """A learning table that takes over ``embedding``'s weight (shared, not copied)."""
+        """A learning table that takes over ``embedding``'s weight (shared, not copied). Raises
+        UserError for what ``unsupported_embedding`` names."""
+        if fault := unsupported_embedding(embedding):
+            raise UserError(f"an embedding with {fault} cannot be quantized: leave it out.")
         self = cls.__new__(cls)
         rows, cols = embedding.num_embeddings, embedding.embedding_dim
         QuantModule.__init__(self, rows, cols, spec or QuantSpec())
@@ -48,7 +58,7 @@ class QuantEmbedding(QuantModule):
 
     def to_embedding(self) -> nn.Embedding:
         """A plain float Embedding with the quantized weight."""
-        weight = self.dequantized_weight()
+        weight = self.dequantized_weight().to(self.float_dtype)
         return nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=self.padding_idx)
 
     def forward(self, ids: Tensor) -> Tensor:

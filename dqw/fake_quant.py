@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dqw import grids, ops, reference
 from dqw.packing import LARGEST_SCALE, SMALLEST_SCALE
@@ -35,6 +36,7 @@ class Rounded(torch.autograd.Function):
         return ops.fake_quant_clip(matrix, clip, bucket, window, group_size, dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dclip = ops.fake_quant_clip_backward(
             grad, *ctx.saved_tensors, ctx.group_size, ctx.gradient_scale
@@ -56,7 +58,7 @@ class RoundedTogether(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         # Tables and windows are constant, and no tensors of the graph: unpacking costs the host.
         ctx.rest = (
-            [q._buffers["bucket"] for q in quantizers],
+            [q.bucket for q in quantizers],
             [q._buffers["window"] for q in quantizers],
             [q.group_size for q in quantizers],
         )
@@ -69,6 +71,7 @@ class RoundedTogether(torch.autograd.Function):
         return tuple(rounded)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, count = ctx.saved_tensors, len(grads)
         used = [i for i, grad in enumerate(grads) if grad is not None]  # the others took no part
@@ -108,7 +111,7 @@ class FakeQuantize(nn.Module):
     the largest scale that the weight's groups may have, 16 octaves around those it began with.
     """
 
-    bucket: Tensor
+    table: Tensor
     window: Tensor
     deviation: Tensor | None
 
@@ -133,8 +136,14 @@ class FakeQuantize(nn.Module):
     def _take_table(self, matrix: Tensor) -> Tensor:
         """Keep the rounding table for ``matrix``, and return it."""
         bucket = grids.bucket(self.spec.grid, self.spec.bits).to(matrix.device)
-        self.register_buffer("bucket", bucket, persistent=False)
+        # As bytes: DistributedDataParallel sends buffers around, and no collective takes int16.
+        self.register_buffer("table", bucket.view(torch.uint8), persistent=False)
         return bucket
+
+    @property
+    def bucket(self) -> Tensor:
+        """The rounding table, int16."""
+        return self.table.view(torch.int16)
 
     def packed_spec(self) -> QuantSpec:
         """What a packed layer of the weights as they are now is."""

@@ -7,6 +7,7 @@ rounds it on the way through. After ``freeze`` the same module holds packed code
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,11 @@ class QuantModule(nn.Module):
         return -(-self.cols // self.group_size) if self.group_size else 1
 
     @property
+    def float_dtype(self) -> torch.dtype:
+        """Of a plain layer in this one's place."""
+        return self.dtype if self.frozen else self.weight.dtype
+
+    @property
     def stays_float(self) -> bool:
         """Left out by guidance, with nothing to fall back on: freezing leaves it float."""
         return not self.frozen and not self.chosen and self.rest_quantizer is None
@@ -67,25 +73,26 @@ class QuantModule(nn.Module):
             self.rest_quantizer = fake_quantizer(rest_spec, weight)
 
     def _allocate(self, device: torch.device | str | None = None) -> None:
-        """Empty packed buffers, to be filled from a folder; then ``dqw.convert.decode`` and
-        ``unpack_scales``."""
+        """Empty packed buffers, as ``freeze`` makes them."""
         self.frozen = True
         size = packed_bytes(self.rows, self.cols, self.spec.bits)
         make = {"device": device}
         self.register_buffer("weight", torch.empty(size, dtype=torch.uint8, **make))  # type: ignore[arg-type]
         rows = 1 if self.spec.per_tensor else self.rows
-        scale = torch.empty(rows, 1, dtype=torch.float32, **make)  # type: ignore[arg-type]
-        if self.group_size:
-            size = packed_scale_bytes(self.rows, self.groups)
-            scale = torch.empty(size, dtype=torch.uint8, **make)  # type: ignore[arg-type]
+        dtype = torch.float16 if self.group_size else torch.float32
+        scale = torch.empty(rows, self.groups, dtype=dtype, **make)  # type: ignore[arg-type]
         self.register_buffer("scale", scale)
         self.register_buffer(
             "levels",
             torch.empty(2**self.spec.bits, dtype=torch.int16, **make),  # type: ignore[arg-type]
         )
 
-    def await_coded(self, sizes: Mapping[str, int | None]) -> None:
-        """Have the folder's streams of so many bytes come into ``weight`` and ``scale``."""
+    def await_stored(self, sizes: Mapping[str, int | None]) -> None:
+        """Have a folder's tensors come into ``weight`` and ``scale``: streams of so many bytes, or
+        what they stand for (None). Then ``dqw.convert.decode`` and ``unpack_scales``."""
+        if self.group_size:
+            stored = packed_scale_bytes(self.rows, self.groups)
+            self.scale = self.scale.new_empty(stored, dtype=torch.uint8)
         for part, size in sizes.items():
             if size is not None:
                 setattr(self, part, getattr(self, part).new_empty(size, dtype=torch.uint8))
@@ -140,7 +147,8 @@ class QuantModule(nn.Module):
             return
         quantizer = self._active_quantizer()
         assert quantizer is not None
-        self.spec, self.dtype = quantizer.packed_spec(), self.weight.dtype
+        self.spec = replace(quantizer.packed_spec(), activations=self.spec.activations)
+        self.dtype = self.weight.dtype
         scale = quantizer.scale()
         matrix = self.weight.detach().flatten(1)
         level = ops.quantize(matrix, scale, quantizer.bucket, self.group_size)
@@ -232,7 +240,7 @@ class QuantLinear(QuantModule):
         """A plain float Linear with the quantized weight: the same function, unpacked."""
         with torch.device("meta"):
             linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
-        linear.weight = nn.Parameter(self.dequantized_weight())
+        linear.weight = nn.Parameter(self.dequantized_weight().to(self.float_dtype))
         linear.bias = copy.deepcopy(self.bias)  # type: ignore[assignment]
         return linear
 

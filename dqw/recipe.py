@@ -219,15 +219,18 @@ class Recipe:
         """Layer name → spec for every Linear, Conv1d and token embedding of ``model``.
 
         The output projection tied to the embedding is not listed: it reads the embedding's tensor.
-        Position embeddings stay float. Raises UserError if an override or a skip matches no layer.
+        Nor are subclasses, which may do more, and what torch's own attention and transformer
+        layers hold: they read its weights themselves. Position embeddings stay float. Raises
+        UserError if an override or a skip matches no layer.
         """
         q = self.quant
         base = q.linear_spec()
         plan: dict[str, QuantSpec] = {}
         names: list[str] = []
+        left = _left_out(model)
         for name, module in model.named_modules():
             spec = self._spec_of(name, module, base)
-            if spec is None:
+            if spec is None or id(module) in left:
                 continue
             names.append(name)
             skip = any(fnmatchcase(name, glob) for glob in q.skip)
@@ -235,7 +238,7 @@ class Recipe:
                 if fnmatchcase(name, rule.match):
                     skip = skip or rule.skip
                     spec = _overridden(spec, rule)
-            if not skip and spec.bits:
+            if not skip:
                 plan[name] = spec
         for glob in [*q.skip, *(rule.match for rule in q.override)]:
             if not any(fnmatchcase(name, glob) for name in names):
@@ -256,14 +259,34 @@ class Recipe:
         return QuantSpec(bits=self.quant.rest_bits, grid="uniform", group_size=None)
 
     def _spec_of(self, name: str, module: nn.Module, base: QuantSpec) -> QuantSpec | None:
-        if isinstance(module, nn.Linear):
-            return None if name.endswith("proj_out") else base
-        if isinstance(module, nn.Conv1d) and self.quant.conv_bits:
+        if type(module) is nn.Linear:
+            return base
+        if type(module) is nn.Conv1d and self.quant.conv_bits:
             return QuantSpec(bits=self.quant.conv_bits, grid="uniform", group_size=None)
-        if name.endswith("embed_tokens") and self.quant.embedding_bits:
+        table = type(module) is nn.Embedding and name.endswith("embed_tokens")
+        if table and self.quant.embedding_bits:
             bits = self.quant.embedding_bits
             return replace(base, bits=bits, grid=at_bits(self.quant.grid, bits))
         return None
+
+
+_READ_BY_OWNER = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def _left_out(model: nn.Module) -> set[int]:
+    """Of Linear layers that are not to be swapped: ids."""
+    left = set()
+    for owner in model.modules():
+        if isinstance(owner, _READ_BY_OWNER):
+            left |= {id(module) for module in owner.modules()}
+    embedding, projection = (
+        get() if (get := getattr(model, f"get_{side}_embeddings", None)) else None
+        for side in ("input", "output")
+    )
+    tied = getattr(projection, "weight", None)
+    if tied is not None and tied is getattr(embedding, "weight", None):
+        left.add(id(projection))
+    return left
 
 
 def stepped(spec: QuantSpec, step: float, bits: int) -> QuantSpec:

@@ -4,9 +4,10 @@
 of the layer's ``QuantLinear`` modules together and leaves each its own, and one that takes them
 back at the end. So a step pays for the operator, its place in the graph and its way back once a
 layer, not once a matrix. Values and gradients are those of the modules on their own, which is what
-runs where the hooks do not: under torch.compile, with gradient checkpointing, in a module that is
-called by itself, for weights that are sharded or on learned grids, and where the layer computes in
-another dtype than it was given.
+runs where the hooks do not: under torch.compile, with gradient checkpointing, in layers that are
+not transformers' own (which may compute a part of themselves again, without the hooks), in a module
+that is called by itself, for weights that are sharded or on learned grids, and where the layer
+computes in another dtype than it was given.
 """
 
 import re
@@ -45,7 +46,7 @@ class Together:
             if _STAY in layer.__dict__:
                 return
             _let_go(layer)  # an interrupt, which hooks do not hear of, left them
-        if layer.training and getattr(layer, "gradient_checkpointing", False):
+        if layer.training and layer.gradient_checkpointing:
             return  # transformers' layers are computed again without their hooks
         x = args[0] if args else None
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -60,7 +61,7 @@ class Together:
             weight = module._parameters.get("weight")
             quantizer = module._modules.get("quantizer" if module.chosen else "rest_quantizer")
             # A weight that is whole, and no replica's, on a table that stays.
-            fixed = quantizer is not None and "bucket" in quantizer._buffers
+            fixed = quantizer is not None and "table" in quantizer._buffers
             if fixed and type(weight) is nn.Parameter:
                 modules.append(module)
                 weights.append(weight)
@@ -104,6 +105,8 @@ def round_together(model: nn.Module) -> None:
     for name, paths in layers.items():
         together = Together(paths)
         layer = model.get_submodule(name)
+        if not hasattr(layer, "gradient_checkpointing"):
+            continue
         layer.register_forward_pre_hook(together.before)
         layer.register_forward_hook(together.after, always_call=True)
 

@@ -190,17 +190,6 @@ def test_an_embedding_that_is_not_the_projection_is_refused() -> None:
     dqw.quantize(model, Recipe(quant=QuantConfig(embedding_bits=0)))
 
 
-def test_tables_are_kept_from_broadcasts() -> None:
-    """DistributedDataParallel sends all other buffers to its processes, and int16 cannot be."""
-    model = dqw.quantize(make_tiny_whisper(max_source_positions=50)).to(
-        torch.device("cpu", 0)
-    )  # tables are copied
-    ignored = set(model._ddp_params_and_buffers_to_ignore)
-    sent = {name: buffer for name, buffer in model.named_buffers() if name not in ignored}
-    assert any(name.endswith("bucket") for name in ignored)
-    assert all(buffer.is_floating_point() for buffer in sent.values())
-
-
 def test_loading_as_bfloat16_keeps_scales(tmp_path: Path) -> None:
     model = dqw.freeze(
         dqw.quantize(

@@ -7,7 +7,6 @@ import torch
 
 from dqw.distill.matching import (
     dynamic,
-    is_monotone,
     match,
     needs_costs,
     optimal,
@@ -24,6 +23,10 @@ def random_costs(shape, seed, ties=False):
     generator = torch.Generator().manual_seed(seed)
     cost = torch.rand(shape, generator=generator)
     return (cost * 4).floor() if ties else cost
+
+
+def is_monotone(matching):
+    return all(a <= b for a, b in itertools.pairwise(matching))
 
 
 def total(cost, matching):

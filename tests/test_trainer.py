@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from speech_helpers import Noise, clips, one_thread, tiny_model, tiny_processor  # noqa: F401
+from test_losses import cross_entropy, logits_kl
 from torch import nn
 
 import dqw
@@ -18,7 +19,7 @@ from dqw.distill import run as run_module
 from dqw.distill.arguments import training_arguments
 from dqw.distill.config import AugmentConfig, SpecAugmentConfig
 from dqw.distill.data import Collator, EpochSampler, SpeechDataset
-from dqw.distill.losses import IGNORE, cross_entropy, hidden_loss, logits_kl
+from dqw.distill.losses import IGNORE, hidden_loss
 from dqw.distill.model import Batch, DistillModel, teacher_pass
 from dqw.distill.pair import is_multilingual
 from dqw.distill.prepare import prepare

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 IGNORE = -100
 # Rows of logits worked on at a time: 64 × 51,865 × 4 bytes are 13 MB, which stays in the cache of
@@ -21,39 +22,6 @@ CHUNK_ROWS = 64
 # A feature that hardly varies is measured against this share of the mean variance at least.
 FLOOR = 1e-3
 _TINY = torch.finfo(torch.float32).tiny
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean of −log softmax(logits)[label] over the labels that are not −100.
-
-    Args:
-        logits: (..., vocabulary).
-        labels: (...) int64; −100 marks padding.
-    """
-    return F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]).float(), labels.reshape(-1), ignore_index=IGNORE
-    )
-
-
-def logits_kl(
-    student: Tensor, teacher: Tensor, labels: Tensor | None = None, temperature: float = 1.0
-) -> Tensor:
-    """T² · KL(softmax(z_T/T) ‖ softmax(z_S/T)), mean over the positions that are not padded.
-
-    Args:
-        student, teacher: logits (..., vocabulary) of the same shape.
-        labels: (...) int64; positions with −100 do not count. None: all count.
-        temperature: T. The factor T² keeps the gradient's size as T grows (Hinton et al. 2015).
-    """
-    student = student.reshape(-1, student.shape[-1])
-    teacher = teacher.reshape(-1, teacher.shape[-1])
-    if labels is not None:
-        keep = (labels.reshape(-1) != IGNORE).nonzero().squeeze(1)
-        student, teacher = student.index_select(0, keep), teacher.index_select(0, keep)
-    log_student = F.log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = F.log_softmax(teacher.float() / temperature, dim=-1)
-    total = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
-    return temperature**2 * total / max(student.shape[0], 1)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -101,6 +69,7 @@ class _TokenLosses(torch.autograd.Function):
         return ce_weight * ce_sum + kl_weight * kl_sum, ce_sum, kl_sum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
         return grad * grads[0].to(grad.dtype), None, None, None, None, None
@@ -169,19 +138,12 @@ def pairwise_costs(
     teachers: Sequence[Tensor],
     kind: str,
     temperature: float = 1.0,
-    max_rows: int | None = None,
 ) -> Tensor:
     """`hidden_loss` of every pair: (L_S, L_T) float32, without gradients.
 
     Args:
         students, teachers: per layer (rows, features), all of the same shape.
-        max_rows: use about this many evenly spaced rows; neighbouring frames say much the same,
-            and a matching needs an order of costs, not their last digit.
     """
-    if max_rows is not None and students and students[0].shape[0] > max_rows:
-        stride = -(-students[0].shape[0] // max_rows)
-        students = [state[::stride] for state in students]
-        teachers = [state[::stride] for state in teachers]
     rows = [
         torch.stack([hidden_loss(state, target, kind, temperature) for target in teachers])
         for state in students

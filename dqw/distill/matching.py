@@ -14,7 +14,6 @@ Ties go to the lowest teacher index, in every strategy.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -116,11 +115,6 @@ def match(strategy: str, cost: Tensor) -> Matching:
         return FROM_COSTS[strategy](cost)
     known = ", ".join([*STATIC, *FROM_COSTS, "none"])
     raise UserError(f"matching = {strategy!r} is not known: choose one of {known}.")
-
-
-def is_monotone(matching: Matching) -> bool:
-    """Whether no student layer learns from a lower teacher layer than the one before it."""
-    return all(a <= b for a, b in pairwise(matching))
 
 
 def _rows(cost: Tensor) -> list[list[float]]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from dqw.attention import native_attention
-from dqw.convert import keep_from_broadcasts
 from dqw.distill.config import DistillConfig
 from dqw.distill.layers import STACKS, LayerTap, stack_layers
 from dqw.distill.losses import IGNORE, ProjectionBank, hidden_loss, pairwise_costs, token_losses
@@ -189,8 +188,6 @@ class DistillModel(nn.Module):
                 self.projections[stack] = ProjectionBank(
                     wide, narrow, self.teacher_depth[stack], config.projection
                 )
-
-        keep_from_broadcasts(self)
 
     @property
     def config(self) -> Any:

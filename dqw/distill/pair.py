@@ -70,6 +70,23 @@ def check_models(student: Any, teacher: Any, teacher_processor: Any) -> None:
             )
 
 
+def check_hearing(student: Any, teacher: Any, config: DistillConfig) -> None:
+    """Raise UserError where one of the two cannot hear as ``config`` says."""
+    if config.audio_context == "dynamic" and not any(
+        weight.requires_grad for weight in student.get_encoder().parameters()
+    ):
+        raise UserError(
+            "distill.audio_context = 'dynamic' needs an encoder that learns to hear less, and none "
+            "of its weights has requires_grad."
+        )
+    if config.teacher_masked and student.config.num_mel_bins != teacher.config.num_mel_bins:
+        raise UserError(
+            f"distill.teacher_masked = true lets the teacher hear the student's features, which "
+            f"have {student.config.num_mel_bins} mel bins, and it reads "
+            f"{teacher.config.num_mel_bins}: set it to false."
+        )
+
+
 def settle(student: Any, teacher: Any, config: DistillConfig, train: TrainConfig) -> None:
     """Dtypes, what is frozen, and what the student's config says of its audio context."""
     # A fake-quantized student learns in float32; autocast lowers what may be lowered.

@@ -94,7 +94,7 @@ def prepare(
         except UserError as error:
             made.unread(item, error)
             continue
-        if not encoder.multilingual and (item.language or language) not in (None, "en"):
+        if not encoder.multilingual and not _is_english(item.language or language):
             made.skip("not English, as the student is", item)
             continue
         if not wants_teacher:
@@ -132,6 +132,14 @@ def prepare(
             f"up to {window:g} s with a text, or allow teacher labels.{fault}"
         )
     return made
+
+
+def _is_english(language: str | None) -> bool:
+    """Unless it says otherwise, or what Whisper does not know."""
+    try:
+        return language_code(language, "") in (None, "en")
+    except UserError:
+        return False
 
 
 def _cut(

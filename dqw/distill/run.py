@@ -31,7 +31,7 @@ from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig, check
 from dqw.distill.data import Collator, EpochSampler, LabelEncoder, SpeechDataset, SpeechItem
 from dqw.distill.guidance import Choice
 from dqw.distill.model import DistillModel
-from dqw.distill.pair import Pair, check_models, is_multilingual, settle
+from dqw.distill.pair import Pair, check_hearing, check_models, is_multilingual, settle
 from dqw.distill.prepare import Prepared, prepare
 from dqw.distill.progress import Display, StepReport, display
 from dqw.distill.resume import found_checkpoint, resumed_step
@@ -109,6 +109,7 @@ def distill(
     train, folder = train or TrainConfig(), Path(output_dir)
     check_settings(config, train)
     check_models(student, teacher, teacher_processor)
+    check_hearing(student, teacher, config)
     if any(module.frozen for module in quant_modules(student).values()):
         raise UserError(
             "the student is packed, and packed weights do not learn: load a float checkpoint and "

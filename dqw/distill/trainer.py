@@ -97,11 +97,10 @@ class DistillTrainer(Seq2SeqTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over four groups: matrices, the rest of the weights, clips, projections."""
         if self.optimizer is None:
-            fused = all(p.is_floating_point() for p in self.pupil.parameters())
             self.optimizer = torch.optim.AdamW(
                 parameter_groups(self.pupil, self.plan),
                 betas=(self.plan.betas[0], self.plan.betas[1]),
-                fused=fused,
+                fused=True,
             )
         return self.optimizer
 
@@ -319,11 +318,8 @@ class DistillTrainer(Seq2SeqTrainer):
 def settings_of(*configs: Any) -> dict[str, Any]:
     """The settings that a resumed run must share with the one it continues."""
     free = {
-        "save_steps",
-        "keep_checkpoints",
-        "log_steps",
-        "tensorboard",
-        "workers",
+        *("save_steps", "keep_checkpoints", "log_steps", "tensorboard", "workers"),
+        *("cache_features", "label_batch_size"),
     }
     values = {}
     for config in configs:
