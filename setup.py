@@ -182,9 +182,6 @@ def compile_cuda(target: Path, demanded: bool, force: bool) -> str:
         if demanded:
             raise OSError("nvcc is not found: install the CUDA toolkit, or set NVCC to its nvcc")
         return "nvcc is not found"
-    newest = max(os.path.getmtime(ROOT / file) for file in [*CUDA_FILES, "setup.py"])
-    if not force and target.exists() and target.stat().st_mtime > newest:
-        return ""
     archs = os.environ.get("DQW_CUDA_ARCHS", "").replace(",", ";").split(";")
     if archs == [""]:
         known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
@@ -199,8 +196,20 @@ def compile_cuda(target: Path, demanded: bool, force: bool) -> str:
     command += [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
     command += ["-ltorch", "-ltorch_cpu"] + ["-ltorch_cuda"] * (torch.version.cuda is not None)
     sources = [str(ROOT / file) for file in CUDA_FILES if file.endswith(".cu")]
+    newest = max(os.path.getmtime(ROOT / file) for file in [*CUDA_FILES, "setup.py"])
+    made_by, asked = ROOT / "build" / "made_by_cuda", shlex.join(command)
+    same = made_by.is_file() and made_by.read_text() == asked
+    if same and not force and target.exists() and target.stat().st_mtime > newest:
+        return ""
     target.parent.mkdir(parents=True, exist_ok=True)
-    run([*command, *sources, "-o", str(target)], "csrc/cuda")
+    made_by.parent.mkdir(exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        run([*command, *sources, "-o", str(partial)], "csrc/cuda")
+        os.replace(partial, target)  # a link cut short would count as a library
+    finally:
+        partial.unlink(missing_ok=True)
+    made_by.write_text(asked)
     return ""
 
 

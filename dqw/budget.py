@@ -136,7 +136,11 @@ def fit_budget(
     """
     start = time.monotonic()
     plan = recipe.plan(model)
-    free = {name: spec for name, spec in plan.items() if not recipe.sets_bits(name)}
+    free = {
+        name: recipe.at_any_bits(name, spec, model.get_submodule(name))
+        for name, spec in plan.items()
+        if not recipe.sets_bits(name)
+    }
     with lowered(model):
         probe = Probe(model, few(batches, WINDOWS))
         with progress_bar("sensitivities", len(free)) as advance:

@@ -106,14 +106,14 @@ def compress(
 ) -> None:
     """Make a Whisper small: distil a teacher into a quantized student, and write a folder."""
     from dqw.budget import parse_bytes
-    from dqw.compress import Job
+    from dqw.compress import Job, same_model
     from dqw.compress import compress as run
     from dqw.heap import keep_freed_memory
     from dqw.processes import leave
     from dqw.whisper.student import parse_layers
 
     # What default does is not enough for a student that is no copy.
-    is_copy = student in (None, teacher) and not student_layers
+    is_copy = (student is None or same_model(student, teacher)) and student_layers is None
     chosen = load_recipe(
         recipe or ("default" if is_copy else "joint"),
         quant={
@@ -138,11 +138,11 @@ def compress(
         out=out,
         student=student,
         data=data,
-        student_layers=parse_layers(student_layers) if student_layers else None,
+        student_layers=None if student_layers is None else parse_layers(student_layers),
         language=language,
         ptq_only=ptq_only,
         resume=resume,
-        budget=parse_bytes(budget) if budget else None,
+        budget=None if budget is None else parse_bytes(budget),
     )
     amount, manner = (
         {"--steps": steps, "--epochs": epochs},
@@ -150,12 +150,17 @@ def compress(
     )
     given = {"--bits": bits, "--embedding-bits": embedding_bits}
     idle = [name for name, value in given.items() if value]  # 0: the embedding stays float
-    if budget and idle and chosen.quant.allocate == "steps":
+    if budget and idle:
         err.print(
             f"--budget chooses each layer's bits: {' and '.join(idle)} will do nothing",
             style="yellow", markup=False, soft_wrap=True,
         )  # fmt: skip
     _check_training(amount, manner, ptq_only, chosen.train.wanted)
+    if data is not None and calibration_clips == 0 and (ptq_only or not chosen.train.wanted):
+        raise UserError(
+            "--calibration-clips is 0, and --data without training is for calibration alone: leave "
+            "one of them out."
+        )
     keep_freed_memory()
     run(job, chosen, lambda line: err.print(line, markup=False))
     leave()

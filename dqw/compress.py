@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import dqw
 from dqw.devices import best_device, warn_of_triton
-from dqw.distill.config import check_settings
 from dqw.errors import UserError
 from dqw.kept import Kept
 from dqw.processes import agreed, alike, is_main, wait
@@ -92,7 +91,9 @@ def compress(job: Job, recipe: Recipe, say: Say = print) -> Path:
     try:
         return _compress(job, recipe, say)
     except KeyboardInterrupt:
-        if job.work.exists():
+        if recipe.train.wanted and not job.ptq_only and job.unfinished:
+            say(f"what is trained is kept in {job.run}: --resume goes on from it")
+        elif job.work.exists():
             say(f"what is done is kept in {job.work}: the same command goes on from it")
         raise
 
@@ -110,8 +111,11 @@ def _compress(job: Job, recipe: Recipe, say: Say) -> Path:
             say("nothing to resume: begun anew")  # a machine repeats one command until it is done
         job = replace(job, resume=False)
     if not job.ptq_only:
-        check_settings(recipe.distill, recipe.train)
+        from dqw.distill.run import check_run
+
+        check_run(recipe.distill, recipe.guidance, recipe.train)
         check_guidance(job, recipe)
+        check_began(job, recipe)
     if job.data is not None:
         say(f"reading the headers of {job.data}")
     items = load_data(job, say)
@@ -131,7 +135,7 @@ def _compress(job: Job, recipe: Recipe, say: Say) -> Path:
         for model in (pair.teacher, pair.student):
             model.to(best_device())
         kept = Kept(job.work, say) if is_main() else None
-        batches = listen(items, recipe, pair, heals, say, kept)
+        batches = listen(items, recipe, pair, job.ptq_only, heals, say, kept)
         kept = kept and kept.on(basis(pair, batches), dqw.__version__, recipe.quant.allocate)
     if heals and batches:
         heal_student(pair, batches, say, kept)
@@ -150,10 +154,13 @@ def _compress(job: Job, recipe: Recipe, say: Say) -> Path:
     if not job.ptq_only:
         train(job, recipe, pair, items)
     if is_main():
+        if kept is not None and not has_room(job.out, pair.student):
+            kept.clear_states()
         save_student(pair.student, pair.processor, job.out, provenance(job, recipe))
         if not job.ptq_only:
             finish(job)
-        shutil.rmtree(job.work, ignore_errors=True)
+        if kept is not None:
+            kept.clear()
         size = model_bytes(job.out)
         say(f"wrote {job.out}: {size / 2**20:.1f} MiB without the tokenizer")
         if job.budget and size > job.budget:
@@ -168,6 +175,12 @@ def resumable(job: Job) -> bool:
     if not job.ptq_only and not alike(found):
         raise UserError(f"processes do not all see {job.run}: give all the same output folder.")
     return found
+
+
+def has_room(out: Path, model: Any) -> bool:
+    """Whether the disk surely takes ``model``, packed, at ``out``."""
+    weights = sum(weight.numel() for weight in model.state_dict().values())
+    return shutil.disk_usage(out.parent).free > 2 * weights
 
 
 def check_guidance(job: Job, recipe: Recipe) -> None:
@@ -255,11 +268,11 @@ def load_models(job: Job, say: Say) -> Pair:
     processor = teacher_processor
     if job.student_layers:
         student = cut_student(teacher, *job.student_layers)
-    elif job.student and job.student != job.teacher:
+    elif job.student and not same_model(job.student, job.teacher):
         say(f"student: {job.student}")
         student, processor = load_whisper(job.student)
-    elif job.ptq_only and job.data is None:
-        student = teacher  # nobody teaches, and two of large-v3 take 12 GB
+    elif job.ptq_only:
+        student = teacher  # which writes texts before it changes; two of large-v3 take 12 GB
     else:
         student = copy.deepcopy(teacher)
     if quant_modules(student):
@@ -267,6 +280,33 @@ def load_models(job: Job, say: Say) -> Pair:
     if student is not teacher:
         check_models(student, teacher, teacher_processor)
     return Pair(teacher, student, processor, teacher_processor)
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two names are of one hub id or folder."""
+    folders = Path(one), Path(other)
+    return one == other or (all(f.is_dir() for f in folders) and folders[0].samefile(folders[1]))
+
+
+def check_began(job: Job, recipe: Recipe) -> None:
+    """Raise UserError where the run to be resumed was begun with other settings, but for the
+    layers' plan."""
+    path = job.run / _SETTINGS
+    if not job.resume or not path.exists():
+        return
+    began = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(provenance(job, recipe)))
+    for settings in (began, wanted):
+        settings["quant"].pop("override", None)
+    if began != wanted:
+        raise other_settings(job)
+
+
+def other_settings(job: Job) -> UserError:
+    return UserError(
+        f"the run in {job.run} was started with other settings (see {_SETTINGS}): "
+        "resume with those, or remove it."
+    )
 
 
 def resumed_plan(job: Job, recipe: Recipe) -> Recipe | None:
@@ -292,10 +332,7 @@ def train(job: Job, recipe: Recipe, pair: Pair, items: list[Item]) -> None:
     settings = run / _SETTINGS
     wanted = json.dumps(provenance(job, recipe), indent=1, sort_keys=True)
     if job.resume and settings.exists() and settings.read_text(encoding="utf-8") != wanted:
-        raise UserError(
-            f"the run in {run} was started with other settings (see {settings.name}): "
-            "resume with those, or remove it."
-        )
+        raise other_settings(job)
     wait()  # all have read what was there
     if is_main():
         if run.exists() and not job.resume:

@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from dqw.choices import Choice
 from dqw.digest import digest
-from dqw.errors import UserError
 from dqw.recipe import QuantSpec
-from dqw.rows import append_rows, read_rows
+from dqw.rows import append_rows, cuts_beside, read_rows
 
 Say = Callable[[str], object]
 
@@ -81,12 +80,12 @@ class Kept:
         """Layer → its choices, of those layers of ``plan`` that were measured."""
         found = {}
         try:
-            for row in read_rows(self._choices, ("basis", "name", "spec", "choices"), "its own."):
+            for row in read_rows(self._choices, ("basis", "name", "spec", "choices")):
                 own = plan.get(row["name"])
                 if row["basis"] == self.basis and own is not None and row["spec"] == own.to_dict():
-                    found[row["name"]] = [_choice(values) for values in row["choices"]]
-        except UserError:
-            self._choices.unlink(missing_ok=True)  # damaged: they are measured again
+                    with suppress(TypeError, KeyError, AttributeError):
+                        found[row["name"]] = [_choice(values) for values in row["choices"]]
+        except OSError:
             return {}
         return found
 
@@ -99,6 +98,23 @@ class Kept:
         except OSError as error:
             self._unwritten(error)
 
+    def clear_states(self) -> None:
+        """Remove the modules' states, which may be large, and no file of another's making."""
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(OSError, SafetensorError):
+                with safe_open(path, "pt") as file:
+                    ours = "basis" in (file.metadata() or {})
+                if ours:
+                    path.unlink()
+
+    def clear(self) -> None:
+        """Remove what was kept, and the folder if nothing else is in it."""
+        self.clear_states()
+        with suppress(OSError):
+            for path in (self.labels, cuts_beside(self.labels), self._choices):
+                path.unlink(missing_ok=True)
+            self.folder.rmdir()
+
     @property
     def _choices(self) -> Path:
         return self.folder / "sensitivities.jsonl"
@@ -110,7 +126,7 @@ class Kept:
         why = str(getattr(error, "strerror", None) or error)
         if why not in self._faults:
             self._faults.append(why)
-            self.say(f"nothing is kept in {self.folder} ({why}): a kill would lose what is done")
+            self.say(f"no more is kept in {self.folder} ({why}): a kill would lose what comes now")
 
 
 def _choice(values: dict[str, Any]) -> Choice:

@@ -16,7 +16,7 @@ from torch import nn
 
 from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig, table
 from dqw.errors import UserError
-from dqw.grids import at_bits, check_grid, is_spelled_out
+from dqw.grids import at_bits, check_grid, is_spelled_out, widths
 
 GROUP_SIZES = (16, 32, 64, 128)
 ACTIVATIONS = ("float", "int8")
@@ -137,6 +137,12 @@ class QuantConfig:
                 QuantSpec(bits=bits)
         for rule in self.override:
             _overridden(self.linear_spec(), rule)
+            on_grid = rule.grid is not None or rule.group_size is not None
+            if self.allocate == "steps" and on_grid and not (rule.bits or rule.skip):
+                raise UserError(
+                    f"the override of {rule.match!r} gives a grid or a group size, and allocate = "
+                    "'steps' replaces both: add bits, or set allocate = 'bits'."
+                )
 
     def linear_spec(self) -> QuantSpec:
         """The spec of a Linear layer that no override changes."""
@@ -251,6 +257,15 @@ class Recipe:
         """Whether an override gives this layer's bits or step."""
         rules = [rule for rule in self.quant.override if rule.bits or rule.step]
         return any(fnmatchcase(name, rule.match) for rule in rules)
+
+    def at_any_bits(self, name: str, spec: QuantSpec, module: nn.Module) -> QuantSpec:
+        """``spec`` of a layer on the grid that was asked for, where its bits are what another grid
+        had to be taken for: for other bits to be chosen."""
+        rules = [rule for rule in self.quant.override if fnmatchcase(name, rule.match)]
+        asked = next((rule.grid for rule in reversed(rules) if rule.grid), self.quant.grid)
+        if isinstance(module, nn.Conv1d) or asked == spec.grid or is_spelled_out(asked):
+            return spec
+        return replace(spec, bits=widths(asked)[0], grid=asked)
 
     def rest_spec(self) -> QuantSpec | None:
         """The spec of layers that guidance leaves unchosen; None: they stay float."""

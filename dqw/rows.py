@@ -15,17 +15,28 @@ from dqw.errors import UserError
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Append one line each. Ids are file names, which need not be UTF-8: such bytes are written as
-    JSON reads them back."""
+    """Append one line each, all or none. Ids are file names, which need not be UTF-8: such bytes
+    are written as JSON reads them back."""
     with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
+        before = file.tell()
+        try:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:  # a full disk: half a line would spoil the next
+            os.truncate(path, before)
+            raise
 
 
-def read_rows(path: Path, keys: Iterable[str], what: str) -> Iterator[dict[str, Any]]:
+def cuts_beside(labels: Path) -> Path:
+    """Where the cuts of recordings are whose texts are in ``labels``."""
+    return labels.with_name("cuts.jsonl")
+
+
+def read_rows(path: Path, keys: Iterable[str], what: str = "") -> Iterator[dict[str, Any]]:
     """The rows of ``path``, none where it is not there; a torn last line is cut off the file.
-    Raises UserError for a row without ``keys``; ``what``: a row that it is not, and the cure."""
+    Raises UserError for a row without ``keys``; ``what``: a row that it is not, and the cure. "":
+    such rows are passed over."""
     if not path.exists():
         return
     data = path.read_bytes()
@@ -34,11 +45,13 @@ def read_rows(path: Path, keys: Iterable[str], what: str) -> Iterator[dict[str, 
         with open(path, "r+b") as file:
             file.truncate(len(whole))
     # Not splitlines(): a text may hold a line separator of Unicode's.
-    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], start=1):
+    for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
             for key in keys:
                 row[key]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise UserError(f"{path} row {number} is not {what}") from None
+        except (ValueError, KeyError, TypeError):  # the first: no JSON, or no UTF-8
+            if what:
+                raise UserError(f"{path} row {number} is not {what}") from None
+            continue
         yield row

@@ -23,13 +23,16 @@ Say = Callable[[str], object]
 
 
 def listen(
-    items: list[Item], recipe: Recipe, pair: Pair, heals: bool, say: Say, kept: Kept | None
-) -> list[dict[str, Tensor]]:
-    """Windows of speech to calibrate on, and to heal on."""
-    from dqw.heal import WINDOWS
+    items: list[Item], recipe: Recipe, pair: Pair, rounds: bool, heals: bool, say: Say,
+    kept: Kept | None,
+) -> list[dict[str, Tensor]]:  # fmt: skip
+    """Windows of speech to measure layers on; those to round them on, and to heal on, if need be.
+    (A run of training makes its own.)"""
+    from dqw import budget, heal
     from dqw.speech import calibration_batches
 
-    wanted = max(recipe.distill.calibration_clips, WINDOWS if heals else 0)
+    wanted = recipe.distill.calibration_clips if rounds else budget.WINDOWS
+    wanted = max(wanted, heal.WINDOWS if heals else 0)
     listening = replace(recipe.distill, calibration_clips=wanted)
     labels = None if kept is None else kept.labels
     return calibration_batches(items, replace(recipe, distill=listening), pair, say, labels)

@@ -232,6 +232,17 @@ def test_bits_that_an_override_gives_are_kept() -> None:
     assert len({spec.bits for spec in found.values()}) > 2
 
 
+def test_other_bits_are_on_the_grid_that_was_asked_for() -> None:
+    """At 6 and 8 bits there is no lloyd; layers that get fewer have it all the same."""
+    model = make_tiny_whisper(max_source_positions=50)
+    quant = QuantConfig(bits=6, embedding_bits=8, grid="lloyd", group_size=16, allocate="bits")
+    found = fit_budget(model, Recipe(quant), 150_000, random_windows(), lambda line: None)
+    plan = found.plan(model)
+    few = {s.grid for n, s in plan.items() if s.bits <= 5 and "conv" not in n}
+    assert few == {"lloyd"} and {s.grid for s in plan.values() if s.bits > 5} <= {"uniform"}
+    assert {s.grid for n, s in plan.items() if "conv" in n} == {"uniform"}
+
+
 def test_compress_keeps_within_the_budget(tmp_path: Path) -> None:
     base = save_tiny(tmp_path / "base")
     rows = []

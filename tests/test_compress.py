@@ -69,10 +69,16 @@ def test_the_default_recipe_depends_on_the_student(
     monkeypatch.setattr(
         "dqw.compress.compress", lambda job, recipe, say: found.append(recipe.train.freeze_encoder)
     )
-    for options in ([], ["--student", str(base)], ["--student-layers", "1,1"], ["--student", "x"]):
+    for options in (
+        [],
+        ["--student", str(base)],
+        ["--student", f"{base.parent}/../{base.parent.name}/{base.name}/"],
+        ["--student-layers", "1,1"],
+        ["--student", "x"],
+    ):
         code, output = run_dqw("compress", "--teacher", base, "--out", tmp_path / "out", *options)
         assert code == 0, output
-    assert found == [True, True, False, False]
+    assert found == [True, True, True, False, False]
 
 
 def test_a_student_of_its_own(base: Path, data: Path, tmp_path: Path) -> None:
@@ -157,14 +163,16 @@ def test_everything_works_without_the_library_and_says_so_once(
 
 def test_joint_training_moves_weights_and_clips(base: Path, data: Path, tmp_path: Path) -> None:
     ptq, out = tmp_path / "ptq", tmp_path / "student"
-    assert run_dqw("compress", "--teacher", base, "--ptq-only", "--out", ptq)[0] == 0
     recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[train]\nsteps = 2\nbatch_size = 2\nclip_lr = 0.01\n")
-    options = ("--teacher", base, "--data", data, "--out", out, "--recipe", recipe)
-    code, output = run_dqw("compress", *options)
+    recipe.write_text("[train]\nsteps = 2\nbatch_size = 2\nclip_lr = 0.01\nlr = 0.01\n")
+    options = ("--teacher", base, "--recipe", recipe)
+    assert run_dqw("compress", *options, "--ptq-only", "--out", ptq)[0] == 0
+    code, output = run_dqw("compress", *options, "--data", data, "--out", out)
     assert code == 0, output
     before, after = (load_whisper(f)[0].model.encoder.layers[0].fc1 for f in (ptq, out))
+    assert before.spec == after.spec
     assert not torch.equal(before.scale, after.scale)
+    assert not torch.equal(before.weight, after.weight), "codes"
     assert (tmp_path / "student.run" / "log.jsonl").exists()
     code, output = run_dqw("transcribe", data.parent / "0.wav", "--model", out, "--language", "en")
     assert code == 0, output
@@ -256,6 +264,10 @@ def test_the_default_shares_out_its_bytes_and_trains_only_when_asked(
         ("and what stays float takes", ["--data", "DATA", "--budget", "4kB"]),
         ("give a size, like 32MiB", ["--data", "DATA", "--budget", "33"]),
         ("exclude each other", ["--student", "BASE", "--student-layers", "1,1", "--ptq-only"]),
+        ("train.seed = -1", ["--data", "DATA", "--steps", "1", "--seed", "-1"]),
+        ("--budget is ''", ["--data", "DATA", "--budget", ""]),
+        ("--student-layers is ''", ["--data", "DATA", "--student-layers", ""]),
+        ("for calibration alone", ["--data", "DATA", "--ptq-only", "--calibration-clips", "0"]),
     ],
 )
 def test_options_that_make_no_sense(
@@ -264,6 +276,58 @@ def test_options_that_make_no_sense(
     options = [str({"DATA": data, "BASE": base}.get(o, o)) for o in options]
     refused(words, "--teacher", base, "--out", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "tables"),
+    [
+        (
+            "needs distilled hidden states",
+            '[distill]\nhidden = 0.0\n[guidance]\nmode = "quant_guided"',
+        ),
+        ("is for a GPU", '[train]\nsteps = 1\nprecision = "fp16"'),
+        (
+            "needs states that do not change",
+            '[train]\nsteps = 1\ncache_states = "always"\n[distill]\nhidden = 0.0\n'
+            "[distill.augment]\nnoise = 0.1\nredraw = true",
+        ),
+        (
+            "allocate = 'steps' replaces both",
+            '[quant]\nallocate = "steps"\n[[quant.override]]\nmatch = "*fc1"\ngrid = "apot"',
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused_at_once(
+    words: str, tables: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    if torch.cuda.is_available() and "fp16" in tables:
+        pytest.skip("a GPU trains in float16")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(tables + "\n")
+    options = ("--teacher", base, "--data", data, "--recipe", recipe, "--out", tmp_path / "out")
+    code, output = run_dqw("compress", *options)
+    assert code == 1 and words in output, output
+    assert "reading the headers" not in output
+    assert not (tmp_path / "out.run").exists() and not (tmp_path / "out.work").exists()
+
+
+def test_a_resumed_run_with_other_settings_is_refused_at_once(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dqw.distill.run as run_module
+
+    options = ("--teacher", base, "--data", data, "--out", tmp_path / "out", *FAST)
+
+    def interrupted(*args: object, **how: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "round_student", interrupted)
+        code, output = run_dqw("compress", *options)
+    assert code == 130 and "out.run: --resume goes on from it" in " ".join(output.split())
+    code, output = run_dqw("compress", *options, "--resume", "--bits", "3")
+    assert code == 1 and "started with other settings" in output and "plan" not in output, output
+    assert run_dqw("compress", *options, "--resume")[0] == 0
 
 
 def test_an_existing_folder_is_not_touched(base: Path, tmp_path: Path) -> None:

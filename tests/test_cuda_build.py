@@ -39,6 +39,26 @@ def test_without_nvcc_the_install_goes_on(tmp_path: Path) -> None:
     assert "set auto, 0 or 1" in done.stderr
 
 
+def test_other_generations_are_built_anew(tmp_path: Path) -> None:
+    """By a stand-in for nvcc, which writes down what it was asked."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(
+        '#!/bin/sh\necho "$@" >> "$0.log"\n'
+        '[ -e "$0.fails" ] && exit 1\n'
+        'while [ "$1" != -o ]; do shift; done; echo library > "$2"\n'
+    )
+    nvcc.chmod(0o755)
+    target, log = tmp_path / "dqw" / "_C_cuda.so", tmp_path / "nvcc.log"
+    asked = {"DQW_CUDA": "1", "NVCC": str(nvcc)}
+    for archs, builds in (("75", 1), ("75", 1), ("90", 2), ("90", 2)):
+        done = build(tmp_path, DQW_CUDA_ARCHS=archs, **asked)
+        assert done.returncode == 0 and target.read_text() == "library\n", done.stderr
+        assert len(log.read_text().splitlines()) == builds
+    (tmp_path / "nvcc.fails").touch()
+    assert build(tmp_path, DQW_CUDA_ARCHS="80", **asked).returncode != 0
+    assert [p.name for p in target.parent.iterdir()] == ["_C_cuda.so"], "of the build before"
+
+
 def test_nvcc_builds_the_library(tmp_path: Path) -> None:
     """The bindings too compile: a minute, for one GPU generation."""
     if shutil.which("nvcc") is None:

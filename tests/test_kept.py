@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from speech_helpers import random_windows
 from whisper_helpers import make_tiny_whisper, run_dqw, save_speech, save_tiny
 
 import dqw
 import dqw.calibrate as walk
+import dqw.compress as compress_module
 from dqw.budget import fit_budget
 from dqw.calibrate import calibrate, layer_count
 from dqw.kept import Kept
 from dqw.recipe import QuantConfig, QuantSpec, Recipe
+from dqw.rows import append_rows, read_rows
 
 RECIPES = {
     "groups": QuantConfig(bits=3, grid="apot", group_size=16),
@@ -83,8 +87,9 @@ def test_damage_is_worked_out_again_and_a_full_disk_is_said(tmp_path: Path) -> N
     file = kept.folder / "sensitivities.jsonl"
     assert kept.choices({"x": QuantSpec()}) == {"x": []}
     assert kept.choices({"x": QuantSpec(bits=3)}) == {}  # of other bits
-    file.write_text("{}\n")
-    assert kept.choices({"x": QuantSpec()}) == {} and not file.exists()
+    rows = file.read_bytes()
+    file.write_bytes(b"{}\n" + rows[:20] + b"\n\xff\xfe\n" + rows + rows.replace(b"[]", b"[1]"))
+    assert kept.choices({"x": QuantSpec()}) == {"x": []}  # the others are measured again
 
     (tmp_path / "file").touch()
     said: list[str] = []
@@ -92,7 +97,56 @@ def test_damage_is_worked_out_again_and_a_full_disk_is_said(tmp_path: Path) -> N
     nowhere.save("x", module)
     nowhere.save("y", module)
     nowhere.keep_choices("x", QuantSpec(), [])
-    assert len(said) == 1 and "a kill would lose what is done" in said[0]
+    assert len(said) == 1 and "a kill would lose what comes now" in said[0]
+
+
+def test_a_full_disk_leaves_no_half_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"a": 1}])
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dqw.rows.os.fsync", full)
+        with pytest.raises(OSError, match="full"):
+            append_rows(path, [{"a": 2}])
+    append_rows(path, [{"a": 3}])
+    assert [row["a"] for row in read_rows(path, ["a"], "")] == [1, 3]
+
+
+def test_what_is_not_its_own_stays(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base")
+    data = save_speech(tmp_path / "clips", ("hello", "wow"))
+    work = tmp_path / "thesis.work"
+    work.mkdir()
+    (work / "precious.txt").write_text("chapter one")
+    save_file({"a": torch.zeros(1)}, work / "mine.safetensors")
+    options = ("--teacher", base, "--out", tmp_path / "thesis", "--calibration-clips", "2")
+    for more in ((), ("--data", data)):
+        shutil.rmtree(tmp_path / "thesis", ignore_errors=True)
+        code, printed = run_dqw("compress", *options, "--ptq-only", *more)
+        assert code == 0, printed
+        assert {p.name for p in work.iterdir()} == {"precious.txt", "mine.safetensors"}
+
+
+def test_room_is_made_for_the_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_tiny(tmp_path / "base")
+    data = save_speech(tmp_path / "clips", ("hello", "wow"))
+    options = ("--teacher", base, "--data", data, "--calibration-clips", "2")
+    states = []
+    plain = compress_module.save_student
+
+    def saved(*args: object) -> object:
+        states.append(len(list(tmp_path.glob("*.work/*.safetensors"))))
+        return plain(*args)
+
+    monkeypatch.setattr(compress_module, "save_student", saved)
+    assert run_dqw("compress", *options, "--out", tmp_path / "a")[0] == 0
+    monkeypatch.setattr(compress_module, "has_room", lambda *_: False)
+    assert run_dqw("compress", *options, "--out", tmp_path / "b")[0] == 0
+    assert states[0] > 3 and states[1] == 0
+    assert not list(tmp_path.glob("*.work"))
 
 
 @pytest.mark.parametrize("allocate", ["bits", "steps"])
@@ -133,7 +187,7 @@ def test_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(walk, "round_layers", killed)
         code, printed = compress()
-    assert code == 130 and f"what is done is kept in {out}.work" in " ".join(printed.split())
+    assert code == 130 and "small.work: the same command goes on" in "".join(printed.split("\n"))
     assert not out.exists() and "healed already" not in printed
     code, printed = compress("--resume")
     assert code == 0 and "nothing to resume" not in printed, printed

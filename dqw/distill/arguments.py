@@ -14,13 +14,17 @@ from dqw.errors import UserError
 from dqw.processes import PATIENCE
 
 
+def check_precision(train: TrainConfig) -> None:
+    """Raise UserError for a precision that this machine does not train in."""
+    if train.precision == "fp16" and not has_gpu():
+        raise UserError("train.precision = 'fp16' is for a GPU, and torch finds none: take 'auto'.")
+
+
 def training_arguments(
     train: TrainConfig, folder: Path, needs_unused: bool
 ) -> Seq2SeqTrainingArguments:
     """`TrainConfig` in transformers' words; `max_steps` is set once the clips are counted."""
     precision = fast_precision() if train.precision == "auto" else train.precision
-    if precision == "fp16" and not has_gpu():
-        raise UserError("train.precision = 'fp16' is for a GPU, and torch finds none: take 'auto'.")
     schedule = train.schedule
     if schedule == "constant" and train.warmup_steps:  # which transformers' "constant" has not
         schedule = "constant_with_warmup"

@@ -330,6 +330,7 @@ class TrainConfig:
             _in_range(f"train.{key}", getattr(self, key), 0)
         for key in ("lr", "clip_lr", "projection_lr", "weight_decay", "max_grad_norm"):
             _in_range(f"train.{key}", getattr(self, key), 0)
+        _in_range("train.seed", self.seed, 0, 2**32 - 1)
         _one_of("train.schedule", self.schedule, SCHEDULES)
         _one_of("train.precision", self.precision, PRECISIONS)
         _one_of("train.cache_features", self.cache_features, ("auto", "always", "never"))

@@ -15,6 +15,7 @@ from dqw.distill.cuts import Cuts
 from dqw.distill.data import Example, LabelEncoder, SpeechItem
 from dqw.distill.labels import write_labels
 from dqw.errors import UserError
+from dqw.rows import cuts_beside
 from dqw.whisper.audio import SAMPLE_RATE
 from dqw.whisper.data import language_code
 
@@ -104,7 +105,7 @@ def prepare(
                 labelled.append((item, seconds))
         else:
             unlabelled.append((item, seconds))
-    unlabelled = _cut(unlabelled, window, labels_path.with_name("cuts.jsonl"), made, progress)
+    unlabelled = _cut(unlabelled, window, cuts_beside(labels_path), made, progress)
     texts: dict[str, dict[str, Any]] = {}
     if unlabelled:
         _check_ids([item.id for item, _ in unlabelled])

@@ -25,7 +25,7 @@ import torch
 from dqw.convert import quant_modules, stored_plan
 from dqw.digest import digest, weights_digest
 from dqw.distill import checkpoint as store
-from dqw.distill.arguments import total_steps, training_arguments
+from dqw.distill.arguments import check_precision, total_steps, training_arguments
 from dqw.distill.callbacks import ReportCallback, tensorboard_callback
 from dqw.distill.config import DistillConfig, GuidanceConfig, TrainConfig, check_settings
 from dqw.distill.data import Collator, EpochSampler, LabelEncoder, SpeechDataset, SpeechItem
@@ -107,7 +107,7 @@ def distill(
     """
     config, guidance = config or DistillConfig(), guidance or GuidanceConfig()
     train, folder = train or TrainConfig(), Path(output_dir)
-    check_settings(config, train)
+    check_run(config, guidance, train)
     check_models(student, teacher, teacher_processor)
     check_hearing(student, teacher, config)
     if any(module.frozen for module in quant_modules(student).values()):
@@ -115,17 +115,23 @@ def distill(
             "the student is packed, and packed weights do not learn: load a float checkpoint and "
             "call dqw.quantize."
         )
+    with store.held(folder) if is_main() else nullcontext():
+        return _distill(
+            Pair(teacher, student, processor, teacher_processor or processor), items, folder,
+            (config, guidance, train), resume, _display(progress), states,
+        )  # fmt: skip
+
+
+def check_run(config: DistillConfig, guidance: GuidanceConfig, train: TrainConfig) -> None:
+    """Raise UserError where the settings of a run exclude each other, or this machine one."""
+    check_settings(config, train)
+    check_precision(train)
     if guidance.mode in ("quant_guided", "distill_guided", "mutual") and not config.uses_hidden:
         raise UserError(
             f"guidance.mode = {guidance.mode!r} needs distilled hidden states, and none are "
             "compared: give distill.hidden a positive weight and a matching."
         )
     keeps_states(config, guidance, train)
-    with store.held(folder) if is_main() else nullcontext():
-        return _distill(
-            Pair(teacher, student, processor, teacher_processor or processor), items, folder,
-            (config, guidance, train), resume, _display(progress), states,
-        )  # fmt: skip
 
 
 def _distill(
