@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/dqw demo
 
 test: lint
-	$(BIN)/python -m pytest -q -rs --durations=15
+	$(BIN)/python -m pytest -q -rs --durations=15 -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

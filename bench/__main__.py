@@ -38,7 +38,12 @@ def main(
         ),
     ] = "whisper",
     bits: Annotated[str, typer.Option(help="2 to 8, or several such as 3,4.")] = "4",
-    grid: Annotated[str, typer.Option(help="apot, pot, uniform, lloyd, stretched.")] = "apot",
+    grid: Annotated[
+        str,
+        typer.Option(
+            help="apot, pot, uniform; to 5 bits lloyd, stretched, learned; or magnitudes, like 1,3."
+        ),
+    ] = "apot",
     group_sizes: Annotated[
         str,
         typer.Option(help="quant_linear, embedding: columns a scale, beside one scale a row."),
@@ -123,6 +128,14 @@ def main(
     for option in idle.get(op, ()):
         if given[option]:
             raise UserError(f"{option} does nothing with --op {op}: leave it out.")
+    whole = {
+        "--audio": audio, "--model": model, "--float-model": float_model, "--files": files,
+        "--openvino-model": openvino_model, "--lengths": lengths != "3,6,11,20,30",
+        "--batch-size": batch_size != 8, "--language": language != "en",
+    }  # fmt: skip
+    for option, asked_for in whole.items():
+        if asked_for and op != "transcribe":
+            raise UserError(f"{option} is for --op transcribe: leave it out, or give that.")
     if op == "transcribe":
         asked = transcribe.Asked(
             float_model=float_model,

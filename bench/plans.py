@@ -104,7 +104,8 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows.")] = None,
 ) -> None:
     """Every plan of the CUDA C++ kernel at 4 bits, beside float16."""
-    options.check_device("cuda")
+    if not torch.cuda.is_available():
+        raise UserError("Plans are those of a GPU's kernel, and torch finds no GPU.")
     if ops_cuda.library_reason:
         raise UserError(f"The CUDA C++ kernel is not here: {ops_cuda.library_reason}.")
     options.check_writable(json_file, "--json")

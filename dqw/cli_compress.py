@@ -47,7 +47,8 @@ def compress(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="A TOML file, or one that ships: default (the student is a copy of the teacher: "
+            help='A TOML file (base = "default" in it: what it does not say is as there), or one '
+            "that ships: default (the student is a copy of the teacher: "
             "calibrated, trained only with --epochs or --steps), joint (any other student), "
             "dynamic (short clips are not padded), decoder, paper-base, paper-tiny."
         ),
@@ -69,12 +70,13 @@ def compress(
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="16, 32, 64, 128 columns a scale; 0: one scale a row. Not for layers that a "
-            "recipe's overrides name."
+            help="16, 32, 64, 128 columns a scale (at the least, where bytes are shared out); 0: "
+            "one scale a row. Not for layers that a recipe's overrides name."
         ),
     ] = None,
     embedding_bits: Annotated[
-        int | None, typer.Option(help="Bits of the embedding and output projection; 0: float.")
+        int | None,
+        typer.Option(help="Bits of the embedding and output projection; 0: float, and slow."),
     ] = None,
     activations: Annotated[
         str | None, typer.Option(help="float, or int8: faster on a CPU, learned with.")
@@ -108,6 +110,7 @@ def compress(
     from dqw.budget import parse_bytes
     from dqw.compress import Job, same_model
     from dqw.compress import compress as run
+    from dqw.grids import check_grid
     from dqw.heap import keep_freed_memory
     from dqw.processes import leave
     from dqw.whisper.student import parse_layers
@@ -156,6 +159,17 @@ def compress(
             style="yellow", markup=False, soft_wrap=True,
         )  # fmt: skip
     _check_training(amount, manner, ptq_only, chosen.train.wanted)
+    if grid is not None and (data is None or chosen.quant.allocate == "none"):
+        check_grid(grid, chosen.quant.bits)  # none of the layers would be on it
+    deaf = {
+        "--calibration-clips": calibration_clips, "--seed": seed, "--language": language
+    }  # fmt: skip
+    idle = [name for name, value in deaf.items() if value is not None]
+    if data is None and ptq_only and idle:
+        err.print(
+            f"without --data nothing is heard: {' and '.join(idle)} will do nothing",
+            style="yellow", markup=False, soft_wrap=True,
+        )  # fmt: skip
     if data is not None and calibration_clips == 0 and (ptq_only or not chosen.train.wanted):
         raise UserError(
             "--calibration-clips is 0, and --data without training is for calibration alone: leave "

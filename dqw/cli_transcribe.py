@@ -77,6 +77,13 @@ def transcribe(
         bool,
         typer.Option("--skip-existing", help="Leave out audio whose files in --output-dir exist."),
     ] = False,
+    no_speech_threshold: Annotated[
+        float,
+        typer.Option(
+            help="Windows that the model takes for no speech with more than this probability, and "
+            "whose words it doubts, are left out; 1: none are."
+        ),
+    ] = 0.6,
     timestamps: Annotated[
         bool, typer.Option("--timestamps", help="Times of each segment.")
     ] = False,
@@ -130,6 +137,7 @@ def transcribe(
             engine, [one.audio for one in inputs], language, task, beam_size, timed, batch_size,
             advance, audio_context, damaged=leave_out if several else None, seconds=seconds,
             ahead=None if output_dir is not None else max(_AHEAD, 2 * batch_size), prompt=prompt,
+            no_speech=no_speech_threshold,
         )  # fmt: skip
         for index, transcript in steps:
             sink.done(index, transcript)
@@ -277,9 +285,9 @@ def _check_names(inputs: list[Input]) -> None:
 
 def _check_references(inputs: list[Input], folder: Path) -> None:
     for one in inputs:
-        text = one.target(folder, "txt")
+        text = one.target(folder.resolve(), "txt")
         if text.exists() and one.is_beside(text):
             raise UserError(
-                f"{text.resolve()} is there already, and beside audio it is what dqw eval takes "
+                f"{text} is there already, and beside audio it is what dqw eval takes "
                 "for the reference; give another --output-dir, or delete it"
             )

@@ -23,6 +23,7 @@ from dqw.processes import agreed, alike, is_main, wait
 from dqw.recipe import Recipe
 from dqw.save import save_student
 from dqw.stations import basis, calibrate_student, heal_student, listen, quantize_student
+from dqw.whisper.coverage import coverage
 from dqw.whisper.files import check_writable, write_atomic
 from dqw.whisper.report import model_bytes
 
@@ -164,7 +165,11 @@ def _compress(job: Job, recipe: Recipe, say: Say) -> Path:
         size = model_bytes(job.out)
         say(f"wrote {job.out}: {size / 2**20:.1f} MiB without the tokenizer")
         if job.budget and size > job.budget:
-            say(f"that is {size - job.budget} bytes over --budget: training has spread the codes")
+            cause = "" if job.ptq_only else ": training has spread the codes"
+            say(f"that is {size - job.budget} bytes over --budget{cause}")
+        for part, served in coverage(pair.student.config.to_dict()).items():
+            if served.startswith("plain"):
+                say(f"on a CPU its {part} will be slow, {served}")
     return job.out
 
 

@@ -117,11 +117,14 @@ def packed_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
     left_out = {POSITIONS} if sinusoidal_positions(model) is not None else set()
     scales = {f"{name}.scale" for name in quant_modules(model)}
+    halves: dict[int, torch.Tensor] = {}  # one of each: save_pretrained sees what is tied by it
 
     def stored(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name in scales:  # float16: of groups
             return pack_scales(tensor) if tensor.dtype == torch.float16 else tensor
-        return tensor.half() if tensor.is_floating_point() else tensor
+        if not tensor.is_floating_point():
+            return tensor
+        return halves.setdefault(tensor.data_ptr(), tensor.half())
 
     state = model.state_dict().items()
     return {name: stored(name, tensor) for name, tensor in state if name not in left_out}

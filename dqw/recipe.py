@@ -196,9 +196,17 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "recipe") -> "Recipe":
-        """Build from nested dicts as TOML gives them; unknown tables and keys raise UserError."""
+        """Build from nested dicts as TOML gives them; unknown tables and keys raise UserError.
+
+        ``base``: the name of a recipe that ships, whose values stand where these say nothing.
+        """
         parts: dict[str, Any] = {}
         data = dict(data)  # the caller's stays as it is
+        base = data.pop("base", None)
+        if base is not None:
+            if not isinstance(base, str):
+                raise UserError(f"{where}: base = {base!r} is no name: put it in quotes.")
+            data = _laid_over(cls.shipped(base).to_dict(), data)
         for part in fields(cls):
             values = data.pop(part.name, {})
             if part.name == "quant" and isinstance(values, dict):
@@ -283,6 +291,17 @@ class Recipe:
             bits = self.quant.embedding_bits
             return replace(base, bits=bits, grid=at_bits(self.quant.grid, bits))
         return None
+
+
+def _laid_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``values`` in place of its own, table by table."""
+    found = dict(base)
+    for key, value in values.items():
+        under = found.get(key)
+        if isinstance(under, dict) and isinstance(value, dict):
+            value = _laid_over(under, value)
+        found[key] = value
+    return found
 
 
 _READ_BY_OWNER = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)

@@ -216,6 +216,8 @@ def test_a_peer_that_fails_is_named_and_the_rest_go_on(monkeypatch) -> None:
         ({"csv_file": Path("/nowhere/at/all.csv")}, "existing, writable folder"),
         ({"base": "no-such-revision"}, "git log"),
         ({"base": "--help"}, "git log"),
+        ({"op": "quant_linear", "model": Path("x")}, "--model is for --op transcribe"),
+        ({"op": "fake_quant", "lengths": "3"}, "--lengths is for --op transcribe"),
     ],
 )
 def test_a_mistake_is_one_sentence_with_the_cure(given: dict, cure: str) -> None:

@@ -149,3 +149,11 @@ def test_what_a_fine_tune_forced_are_its_settings(folder, task):
     config.write_text(json.dumps(before | {"forced_decoder_ids": [[1, english], *forced[1:]]}))
     settings = load_whisper(folder)[0].generation_config
     assert (getattr(settings, "language", None), settings.task) == (None, "transcribe")
+
+
+def test_a_student_that_still_learns_is_told_so(tmp_path):
+    model, processor = tiny(tmp_path / "tokenizer")
+    dqw.quantize(model).save_pretrained(tmp_path / "learning")
+    processor.save_pretrained(tmp_path / "learning")
+    with pytest.raises(UserError, match=r"still learns: .* call dqw\.freeze on it"):
+        load_whisper(tmp_path / "learning")

@@ -264,6 +264,7 @@ def test_the_default_shares_out_its_bytes_and_trains_only_when_asked(
         ("and what stays float takes", ["--data", "DATA", "--budget", "4kB"]),
         ("give a size, like 32MiB", ["--data", "DATA", "--budget", "33"]),
         ("exclude each other", ["--student", "BASE", "--student-layers", "1,1", "--ptq-only"]),
+        ("the lloyd grid has 2 to 5 bits", ["--grid", "lloyd", "--bits", "6", "--ptq-only"]),
         ("train.seed = -1", ["--data", "DATA", "--steps", "1", "--seed", "-1"]),
         ("--budget is ''", ["--data", "DATA", "--budget", ""]),
         ("--student-layers is ''", ["--data", "DATA", "--student-layers", ""]),
@@ -328,6 +329,16 @@ def test_a_resumed_run_with_other_settings_is_refused_at_once(
     code, output = run_dqw("compress", *options, "--resume", "--bits", "3")
     assert code == 1 and "started with other settings" in output and "plan" not in output, output
     assert run_dqw("compress", *options, "--resume")[0] == 0
+
+
+def test_what_will_do_nothing_or_be_slow_is_said(base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--teacher", base, "--ptq-only", "--embedding-bits", "0", "--seed", "3")
+    code, output = run_dqw("compress", *options, "--language", "ja", "--out", out)
+    output = " ".join(output.split())
+    assert code == 0 and "--seed and --language will do nothing" in output, output
+    assert "its decoder will be slow, plain: its vocabulary is not packed" in output
+    assert "its encoder" not in output
 
 
 def test_an_existing_folder_is_not_touched(base: Path, tmp_path: Path) -> None:

@@ -296,6 +296,18 @@ def test_quantizing_twice_is_refused() -> None:
         dqw.freeze(make_tiny_whisper(max_source_positions=50))
 
 
+def test_a_tied_embedding_that_stays_float_is_stored_once(tmp_path: Path) -> None:
+    model = make_tiny_whisper(max_source_positions=50)
+    dqw.freeze(dqw.quantize(model, Recipe(quant=QuantConfig(embedding_bits=0))))
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    names = [name for name, tensor in stored.items() if tensor.shape == (120, 64)]
+    assert names == ["model.decoder.embed_tokens.weight"]
+    again = WhisperForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.proj_out.weight is again.model.decoder.embed_tokens.weight
+    torch.testing.assert_close(logits(again), logits(model))
+
+
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     dqw.freeze(dqw.quantize(make_tiny_whisper(max_source_positions=50))).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

@@ -27,9 +27,10 @@ from dqw.recipe import Override, QuantConfig, Recipe
 from dqw.whisper.checkpoint import load_whisper, quiet_transformers, save_processor
 from dqw.whisper.decoding import LoopGuard, SuppressTokens, TimestampRules
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
+from dqw.whisper.listener import Listener
 from dqw.whisper.native import sinusoids
 from dqw.whisper.tokenizer import Pieces
-from dqw.whisper.transcribe import _Decoder, iter_transcripts, transcribe
+from dqw.whisper.transcribe import iter_transcripts, transcribe
 from dqw.whisper.windows import Recording
 
 RATE = 16_000
@@ -337,9 +338,9 @@ def test_tokens_that_were_added_are_text(folder, tmp_path):
         stored["added_tokens"].append({**stored["added_tokens"][0], **more})
     path.write_text(json.dumps(stored), encoding="utf-8")
     engine = SimpleNamespace(text=Pieces(path).text)
-    decoder = _Decoder.__new__(_Decoder)
-    decoder.engine, decoder.first_timestamp = engine, last - 1500
-    assert decoder._text([last - 1500, last + 1, last, last + 2]) == "dqw漢字é"
+    listener = Listener.__new__(Listener)
+    listener.engine, listener.first_timestamp = engine, last - 1500
+    assert listener.text([last - 1500, last + 1, last, last + 2]) == "dqw漢字é"
 
 
 def test_blocks_of_quiet_may_overlap():

@@ -13,6 +13,7 @@ import torch
 from speech_helpers import one_thread  # noqa: F401
 from test_fast import save_packed
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
 from whisper_helpers import save_tiny, tiny, voices
 
 import dqw
@@ -24,6 +25,7 @@ from dqw.whisper.coverage import gpu_uncovered
 from dqw.whisper.decoding import Rules
 from dqw.whisper.engines import NativeEngine, PlainEngine, open_engine
 from dqw.whisper.gpu import Graphs, graphs_of
+from dqw.whisper.listener import Listener
 from dqw.whisper.transcribe import iter_transcripts, transcribe
 
 
@@ -135,9 +137,12 @@ def test_a_loop_ends_where_the_guard_ends_it(tmp_path):
 def test_the_language_is_that_of_transformers(tmp_path):
     model, processor = attentive(tmp_path)
     engine, states = PlainEngine(model, processor), torch.randn(5, 50, model.config.d_model)
-    wanted = engine.detect(states)
-    engine._graphs = Graphs(model)
-    assert engine.detect(states) == wanted and len(set(wanted)) > 1
+    wanted = model.detect_language(encoder_outputs=BaseModelOutput(states)).tolist()
+    for graphs in (None, Graphs(model)):
+        engine._graphs = graphs
+        listener = Listener(engine)
+        found, _ = listener.said(states, [None] * 5, False)
+        assert found == [listener.languages[i] for i in wanted] and len(set(wanted)) > 1
 
 
 def test_keys_of_the_audio_are_made_once_for_language_and_text(tmp_path, monkeypatch):
@@ -150,13 +155,13 @@ def test_keys_of_the_audio_are_made_once_for_language_and_text(tmp_path, monkeyp
     rules = Rules(1, 20, model.generation_config.eos_token_id, 300)
 
     def decoded():
-        graphs.detect(states, start, [7, 8])
+        graphs.session(states, 1).step(prompt)
         return graphs.greedy(states, prompt, rules)
 
     first = decoded()
     assert len(made) == 1
     assert torch.equal(graphs.greedy(states, prompt, rules), first) and len(made) == 2
-    graphs.detect(states, start, [7, 8])
+    graphs.session(states, 1).step(prompt)
     states.copy_(torch.randn_like(states))
     changed = graphs.greedy(states, prompt, rules)
     assert len(made) == 4 and not torch.equal(changed, first)

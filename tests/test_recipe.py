@@ -124,6 +124,20 @@ def test_none_turns_off_what_0_does() -> None:
     assert Recipe.from_dict(recipe.to_dict()).quant.linear_spec().group_size is None
 
 
+def test_a_file_may_start_from_a_recipe_that_ships(tmp_path: Path) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text('base = "default"\n[quant]\nbits = 3\n[distill.augment]\nnoise = 0.5\n')
+    found, default = Recipe.from_toml(path), Recipe.shipped("default")
+    wanted = default.to_dict()
+    wanted["quant"]["bits"] = 3
+    wanted["distill"]["augment"]["noise"] = 0.5
+    assert found.to_dict() == wanted
+    for text, words in (('base = "best"\n', "'best' is not known"), ("base = 3\n", "is no name")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=words):
+            Recipe.from_toml(path)
+
+
 def test_a_dict_stays_as_it_is() -> None:
     data = {"quant": {"bits": 3, "override": [{"match": "*.fc1", "bits": 8}]}}
     assert Recipe.from_dict(data).quant == Recipe.from_dict(data).quant

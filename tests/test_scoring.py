@@ -61,6 +61,11 @@ def test_insertions_can_pass_a_hundred_percent():
     assert (rate.insertions, rate.rate) == (3, 3.0)
 
 
+def test_one_clip_tells_no_interval():
+    rate = score(["a b c"], ["a b d"], ["de"]).languages["de"]
+    assert rate.errors == 1 and rate.low != rate.low and rate.high != rate.high
+
+
 def test_intervals_are_seeded_and_hold_the_rate():
     references = ["a b c d"] * 30
     hypotheses = ["a b c d", "a b x d", "x"] * 10

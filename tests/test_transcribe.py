@@ -1,12 +1,19 @@
 """Transcribing with a tiny random Whisper: its words mean nothing, the bookkeeping does."""
 
+import json
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from whisper_helpers import TIMES, tiny, tone, write_tone
 
 from dqw.errors import UserError
+from dqw.whisper import listener as listener_module
 from dqw.whisper.engines import PlainEngine
+from dqw.whisper.listener import Listener
 from dqw.whisper.transcribe import Segment, Transcript, _Decoder, iter_transcripts, transcribe
 from dqw.whisper.writers import render
 
@@ -111,6 +118,72 @@ def test_silent_windows_of_a_recording_are_passed_over(whisper, monkeypatch):
     assert len(windows) >= 5
 
 
+def takes_for_no_speech(monkeypatch, engine, rows=slice(None)):
+    """Has ``engine`` find <|nospeech|> the likeliest token behind the start, in some windows."""
+    session = engine.session
+
+    @contextmanager
+    def quiet(self, states, longest):
+        with session(self, states, longest) as plain:
+            if longest > 1:
+                yield plain
+                return
+
+            def step(ids):
+                logits = plain.step(ids).clone()
+                logits[rows, self.settings.no_timestamps_token_id - 1] = 1e3
+                return logits
+
+            yield SimpleNamespace(step=step)
+
+    monkeypatch.setattr(engine, "session", quiet)
+
+
+def test_what_is_no_speech_is_silence_if_its_words_are_doubted(whisper, monkeypatch):
+    audio = voices(2)
+    plain = transcribe(*whisper, audio, "en")
+    takes_for_no_speech(monkeypatch, PlainEngine, rows=[0])
+    found = transcribe(*whisper, audio, "en")  # the shorter is row 1
+    shorter = int(len(audio[1]) < len(audio[0]))
+    assert plain[0].text and plain[1].text and found[shorter] == plain[shorter]
+    assert found[1 - shorter] == replace(plain[1 - shorter], text="")
+    assert transcribe(*whisper, audio, "en", no_speech=1.0) == plain
+    monkeypatch.setattr(listener_module, "DOUBT", -100.0)
+    assert transcribe(*whisper, audio, "en") == plain
+    with pytest.raises(UserError, match=r"threshold is 1\.5; give 0 to 1"):
+        transcribe(*whisper, audio, no_speech=1.5)
+
+
+def test_windows_without_speech_move_on_and_have_no_language(whisper, monkeypatch):
+    audio = np.concatenate(voices(6, 0.9))
+    takes_for_no_speech(monkeypatch, PlainEngine)
+    done = []
+    (found,) = transcribe(*whisper, [audio], progress=done.append)
+    assert found == Transcript("", None, len(audio) / 16_000) and done == [found.seconds]
+
+
+@pytest.mark.parametrize("timestamps", [False, True])
+def test_sureness_is_that_of_transformers(whisper, timestamps):
+    model, processor = whisper
+    audio = voices(1)[0]
+    features = processor.feature_extractor(audio, sampling_rate=16_000, return_tensors="pt")
+    states = model.get_encoder()(features["input_features"])[0]
+    listener = Listener(PlainEngine(model, processor))
+    prompt = listener.prompts(["de"], timestamps)
+    (tokens,) = listener.tokens(states, ["de"], prompt, timestamps)
+    rules = listener.rules(prompt.shape[1], timestamps)
+    found = listener.sureness(states, prompt[0].tolist(), tokens, rules)
+    ids, total, count = [*prompt[0].tolist(), *tokens, listener.end], 0.0, 0
+    for at in range(prompt.shape[1], min(len(ids), rules.longest)):
+        before = torch.tensor([ids[:at]])
+        with torch.no_grad():
+            scores = model(encoder_outputs=(states,), decoder_input_ids=before).logits[:, -1]
+        for rule in rules.processors():
+            scores = rule(before, scores)
+        total, count = total + float(scores.log_softmax(-1)[0, ids[at]]), count + 1
+    assert found == pytest.approx(total / count, rel=1e-4) and found < -0.1
+
+
 def test_what_a_fine_tune_says_of_its_language(whisper, monkeypatch):
     audio = voices(2)
     for named in ("<|ja|>", "ja", "japanese"):
@@ -150,7 +223,7 @@ def test_timestamps_lie_within_the_clip(whisper):
 
 def test_segments_from_tokens(whisper):
     _, processor = whisper
-    decoder = _Decoder(PlainEngine(*whisper), "transcribe", 1, True)
+    decoder = _Decoder(Listener(PlainEngine(*whisper)), True)
     first = processor.tokenizer.convert_tokens_to_ids(TIMES[0])
     word = processor.tokenizer(" world", add_special_tokens=False).input_ids
     segments = decoder._segments([first, *word, first + 20, first + 25, *word], 0.9)
@@ -164,7 +237,7 @@ def test_speech_heard_behind_the_end_gets_a_cue_of_some_length(whisper):
     from dqw.whisper.transcribe import _Clip, _Decoder
     from dqw.whisper.windows import Stretch
 
-    decoder = _Decoder(PlainEngine(*whisper), "transcribe", 1, True)
+    decoder = _Decoder(Listener(PlainEngine(*whisper)), True)
     first = whisper[1].tokenizer.convert_tokens_to_ids(TIMES[0])
     word = whisper[1].tokenizer(" world", add_special_tokens=False).input_ids
     last = Segment(0.28, 0.3, "world")
@@ -287,3 +360,8 @@ def test_writers():
     assert render(Transcript("", None, 1.0), "srt") == ""
     whole = render(Transcript("Hi.", "en", 1.0), "srt")
     assert whole == "1\n00:00:00,000 --> 00:00:01,000\nHi.\n"
+    for said in (["Hi."], []):  # of whatever length the audio is
+        rows = json.loads(render(Transcript("".join(said), "en", 1.0), "json"))["segments"]
+        assert [(row["start"], row["end"], row["text"]) for row in rows] == [
+            (0.0, 1.0, text) for text in said
+        ]

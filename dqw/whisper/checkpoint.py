@@ -188,6 +188,11 @@ def _load_transformers(
     except Exception as error:  # hub, JSON and tensor errors have no common base
         raise _explain(name, error, on_hub) from error
     faults = [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]
+    if any(".quantizer." in fault for fault in faults):
+        raise UserError(
+            f"{name} holds a student that still learns: load its weights into one made by "
+            "dqw.quantize, call dqw.freeze on it, and save that."
+        )
     if faults:
         raise UserError(
             f"{name} does not hold the weights its config.json speaks of ({len(faults)} tensors "

@@ -12,12 +12,13 @@ from __future__ import annotations
 import copy
 import json
 import threading
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import Tensor
 
 from dqw.convert import choose_activations, quant_modules
@@ -50,6 +51,13 @@ def own_rules(settings: Any) -> list[str]:
     return [name for name, value in found.items() if value]
 
 
+class Stepper(Protocol):
+    """Sequences, one for each of an encoder's states, that grow by what is told."""
+
+    def step(self, ids: Tensor) -> Tensor:
+        """ids (sequences, new tokens) → logits (sequences, vocabulary) of the last."""
+
+
 class Engine(Protocol):
     """settings: Whisper's generation settings (ids of special tokens, tokens to suppress …).
     positions: tokens a sequence may have. log_mel: makes the features of audio. context: how much
@@ -67,8 +75,9 @@ class Engine(Protocol):
     def native(self) -> FastDecoder | Graphs | None:
         """The native decoder, or None where ``generate`` must do."""
 
-    def detect(self, states: Tensor) -> list[int]:
-        """The token of the language spoken, for each clip."""
+    def session(self, states: Tensor, longest: int) -> AbstractContextManager[Stepper]:
+        """The decoder a step at a time, for the length of the block; at most ``longest`` tokens. 1:
+        the start alone, and the next call decodes the same ``states``."""
 
     def generate(self, states: Tensor, languages: Sequence[str | None], **options: Any) -> Tensor:
         """transformers' generate for one window; options are its own."""
@@ -119,14 +128,11 @@ class PlainEngine:
 
         return native_decoder(self.model)
 
-    def detect(self, states: Tensor) -> list[int]:
+    def session(self, states: Tensor, longest: int) -> AbstractContextManager[Stepper]:
         native = self._native()
         if native is not None:  # which keeps what it heard, for the text
-            return _detected(native, states, self.settings)
-        from transformers.modeling_outputs import BaseModelOutput
-
-        encoded: Any = BaseModelOutput(last_hidden_state=states)
-        return self.model.detect_language(encoder_outputs=encoded).tolist()
+            return _session(native, states, longest)
+        return nullcontext(_PlainStepper(self.model, states))
 
     def generate(self, states: Tensor, languages: Sequence[str | None], **options: Any) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
@@ -175,10 +181,10 @@ class NativeEngine:
     def native(self) -> FastDecoder | Graphs | None:
         return fast_decoder(self.model) if self._graphs is None else self._graphs
 
-    def detect(self, states: Tensor) -> list[int]:
+    def session(self, states: Tensor, longest: int) -> AbstractContextManager[Stepper]:
         decoder = self.native()
         assert decoder is not None
-        return _detected(decoder, states, self.settings)
+        return _session(decoder, states, longest)
 
     def generate(self, states: Tensor, languages: Sequence[str | None], **options: Any) -> Tensor:
         raise NotImplementedError("beams need transformers' generate: take a PlainEngine")
@@ -190,9 +196,28 @@ class NativeEngine:
         return self.pieces.tokens(text)
 
 
-def _detected(decoder: FastDecoder | Graphs, states: Tensor, settings: Any) -> list[int]:
-    ids = sorted(settings.lang_to_id.values())
-    return decoder.detect(states, settings.decoder_start_token_id, ids)
+@contextmanager
+def _session(decoder: FastDecoder | Graphs, states: Tensor, longest: int) -> Iterator[Stepper]:
+    # A GPU's session lasts until another call.
+    with decoder.lock if isinstance(decoder, Graphs) else nullcontext():
+        yield decoder.session(states, longest, bf16=True)
+
+
+class _PlainStepper:
+    """``Stepper`` of a model of transformers; what was told is told again at every step, as a cache
+    has another name from version to version. Few windows take more than one."""
+
+    def __init__(self, model: Any, states: Tensor) -> None:
+        self.model, self.states = model, states
+        self.ids = torch.empty(len(states), 0, dtype=torch.long, device=states.device)
+
+    def step(self, ids: Tensor) -> Tensor:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        self.ids = torch.cat([self.ids, ids.to(self.ids.device)], dim=1)
+        encoded = BaseModelOutput(last_hidden_state=self.states)
+        found = self.model(encoder_outputs=encoded, decoder_input_ids=self.ids, use_cache=False)
+        return found.logits[:, -1]
 
 
 def open_engine(

@@ -151,13 +151,6 @@ class FastDecoder:
         decoded = greedy(self, states, prompt, rules.processors(), stop, pad=rules.end, bf16=True)
         return decoded.ids
 
-    def detect(self, states: Tensor, start: int, ids: Sequence[int]) -> list[int]:
-        """The likeliest of ``ids`` behind the token ``start``, for each clip."""
-        session = Session(self, states, 1, bf16=True)
-        logits = session.step(torch.full((len(states), 1), start))
-        choice = torch.tensor(list(ids))
-        return choice[logits[:, choice].argmax(1)].tolist()
-
     def _forget(self, dead: weakref.ref) -> None:
         if self._last is not None and self._last[0] is dead:
             self._last = None
@@ -224,7 +217,7 @@ class Session:
         self.audio = states.shape[1]
         self.type = CROSS_TYPES.index(cross_type or decoder.cross_type)
         self.network = decoder.network
-        # A single token is the language.
+        # A single token: what is spoken, if anything.
         self.cross = decoder.cross(states, self.type, bf16, again=longest == 1)
         count = states.shape[0] * per_clip
         self.longest = min(longest, decoder.positions)

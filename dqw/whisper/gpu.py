@@ -172,17 +172,10 @@ class Graphs:
         longest = max(len(row) for row in ids)
         return torch.tensor([row + [rules.end] * (longest - len(row)) for row in ids])
 
-    def detect(self, states: Tensor, start: int, ids: Sequence[int]) -> list[int]:
-        """The likeliest of ``ids`` behind the token ``start``, for each clip."""
-        with self.lock:  # a session lasts until another call
-            logits = self.session(states, 1).step(torch.full((len(states), 1), start))
-        choice = torch.tensor(list(ids), device=logits.device)
-        return choice[logits.index_select(1, choice).argmax(1)].tolist()
-
     def session(self, states: Tensor, longest: int = 0, bf16: bool = False) -> GpuSession:
         """The decoder a step at a time, for a loop that chooses the tokens itself; until the next
-        call of this, ``greedy`` or ``detect``. longest: 1 where a language is detected, and the
-        next call decodes the same ``states``; bf16: as of ``FastDecoder``; nothing here."""
+        call of this or ``greedy``. longest: 1 where the start alone is asked for, and the next
+        call decodes the same ``states``; bf16: as of ``FastDecoder``; nothing here."""
         with self._at_work():
             batch = self._roomy(lambda: self._heard(states, again=longest == 1))
             batch.start()

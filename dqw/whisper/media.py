@@ -1,8 +1,9 @@
 """Audio within m4a, mp4, webm, mkv, wma and whatever else FFmpeg's libraries read.
 
 They come with PyAV (`pip install 'dqw[media]'`), which dqw does without where it is not installed.
-As with `audio`, a file that was cut off is an error, never a shorter transcript; FFmpeg says
-nothing of one, so what was read is held against the length that mp4 and Matroska state.
+FFmpeg says nothing of a file that was cut off, so what was read is held against the length that mp4
+and Matroska state: there a cut is an error, never a shorter transcript. Of the others (caf, avi,
+ac3, wma) it states what it found, and their text is that of what is there.
 """
 
 from __future__ import annotations

@@ -117,6 +117,9 @@ def load(folder: Path, config: dict[str, Any]) -> Skeleton:
     if POSITIONS not in state:
         state[POSITIONS] = sinusoids(config["max_source_positions"], config["d_model"])
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    table, projection = "model.decoder.embed_tokens.weight", "proj_out.weight"
+    if projection in shapes and table in state and config.get("tie_word_embeddings", True):
+        state.setdefault(projection, state[table])  # a float one, stored once
     faults = [name for name in {**shapes, **state} if name not in shapes or name not in state]
     faults += [name for name in shapes if name in state and state[name].shape != shapes[name]]
     if faults:

@@ -188,7 +188,7 @@ class Transformers(Rival):
         from transformers import WhisperForConditionalGeneration
         from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-        from dqw.convert import set_activations
+        from dqw.convert import choose_activations
         from dqw.recipe import ACTIVATIONS
         from dqw.whisper.checkpoint import load_whisper
 
@@ -199,7 +199,7 @@ class Transformers(Rival):
         self.model, self.processor = loaded
         self.spelling = getattr(self.processor.tokenizer, "english_spelling_normalizer", None)
         if packed:
-            set_activations(self.model, kind)
+            choose_activations(self.model, kind)
         # What dqw made of a packed model's class it is no longer.
         self.model.__class__ = WhisperForConditionalGeneration
         self.model.model.encoder.__class__ = WhisperEncoder

@@ -194,7 +194,7 @@ def _rate(rows: Sequence[np.ndarray], metric: str, seed: int) -> Rate:
     table = np.stack(rows)
     kept = table[table[:, 3] > 0]
     low = high = float("nan")
-    if len(kept):
+    if len(kept) > 1:  # of one clip nothing is known of others
         generator = np.random.default_rng(seed)
         picks = generator.integers(0, len(kept), size=(_SAMPLES, len(kept)))
         errors, units = kept[:, :3].sum(axis=1), kept[:, 3]

@@ -31,7 +31,8 @@ def print_scores(result: Evaluation, spelling: bool, size: int | None = None) ->
     def row(name: str, rate: Rate) -> None:
         figures = ("-", "-")
         if rate.units:
-            figures = f"{100 * rate.rate:.2f}", f"{100 * rate.low:.2f} to {100 * rate.high:.2f}"
+            between = f"{100 * rate.low:.2f} to {100 * rate.high:.2f}"
+            figures = f"{100 * rate.rate:.2f}", between if rate.clips > 1 else "-"
         counts = (rate.errors, rate.units, rate.substitutions, rate.deletions, rate.insertions)
         table.add_row(name, str(rate.clips), rate.metric, *figures, *map(str, counts))
 

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,10 +27,10 @@ from dqw.whisper.audio import (
     load_audio,
 )
 from dqw.whisper.context import CHOICES
-from dqw.whisper.data import language_code
-from dqw.whisper.decoding import Rules, cut_loop, is_time
+from dqw.whisper.decoding import cut_loop, is_time
 from dqw.whisper.engines import Engine, PlainEngine
 from dqw.whisper.features import silence
+from dqw.whisper.listener import NO_SPEECH, Listener
 from dqw.whisper.transcript import TICK, Segment, Transcript, segment_of
 from dqw.whisper.windows import Recording, Stretch
 
@@ -71,6 +71,7 @@ def transcribe(
     audio_context: str = "auto",
     damaged: Callable[[int, UserError], None] | None = None,
     prompt: str | None = None,
+    no_speech: float = NO_SPEECH,
 ) -> list[Transcript]:
     """One transcript per audio, in order; of those that are not ``damaged``, as there.
 
@@ -82,7 +83,9 @@ def transcribe(
     with the seconds of audio finished, after each clip. `audio_context`: "auto" (short clips are
     not padded where the model learned that) or "full". `prompt`: words to expect, such as names, or
     a text in the style wanted, at most half of the tokens that a sequence may have; each window
-    is decoded as if it had been said before.
+    is decoded as if it had been said before. `no_speech`: a window that the model takes for no
+    speech with more than this probability, and whose words it doubts (a mean log-probability below
+    -1), is silence, by the rule and with the numbers of OpenAI's whisper; 1: none is.
     Raises UserError for bad audio, an unknown language, task or context, a prompt that is too long,
     and numbers below 1.
     """
@@ -90,7 +93,7 @@ def transcribe(
     engine = PlainEngine(model, processor)
     steps = iter_transcripts(
         engine, audios, language, task, beam_size, timestamps, batch_size,
-        audio_context=audio_context, damaged=damaged, prompt=prompt,
+        audio_context=audio_context, damaged=damaged, prompt=prompt, no_speech=no_speech,
     )  # fmt: skip
     done = 0.0
     for index, transcript in steps:
@@ -115,6 +118,7 @@ def iter_transcripts(
     seconds: Sequence[float | None] | None = None,
     ahead: int | None = None,
     prompt: str | None = None,
+    no_speech: float = NO_SPEECH,
 ) -> Iterator[tuple[int, Transcript]]:
     """(index, transcript) as they get ready, longest clips first; arguments as `transcribe`.
 
@@ -128,14 +132,16 @@ def iter_transcripts(
     for name, value in (("beam size", beam_size), ("batch size", batch_size)):
         if value < 1:
             raise UserError(f"the {name} is {value}; give 1 or more")
+    if not 0 <= no_speech <= 1:
+        raise UserError(f"the no-speech threshold is {no_speech}; give 0 to 1")
     if audio_context not in CHOICES:
         raise UserError(f"the audio context is '{audio_context}'; choose auto or full")
-    silent = heard or (lambda seconds: None)
-    decoder = _Decoder(engine, task, beam_size, timestamps, silent, prompt)
+    listener = Listener(engine, task, beam_size, prompt, no_speech)
+    decoder = _Decoder(listener, timestamps, heard or (lambda seconds: None))
     if audio_context == "full":
         decoder.context = None
     each = [language] * len(audios) if language is None or isinstance(language, str) else language
-    codes = [decoder.code(code) or decoder.own_language() for code in each]
+    codes = [listener.code(code) or listener.own_language() for code in each]
     if len(codes) != len(audios):
         raise UserError(f"{len(codes)} languages for {len(audios)} audios; give one for each")
     # Longest first: rows of a batch end together, and too little memory shows at once.
@@ -202,60 +208,15 @@ class _Decoder:
 
     def __init__(
         self,
-        engine: Engine,
-        task: str,
-        beam_size: int,
+        listener: Listener,
         timestamps: bool,
         heard: Callable[[float], None] = lambda seconds: None,
-        prompt: str | None = None,
     ) -> None:
-        self.engine, self.task, self.beams = engine, task, beam_size
+        self.listener, self.engine = listener, listener.engine
         self.timestamps, self.heard = timestamps, heard
-        self.settings: Any = engine.settings
-        self.multilingual = bool(getattr(self.settings, "is_multilingual", True))
-        self.first_timestamp = self.settings.no_timestamps_token_id + 1
-        self.end: int = self.settings.eos_token_id
-        self.window = engine.log_mel.samples / SAMPLE_RATE  # 30 s in every Whisper
-        self.context = engine.context
-        if task == "translate" and not self.multilingual:
-            raise UserError("this model only knows English and can't translate; leave --task out")
-        self.languages: dict[int, str] = {}  # token id -> code
-        if self.multilingual:
-            self.languages = {i: token[2:-2] for token, i in self.settings.lang_to_id.items()}
-        self.before = self._before(prompt) if prompt and prompt.strip() else []
-
-    def _before(self, prompt: str) -> list[int]:
-        """The tokens of what counts as said before, by OpenAI's rules for `initial_prompt`."""
-        start = getattr(self.settings, "prev_sot_token_id", None)
-        if start is None:
-            raise UserError("this model was made without a place for a prompt; leave --prompt out")
-        tokens = self.engine.tokens(" " + prompt.strip())
-        last = self.first_timestamp + round(self.window / TICK)
-        if any(self.end <= token <= last for token in tokens):
-            raise UserError("the prompt holds one of Whisper's own tokens, <|…|>; leave it out")
-        most = self.engine.positions // 2 - 1
-        if len(tokens) > most:
-            raise UserError(f"the prompt has {len(tokens)} tokens; {most} is the most, shorten it")
-        return [start, *tokens]
-
-    def code(self, language: str | None) -> str | None:
-        """Whisper's code for a language; UserError if the model does not know it."""
-        known = set(self.languages.values()) or {"en"}
-        code = language if language in known else language_code(language, "the language")
-        if code is not None and code not in known:
-            raise UserError(f"this model does not know the language '{code}'; take a "
-                            "multilingual one or leave the language out")  # fmt: skip
-        return code
-
-    def own_language(self) -> str | None:
-        """The one that a fine-tune's generation_config names, if it knows that."""
-        named = getattr(self.settings, "language", None)
-        if not self.multilingual or not isinstance(named, str):
-            return None
-        try:
-            return self.code(named.strip("<|>"))
-        except UserError:
-            return None
+        self.first_timestamp = listener.first_timestamp
+        self.window = self.engine.log_mel.samples / SAMPLE_RATE  # 30 s in every Whisper
+        self.context = self.engine.context
 
     def heard_positions(self, seconds: float) -> int:
         """The encoder's positions for a clip or the rest of a recording."""
@@ -268,15 +229,15 @@ class _Decoder:
         features = self.engine.log_mel.clips([clip.audio for clip in clips])
         positions = self.heard_positions(clips[0].seconds)
         states = self.engine.encode(features[..., : 2 * positions])
-        languages = self._detected([clip.language for clip in clips], states)
+        known: list[str | None] = [clip.language for clip in clips]
+        languages, said = self.listener.said(states, known, self.timestamps)
         results = []
-        for clip, code, tokens in zip(
-            clips, languages, self._tokens(states, languages, self.timestamps), strict=True
-        ):
+        for clip, code, tokens in zip(clips, languages, said, strict=True):
+            tokens = tokens or []
             kept = cut_loop(tokens, self.first_timestamp)
             segments = self._segments(kept, clip.seconds) if self.timestamps else []
-            language, looped = self._reported(code), len(kept) < len(tokens)
-            found = Transcript(self._text(kept), language, clip.seconds, segments, looped)
+            language, looped = self.listener.reported(code), len(kept) < len(tokens)
+            found = Transcript(self.listener.text(kept), language, clip.seconds, segments, looped)
             results.append((clip.index, found))
             self.heard(clip.seconds)
         return results
@@ -309,12 +270,13 @@ class _Decoder:
             going = [pair for pair, n in zip(running, lengths, strict=True) if n != lengths[0]]
             windows = torch.stack([recording.window() for _, recording in alike])
             states = self.engine.encode(windows[..., : 2 * lengths[0]])
-            codes = self._detected([languages[clip.index] for clip, _ in alike], states)
-            for (clip, recording), code, tokens in zip(
-                alike, codes, self._tokens(states, codes, True), strict=True
-            ):
-                languages[clip.index] = code
-                self.heard(recording.take(tokens) * log_mel.hop / SAMPLE_RATE)
+            codes, said = self.listener.said(
+                states, [languages[clip.index] for clip, _ in alike], True
+            )
+            for (clip, recording), code, tokens in zip(alike, codes, said, strict=True):
+                if tokens is not None:  # what is no speech is in no language
+                    languages[clip.index] = code
+                self.heard(recording.take(tokens or []) * log_mel.hop / SAMPLE_RATE)
                 going.append((clip, recording))
             running = going
 
@@ -323,75 +285,12 @@ class _Decoder:
         for stretch in stretches:
             tokens = cut_loop(stretch.tokens, self.first_timestamp)
             spoken += tokens
-            text = self._text(tokens)
+            text = self.listener.text(tokens)
             if text:
                 segments.append(segment_of(stretch.start, stretch.end, clip.seconds, text))
-        return Transcript(self._text(spoken), self._reported(code), clip.seconds, segments)
-
-    def _detected(self, languages: list[str | None], states: torch.Tensor) -> list[str | None]:
-        """The clips' languages, detected where none is given; None for all in an English model."""
-        if not self.multilingual or None not in languages:
-            return languages
-        ids = self.engine.detect(states)
-        return [code or self.languages[found] for code, found in zip(languages, ids, strict=True)]
-
-    def _tokens(
-        self, states: torch.Tensor, languages: list[str | None], timestamps: bool
-    ) -> list[list[int]]:
-        """What is said in each window, without prompt and end."""
-        prompt = self._prompts(languages, timestamps)
-        begin = prompt.shape[1]
-        decoder = self.engine.native() if self.beams == 1 else None
-        # generate has rules of its own for times, but these come after what is suppressed.
-        rules = self._rules(begin, timestamps)
-        if decoder is not None:
-            rows = decoder.greedy(states, prompt, rules)
-        else:
-            options: dict[str, Any] = {"task": self.task} if self.multilingual else {}
-            if self.before:
-                options["prompt_ids"] = torch.tensor(self.before)
-            rows = self.engine.generate(
-                states,
-                languages,
-                num_beams=self.beams,
-                do_sample=False,
-                logits_processor=rules.processors(),
-                return_timestamps=timestamps,
-                **options,
-            )
-        tokens = [row[begin:] for row in rows.tolist()]
-        return [row[: row.index(self.end)] if self.end in row else row for row in tokens]
-
-    def _prompts(self, languages: list[str | None], timestamps: bool) -> torch.Tensor:
-        """The tokens that every row begins with, as generate would put them."""
-        config = self.settings
-        rows = []
-        for code in languages:
-            row = [*self.before, config.decoder_start_token_id]
-            if self.multilingual:
-                row += [config.lang_to_id[f"<|{code}|>"], config.task_to_id[self.task]]
-            rows.append(row if timestamps else [*row, config.no_timestamps_token_id])
-        return torch.tensor(rows)
-
-    def _rules(self, begin: int, timestamps: bool) -> Rules:
-        settings, positions = self.settings, self.engine.positions
-        return Rules(
-            begin,
-            longest=min((settings.max_length or positions) + begin, positions),
-            end=self.end,
-            first_timestamp=self.first_timestamp,
-            always=tuple(settings.suppress_tokens or ()),
-            first=tuple(settings.begin_suppress_tokens or ()),
-            timestamps=timestamps,
-            latest=getattr(settings, "max_initial_timestamp_index", None),
+        return Transcript(
+            self.listener.text(spoken), self.listener.reported(code), clip.seconds, segments
         )
-
-    def _reported(self, code: str | None) -> str | None:
-        return code if self.multilingual else "en"
-
-    def _text(self, tokens: list[int]) -> str:
-        said = [token for token in tokens if not is_time(token, self.first_timestamp)]
-        return self.engine.text(said).strip()
 
     def _segments(self, tokens: list[int], seconds: float) -> list[Segment]:
         """Tokens between timestamps; a piece without an end lasts to the end of the clip."""
@@ -399,7 +298,7 @@ class _Decoder:
         start, piece = 0.0, list[int]()
 
         def close(end: float) -> None:
-            text = self._text(piece)
+            text = self.listener.text(piece)
             if text:
                 segments.append(segment_of(start, end, seconds, text))
             piece.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 
 from dqw.whisper.transcript import Segment, Transcript
 
@@ -14,10 +15,12 @@ TIMED = ("srt", "vtt")  # these need segments
 def render(transcript: Transcript, form: str, timestamps: bool = False) -> str:
     """`transcript` as the text of a file of the format `form`, newline at the end.
 
-    `timestamps`: in txt, one segment a line with its times before it.
+    `timestamps`: in txt, one segment a line with its times before it. A text without segments is
+    one in json, srt and vtt.
     """
     if form == "json":
-        return json.dumps(transcript.to_dict(), ensure_ascii=False, indent=2) + "\n"
+        whole = replace(transcript, segments=list(_segments(transcript)))
+        return json.dumps(whole.to_dict(), ensure_ascii=False, indent=2) + "\n"
     if form == "srt":
         blocks = enumerate(_segments(transcript), start=1)
         return "\n".join(f"{n}\n{_span(s, ',')}\n{s.text}\n" for n, s in blocks)
