@@ -105,7 +105,7 @@ def main(
 ) -> None:
     """Every plan of the CUDA C++ kernel at 4 bits, beside float16."""
     if not torch.cuda.is_available():
-        raise UserError("Plans are those of a GPU's kernel, and torch finds no GPU.")
+        raise UserError("Plans are of a kernel that needs an NVIDIA GPU, and torch finds none.")
     if ops_cuda.library_reason:
         raise UserError(f"The CUDA C++ kernel is not here: {ops_cuda.library_reason}.")
     options.check_writable(json_file, "--json")

@@ -162,6 +162,7 @@ def test_windows_without_speech_move_on_and_have_no_language(whisper, monkeypatc
     assert found == Transcript("", None, len(audio) / 16_000) and done == [found.seconds]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("timestamps", [False, True])
 def test_sureness_is_that_of_transformers(whisper, timestamps):
     model, processor = whisper
@@ -176,8 +177,7 @@ def test_sureness_is_that_of_transformers(whisper, timestamps):
     ids, total, count = [*prompt[0].tolist(), *tokens, listener.end], 0.0, 0
     for at in range(prompt.shape[1], min(len(ids), rules.longest)):
         before = torch.tensor([ids[:at]])
-        with torch.no_grad():
-            scores = model(encoder_outputs=(states,), decoder_input_ids=before).logits[:, -1]
+        scores = model(encoder_outputs=(states,), decoder_input_ids=before).logits[:, -1]
         for rule in rules.processors():
             scores = rule(before, scores)
         total, count = total + float(scores.log_softmax(-1)[0, ids[at]]), count + 1

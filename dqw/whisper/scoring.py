@@ -15,6 +15,7 @@ bootstrap samples over clips (percentile bootstrap, Efron 1979), seeded.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,17 +191,22 @@ def _count(reference: str, hypothesis: str, language: str | None) -> np.ndarray:
     return np.array([out.substitutions, out.deletions, out.insertions, units], dtype=np.int64)
 
 
+_UNKNOWN = math.nan  # this very one, so that two rates without an interval can be equal
+
+
 def _rate(rows: Sequence[np.ndarray], metric: str, seed: int) -> Rate:
     table = np.stack(rows)
     kept = table[table[:, 3] > 0]
-    low = high = float("nan")
+    low = high = _UNKNOWN
     if len(kept) > 1:  # of one clip nothing is known of others
         generator = np.random.default_rng(seed)
         picks = generator.integers(0, len(kept), size=(_SAMPLES, len(kept)))
         errors, units = kept[:, :3].sum(axis=1), kept[:, 3]
-        low, high = np.percentile(errors[picks].sum(1) / units[picks].sum(1), [2.5, 97.5])
+        low, high = map(
+            float, np.percentile(errors[picks].sum(1) / units[picks].sum(1), [2.5, 97.5])
+        )
     s, d, i, n = (int(total) for total in kept.sum(axis=0)) if len(kept) else (0, 0, 0, 0)
-    return Rate(metric, s, d, i, n, len(kept), len(table) - len(kept), float(low), float(high))
+    return Rate(metric, s, d, i, n, len(kept), len(table) - len(kept), low, high)
 
 
 def _percent(rate: float) -> float | None:
