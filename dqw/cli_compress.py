@@ -154,10 +154,7 @@ def compress(
     given = {"--bits": bits, "--embedding-bits": embedding_bits}
     idle = [name for name, value in given.items() if value]  # 0: the embedding stays float
     if budget and idle:
-        err.print(
-            f"--budget chooses each layer's bits: {' and '.join(idle)} will do nothing",
-            style="yellow", markup=False, soft_wrap=True,
-        )  # fmt: skip
+        _say_idle("--budget chooses each layer's bits", idle)
     _check_training(amount, manner, ptq_only, chosen.train.wanted)
     if grid is not None and (data is None or chosen.quant.allocate == "none"):
         check_grid(grid, chosen.quant.bits)  # none of the layers would be on it
@@ -166,10 +163,7 @@ def compress(
     }  # fmt: skip
     idle = [name for name, value in deaf.items() if value is not None]
     if data is None and ptq_only and idle:
-        err.print(
-            f"without --data nothing is heard: {' and '.join(idle)} will do nothing",
-            style="yellow", markup=False, soft_wrap=True,
-        )  # fmt: skip
+        _say_idle("without --data nothing is heard", idle)
     if data is not None and calibration_clips == 0 and (ptq_only or not chosen.train.wanted):
         raise UserError(
             "--calibration-clips is 0, and --data without training is for calibration alone: leave "
@@ -196,6 +190,11 @@ def demo(
     run_demo(out, Console(highlight=False))
 
 
+def _say_idle(why: str, options: list[str]) -> None:
+    words = f"{why}: {' and '.join(options)} will do nothing"
+    err.print(words, style="yellow", markup=False, soft_wrap=True)
+
+
 def _check_training(
     amount: dict[str, float | None], manner: dict[str, float | None], ptq_only: bool, wanted: bool
 ) -> None:
@@ -205,10 +204,7 @@ def _check_training(
         raise UserError(f"--ptq-only trains nothing: leave out it or {' and '.join(asked)}.")
     idle = [name for name, value in manner.items() if value is not None]
     if idle and (ptq_only or not wanted):
-        err.print(
-            f"nothing is trained without --epochs or --steps: {' and '.join(idle)} will do nothing",
-            style="yellow", markup=False, soft_wrap=True,
-        )  # fmt: skip
+        _say_idle("nothing is trained without --epochs or --steps", idle)
 
 
 def load_recipe(name: str, **overrides: dict[str, Any]) -> Any:

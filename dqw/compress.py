@@ -155,13 +155,13 @@ def _compress(job: Job, recipe: Recipe, say: Say) -> Path:
     if not job.ptq_only:
         train(job, recipe, pair, items)
     if is_main():
-        if kept is not None and not has_room(job.out, pair.student):
-            kept.clear_states()
+        done = Kept(job.work, say)  # of a run that was resumed, too, which kept nothing more
+        if not has_room(job.out, pair.student):
+            done.clear_states()
         save_student(pair.student, pair.processor, job.out, provenance(job, recipe))
         if not job.ptq_only:
             finish(job)
-        if kept is not None:
-            kept.clear()
+        done.clear()
         size = model_bytes(job.out)
         say(f"wrote {job.out}: {size / 2**20:.1f} MiB without the tokenizer")
         if job.budget and size > job.budget:

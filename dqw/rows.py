@@ -17,11 +17,13 @@ from dqw.errors import UserError
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Append one line each, all or none. Ids are file names, which need not be UTF-8: such bytes
     are written as JSON reads them back."""
-    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    rest = memoryview(text.encode("utf-8", "backslashreplace"))
+    with open(path, "ab", buffering=0) as file:  # a buffer would try once more as it is closed
         before = file.tell()
         try:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            file.flush()
+            while rest:
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         except OSError:  # a full disk: half a line would spoil the next
             os.truncate(path, before)

@@ -422,12 +422,14 @@ def test_a_killed_compression_resumes_to_the_same_folder(
     process.wait()
     assert not killed.exists()
     refused("--resume", "--teacher", base, "--data", data, "--out", killed, "--recipe", recipe)
+    assert (tmp_path / "killed.work").exists()
     again = command(killed, "--resume")
     found = subprocess.run(again, check=True, capture_output=True, text=True)
     for done in ("plan: ", "healed"):  # not measured, not healed a second time
         assert done not in found.stderr + found.stdout
     name = "model.safetensors"
     assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    assert not (tmp_path / "killed.work").exists()
 
 
 def test_the_folder_works_in_pipeline_and_generate(base: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Transcribing with a tiny random Whisper: its words mean nothing, the bookkeeping does."""
 
+import inspect
 import json
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 from whisper_helpers import TIMES, tiny, tone, write_tone
 
+from dqw.cli_transcribe import transcribe as command
 from dqw.errors import UserError
 from dqw.whisper import listener as listener_module
 from dqw.whisper.engines import PlainEngine
@@ -150,6 +152,8 @@ def test_what_is_no_speech_is_silence_if_its_words_are_doubted(whisper, monkeypa
     assert transcribe(*whisper, audio, "en", no_speech=1.0) == plain
     monkeypatch.setattr(listener_module, "DOUBT", -100.0)
     assert transcribe(*whisper, audio, "en") == plain
+    option = inspect.signature(command).parameters["no_speech_threshold"]
+    assert option.default == listener_module.NO_SPEECH
     with pytest.raises(UserError, match=r"threshold is 1\.5; give 0 to 1"):
         transcribe(*whisper, audio, no_speech=1.5)
 
