@@ -101,72 +101,59 @@ struct Outputs {
     }
 };
 
-// Float sums of row `m`, W outputs from n: y = sum * scale + bias.
-DQW_INLINE void finish_float(const Linear& a, const Outputs& o, int64_t m, int64_t n, f32 sum) {
-    f32 y = mul(sum, o.scale);
-    if (a.bias) y = add(y, o.bias);
-    write_y(a, m, n, y, a.w.rows - n);
+// y = `v` + bias: W outputs from n of row `m`.
+DQW_INLINE void finish(const Linear& a, const Outputs& o, int64_t m, int64_t n, f32 v) {
+    write_y(a, m, n, a.bias ? add(v, o.bias) : v, a.w.rows - n);
 }
 
-// Integer sums of row `m`: y = float(sum) * (row_scale * scale) + bias. `high` only for wide
-// tables; the sums of x's planes are `stride` apart.
-DQW_INLINE void finish_int8(const Linear& a, const Outputs& o, int64_t m, int64_t n,
-                            const int32_t* low, const int32_t* high, int planes, int64_t stride) {
-    const int offset = byte_offset(a.w);
-    const int32_t* row_sum = a.row_sum + m * planes;
+// Of integer sums of row `m`: float(sum) * (row_scale * scale). `high` only for wide tables; the
+// sums of x's planes are `stride` apart.
+DQW_INLINE f32 scaled_sums(const Linear& a, const Outputs& o, int64_t m, const int32_t* low,
+                           const int32_t* high, int planes, int64_t stride) {
+    const int32_t* start = a.row_start + m * planes;
     f32 total;
     if (high == nullptr) {
-        total = to_float(sub_int(load_int(low), all_int(offset * row_sum[0])));
+        total = to_float(add_int(load_int(low), all_int(start[0])));
         for (int p = 1; p < planes; p++) {
-            const i32 sum = sub_int(load_int(low + p * stride), all_int(offset * row_sum[p]));
+            const i32 sum = add_int(load_int(low + p * stride), all_int(start[p]));
             total = fma(total, all(256.0f), to_float(sum));
         }
     } else {
         float t[W];
         for (int i = 0; i < W; i++) {
-            const int64_t l = low[i] - offset * row_sum[0], h = high[i] - offset * row_sum[0];
+            const int64_t l = low[i] + start[0], h = high[i] + start[0];
             t[i] = (float)(l + 256 * h);
         }
         total = load(t);
     }
-    f32 y = mul(total, mul(all(a.row_scale[m]), o.scale));
-    if (a.bias) y = add(y, o.bias);
-    write_y(a, m, n, y, a.w.rows - n);
+    return mul(total, mul(all(a.row_scale[m]), o.scale));
 }
 
-// Sums over groups, scaled already: y = row_scale * sum + bias.
-DQW_INLINE void finish_groups(const Linear& a, const Outputs& o, int64_t m, int64_t n,
-                              const float* sums, int planes, int64_t stride) {
+// Of sums over groups, which their scales are in already.
+DQW_INLINE f32 scaled_groups(const Linear& a, int64_t m, const float* sums, int planes,
+                             int64_t stride) {
     f32 sum = load(sums);
     for (int p = 1; p < planes; p++) sum = fma(sum, all(256.0f), load(sums + p * stride));
-    f32 y = mul(all(a.row_scale[m]), sum);
-    if (a.bias) y = add(y, o.bias);
-    write_y(a, m, n, y, a.w.rows - n);
+    return mul(all(a.row_scale[m]), sum);
 }
 
 // ---- activations ----
 
-// Rows [begin, end) of x as float32, padded with zeros to whole blocks. For the gemm, `begin` is
-// the first row of a register block, stored column by column. For the gemv, in the order in which
-// FloatTable gives weights: of each run of 4 W columns first those at 0, 4, 8 …, then 1, 5, 9 ….
-void run_prepare_float(const Linear& a, const void* source, int64_t begin, int64_t end, bool gemm) {
-    const int64_t cols = a.w.cols, padded = a.w.blocks * kUnit, rows = end - begin;
-    float* out = a.x + begin * padded;
+// Rows [begin, end) of x for the gemv as float32, padded with zeros to whole blocks, in the order
+// in which FloatTable gives weights: of each run of 4 W columns first those at 0, 4, 8 …, then 1,
+// 5, 9 ….
+void run_prepare_float(const Linear& a, const void* source, int64_t begin, int64_t end) {
+    const int64_t cols = a.w.cols, padded = a.w.blocks * kUnit;
     with_type(a.type, [&]<Type T>() {
-        for (int64_t i = 0; i < padded; i += 4 * W) {
-            for (int64_t r = 0; r < rows; r++) {
+        for (int64_t r = begin; r < end; r++) {
+            for (int64_t i = 0; i < padded; i += 4 * W) {
                 float x[4 * W];
                 for (int64_t j = 0; j < 4 * W; j += W) {
                     const int64_t n = cols - i - j;
-                    store(x + j,
-                          n > 0 ? read_some<T>(source, (begin + r) * cols + i + j, n) : zero());
+                    store(x + j, n > 0 ? read_some<T>(source, r * cols + i + j, n) : zero());
                 }
-                if (gemm) {
-                    for (int64_t j = 0; j < 4 * W; j++) out[(i + j) * rows + r] = x[j];
-                } else {
-                    float* run = out + r * padded + i;
-                    for (int64_t j = 0; j < 4 * W; j++) run[j % 4 * W + j / 4] = x[j];
-                }
+                float* run = a.x + r * padded + i;
+                for (int64_t j = 0; j < 4 * W; j++) run[j % 4 * W + j / 4] = x[j];
             }
         }
     });
@@ -188,6 +175,16 @@ DQW_INLINE RowRange digit_range(const void* x, int64_t begin, int64_t end) {
     const Bits inv = {(uint32_t)(shift + 127) << 23};
     if (largest.value * inv.value > 127 * 65793.0f) shift--;  // 127 in every digit
     return {Bits{(uint32_t)(shift + 127) << 23}.value, Bits{(uint32_t)(127 - shift) << 23}.value};
+}
+
+// x as integers of three digits to base 256, and the last of them taken away.
+DQW_INLINE i32 scaled_digits(f32 x, float inv) {
+    return truncate(round_even(mul(inv == 0.0f ? zero() : x, all(inv))));
+}
+DQW_INLINE i32 take_digit(i32& rest) {
+    const i32 digit = low_byte(rest);
+    rest = shift_right_8(sub_int(rest, digit));
+    return digit;
 }
 
 // Where sums of a gemv with groups start, for one row of q.
@@ -213,23 +210,21 @@ void fill_lane_start(const Linear& a, int64_t row) {
     if (i < padded) fill(i, Int<1>());
 }
 
-// Rows [begin, end) of x as int8 with a scale a row, or as digits (Linear::planes), padded with
-// zeros to whole blocks; for the gemm interleaved by fours of columns. Also the sums that undo the
-// weights' offset.
+// Rows [begin, end) of x for the gemv as int8 with a scale a row, or as digits (Linear::planes),
+// padded with zeros to whole blocks. Also what undoes the weights' offset.
 template <Type T>
-void prepare_rows(const Linear& a, const void* source, int64_t begin, int64_t end, bool gemm) {
+void prepare_rows(const Linear& a, const void* source, int64_t begin, int64_t end) {
     const int planes = planes_of(a);
-    const int64_t cols = a.w.cols, padded = a.w.blocks * kUnit, rows = (end - begin) * planes;
+    const int64_t cols = a.w.cols, padded = a.w.blocks * kUnit;
     const GroupOf group_of(a.w.group);
     const int64_t groups = a.w.group ? (cols + a.w.group - 1) / a.w.group : 1;
-    int8_t* out = a.q + begin * planes * padded;
-    for (int64_t r = 0; r < end - begin; r++) {
-        const int64_t start = (begin + r) * cols;
+    for (int64_t r = begin; r < end; r++) {
+        const int64_t start = r * cols;
         const RowRange range = planes == 1 ? row_range<T>(source, start, start + cols)
                                            : digit_range<T>(source, start, start + cols);
-        a.row_scale[begin + r] = range.scale;
-        int32_t* row_sum = a.row_sum + (begin + r) * planes * groups;
-        for (int64_t g = 0; g < planes * groups; g++) row_sum[g] = 0;
+        a.row_scale[r] = range.scale;
+        int32_t* row_start = a.row_start + r * planes * groups;
+        for (int64_t g = 0; g < planes * groups; g++) row_start[g] = 0;
         i32 sums[3] = {all_int(0), all_int(0), all_int(0)};  // of a group
         int64_t group = 0;
         for (int64_t b = 0; b < padded; b += kQuarter) {  // a group never ends inside a quarter
@@ -243,11 +238,9 @@ void prepare_rows(const Linear& a, const void* source, int64_t begin, int64_t en
                     store_bytes(q[0] + (i - b), rounded);
                     continue;
                 }
-                i32 rest =
-                    truncate(round_even(mul(range.inv == 0.0f ? zero() : x, all(range.inv))));
+                i32 rest = scaled_digits(x, range.inv);
                 for (int p = planes - 1; p >= 0; p--) {
-                    const i32 digit = low_byte(rest);
-                    rest = shift_right_8(sub_int(rest, digit));
+                    const i32 digit = take_digit(rest);
                     sums[p] = add_int(sums[p], digit);
                     store_bytes(q[p] + (i - b), digit);
                 }
@@ -256,23 +249,17 @@ void prepare_rows(const Linear& a, const void* source, int64_t begin, int64_t en
             const int64_t next = last ? group : group_of(b + kQuarter);
             for (int p = 0; p < planes; p++) {
                 if (last ? b < cols : next != group) {
-                    row_sum[p * groups + group] = sum_int(sums[p]);
+                    row_start[p * groups + group] = -byte_offset(a.w) * sum_int(sums[p]);
                     sums[p] = all_int(0);
                 }
-                if (!gemm) {
-                    int8_t* to = out + (r * planes + p) * padded;
-                    to += 32 * place_of(b / 32, padded / 32) + b % 32;
-                    __builtin_memcpy(to, q[p], kQuarter);
-                    continue;
-                }
-                for (int64_t i = 0; i < kQuarter; i += 4) {
-                    __builtin_memcpy(out + (b + i) * rows + (r * planes + p) * 4, q[p] + i, 4);
-                }
+                int8_t* to = a.q + (r * planes + p) * padded;
+                to += 32 * place_of(b / 32, padded / 32) + b % 32;
+                __builtin_memcpy(to, q[p], kQuarter);
             }
             group = next;
         }
-        if (gemm || a.w.group == 0 || byte_offset(a.w) == 0) continue;
-        for (int p = 0; p < planes; p++) fill_lane_start(a, (begin + r) * planes + p);
+        if (a.w.group == 0 || byte_offset(a.w) == 0) continue;
+        for (int p = 0; p < planes; p++) fill_lane_start(a, r * planes + p);
     }
 }
 
@@ -292,8 +279,8 @@ void run_quantize_rows(const Linear& a, const void* source, int64_t begin, int64
     });
 }
 
-void run_prepare_int8(const Linear& a, const void* source, int64_t begin, int64_t end, bool gemm) {
-    with_type(a.type, [&]<Type T>() { prepare_rows<T>(a, source, begin, end, gemm); });
+void run_prepare_int8(const Linear& a, const void* source, int64_t begin, int64_t end) {
+    with_type(a.type, [&]<Type T>() { prepare_rows<T>(a, source, begin, end); });
 }
 
 }  // namespace

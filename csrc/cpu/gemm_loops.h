@@ -152,14 +152,15 @@ void float_product(const float* tile, const float* x, int64_t steps, float* sums
     });
 }
 
-// One plane of a matrix with groups: sums[m][output] += unit * sum_g float(sum_g) * scale_g.
-template <int M, class Dot>
+// One plane of a matrix with groups: sums[m][output] += sum_g float(sum_g) * scale_g, of the upper
+// plane 256 times that.
+template <int M, class Dot, bool Upper>
 void group_product(const Linear& a, const int32_t* tile, const float* scales, const int8_t* q,
-                   int64_t m0, float unit, float* sums) {
-    const int offset = byte_offset(a.w);
+                   int64_t m0, float* sums) {
     const int64_t depth = dot_depth(a.w);
     const int64_t cols = a.w.cols, group = a.w.group, groups = (cols + group - 1) / group;
     const int64_t steps = a.w.blocks * kUnit / 4;
+    const int32_t* starts = a.row_start + m0 * groups;
     f32 total[M][kTileVectors];
     unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
         total[i.value / kTileVectors][i.value % kTileVectors] = load(sums + i.value * W);
@@ -167,15 +168,15 @@ void group_product(const Linear& a, const int32_t* tile, const float* scales, co
     for (int64_t g = 0; g < groups; g++) {
         i32 acc[M][kTileVectors];
         unroll<M>([&](auto m) DQW_INLINED {
-            const int32_t start = -offset * a.row_sum[(m0 + m.value) * groups + g];
-            unroll<kTileVectors>([&](auto t)
-                                     DQW_INLINED { acc[m.value][t.value] = all_int(start); });
+            const i32 start = all_int(starts[m.value * groups + g]);
+            unroll<kTileVectors>([&](auto t) DQW_INLINED { acc[m.value][t.value] = start; });
         });
         const int64_t begin = g * group / 4;
         const int64_t end = begin + group / 4 < steps ? begin + group / 4 : steps;
         int8_block<M, Dot>(tile + begin * kTileRows, q + begin * 4 * M, end - begin, depth, acc);
         unroll<kTileVectors>([&](auto t) DQW_INLINED {
-            const f32 s = mul(load(scales + g * kTileRows + t.value * W), all(unit));
+            f32 s = load(scales + g * kTileRows + t.value * W);
+            if (Upper) s = mul(s, all(256.0f));
             unroll<M>([&](auto m) DQW_INLINED {
                 f32& sum = total[m.value][t.value];
                 sum = fma(to_float(acc[m.value][t.value]), s, sum);
@@ -195,6 +196,44 @@ DQW_INLINE void each_block(const Linear& a, int64_t m0, int64_t m1, const F& f) 
     }
 }
 
+// Fetches what a block of rows will write before its products are summed up, so that they need not
+// wait for lines of y: 1500 rows of 512 -> 2048, int8, took 1.13 times as long without (Zen 4).
+DQW_INLINE void prefetch_tile(const Linear& a, int64_t m, int64_t rows, int64_t n) {
+    const int64_t size = a.type == Type::f32 ? 4 : 2;
+    const int64_t count = a.w.rows - n < kTileRows ? a.w.rows - n : kTileRows;
+    const char* y = (const char*)a.y + (m * a.w.rows + n) * size;
+    for (; rows > 0; rows--, y += a.w.rows * size) {
+        for (int64_t i = 0; i < count * size; i += 64) prefetch_write(y + i);
+    }
+}
+
+// The factors of kTileRows outputs from n.
+struct TileOutputs {
+    Outputs of[2];
+    TileOutputs(const Linear& a, int64_t n)
+        : of{{a.w, a.bias, n, a.w.rows - n}, {a.w, a.bias, n + W, a.w.rows - n - W}} {}
+};
+static_assert(kTileVectors == 2);
+
+// y = value(i, t) + bias: rows m … m + rows, kTileRows outputs from n.
+template <class F>
+DQW_INLINE void write_tile(const Linear& a, const TileOutputs& o, int64_t m, int64_t rows,
+                           int64_t n, const F& value) {
+    const bool whole = n + kTileRows <= a.w.rows;
+    with_type(a.type, [&]<Type T>() {
+        for (int64_t i = 0; i < rows; i++) {
+            unroll<kTileVectors>([&](auto t) DQW_INLINED {
+                const int64_t at = n + t.value * W, count = a.w.rows - at;
+                if (!whole && count <= 0) return;
+                f32 y = value(i, t);
+                if (a.bias) y = add(y, o.of[t.value].bias);
+                const int64_t to = (m + i) * a.w.rows + at;
+                whole || count >= W ? write<T>(a.y, to, y) : write<T>(a.y, to, y, count);
+            });
+        }
+    });
+}
+
 void run_gemm_float(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* scratch) {
     const Packed& w = a.w;
     const int64_t padded = w.blocks * kUnit;
@@ -203,19 +242,15 @@ void run_gemm_float(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* sc
     fill_scales(w, n, scales);
     with_bits(w.bits, [&](auto bits) { fill_float_tile<bits.value>(w, n, scales, tile); });
     alignas(64) float sums[kFloatBlockRows * kTileRows];
-    float bias[kTileRows] = {};
-    for (int64_t i = 0; a.bias && i < kTileRows && n + i < w.rows; i++) bias[i] = a.bias[n + i];
+    const TileOutputs outputs(a, n);
     each_block(a, m0, m1, [&](int64_t m, int64_t rows) {
+        prefetch_tile(a, m, rows, n);
         with_rows<kFloatBlockRows>(rows, [&](auto r) DQW_INLINED {
             float_product<r.value>(tile, a.x + m * padded, padded, sums);
         });
-        for (int64_t i = 0; i < rows; i++) {
-            for (int t = 0; t < kTileVectors && n + t * W < w.rows; t++) {
-                f32 y = load(sums + i * kTileRows + t * W);
-                if (a.bias) y = add(y, load(bias + t * W));
-                write_y(a, m + i, n + t * W, y, w.rows - n - t * W);
-            }
-        }
+        write_tile(a, outputs, m, rows, n, [&](int64_t i, auto t) DQW_INLINED {
+            return load(sums + i * kTileRows + t.value * W);
+        });
     });
 }
 
@@ -229,11 +264,7 @@ void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* scr
         fill_int8_tile<bits.value>(w, w.low, n, low);
         if (w.wide) fill_int8_tile<bits.value>(w, w.high, n, high);
     });
-    const Outputs outputs[2] = {
-        Outputs(w, a.bias, n, w.rows - n),
-        Outputs(w, a.bias, n + (kTileVectors - 1) * W, w.rows - n - (kTileVectors - 1) * W)};
-    static_assert(kTileVectors <= 2);
-
+    const TileOutputs outputs(a, n);
     const int planes = planes_of(a);
     if (w.group) fill_scales(w, n, scales);
     const int64_t depth = dot_depth(w);
@@ -241,15 +272,16 @@ void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* scr
     alignas(64) float group_sums[kGroupBlockRows * kTileRows];
     // Rows of q from here on; a block holds whole rows of x.
     each_block(a, m0 * planes, m1 * planes, [&](int64_t m, int64_t rows) {
+        prefetch_tile(a, m / planes, rows / planes, n);
         const int8_t* q = a.q + m * padded;
         with_dot<4>(w, [&](auto kind) {
             using Dot = decltype(kind);
             if (w.group) {
                 for (int i = 0; i < kGroupBlockRows * kTileRows; i++) group_sums[i] = 0;
                 with_rows<kGroupBlockRows>(rows, [&](auto r) {
-                    group_product<r.value, Dot>(a, low, scales, q, m, 1.0f, group_sums);
+                    group_product<r.value, Dot, false>(a, low, scales, q, m, group_sums);
                     if (w.wide) {
-                        group_product<r.value, Dot>(a, high, scales, q, m, 256.0f, group_sums);
+                        group_product<r.value, Dot, true>(a, high, scales, q, m, group_sums);
                     }
                 });
             } else {
@@ -259,17 +291,23 @@ void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* scr
                 });
             }
         });
-        for (int64_t i = 0; i < rows / planes; i++) {
-            for (int t = 0; t < kTileVectors && n + t * W < w.rows; t++) {
-                const int64_t at = i * planes * kTileRows + t * W, row = m / planes + i;
-                if (w.group) {
-                    finish_groups(a, outputs[t], row, n + t * W, group_sums + at, planes,
-                                  kTileRows);
-                } else {
-                    finish_int8(a, outputs[t], row, n + t * W, sums + at,
-                                w.wide ? upper + at : nullptr, planes, kTileRows);
-                }
-            }
+        const int64_t row = m / planes, some = rows / planes, step = planes * kTileRows;
+        if (w.group) {
+            write_tile(a, outputs, row, some, n, [&](int64_t i, auto t) DQW_INLINED {
+                const float* at = group_sums + i * step + t.value * W;
+                return scaled_groups(a, row + i, at, planes, kTileRows);
+            });
+        } else if (planes == 1 && !w.wide) {
+            write_tile(a, outputs, row, some, n, [&](int64_t i, auto t) DQW_INLINED {
+                const int32_t* at = sums + i * step + t.value * W;
+                return scaled_sums(a, outputs.of[t.value], row + i, at, nullptr, 1, 0);
+            });
+        } else {
+            write_tile(a, outputs, row, some, n, [&](int64_t i, auto t) DQW_INLINED {
+                const int64_t at = i * step + t.value * W;
+                return scaled_sums(a, outputs.of[t.value], row + i, sums + at,
+                                   w.wide ? upper + at : nullptr, planes, kTileRows);
+            });
         }
     });
 }
@@ -292,6 +330,8 @@ constexpr LinearKernels kLinearKernels = {
     .float_block_rows = kFloatBlockRows,
     .group_block_rows = kGroupBlockRows,
     .tile_rows = kTileRows,
+    .block_float = run_block_float,
+    .block_int8 = run_block_int8,
     .gemm_float = run_gemm_float,
     .gemm_int8 = run_gemm_int8,
 };

@@ -97,7 +97,7 @@ void float_rows(const Linear& a, int64_t m0, int64_t begin, int64_t end) {
             }
         }
         const Outputs o(w, a.bias, n, end - n);
-        for (int m = 0; m < M; m++) finish_float(a, o, m0 + m, n, load(sums[m]));
+        for (int m = 0; m < M; m++) finish(a, o, m0 + m, n, mul(load(sums[m]), o.scale));
     }
 }
 
@@ -167,7 +167,8 @@ void int8_rows(const Linear& a, int64_t begin, int64_t end) {
         if (a.w.wide) int8_sums<B, M, Dot>(a, high, n, end, upper);
         const Outputs o(a.w, a.bias, n, end - n);
         for (int m = 0; m * planes < M; m++) {
-            finish_int8(a, o, m, n, totals[m * planes], a.w.wide ? upper[m] : nullptr, planes, W);
+            const int32_t* more = a.w.wide ? upper[m] : nullptr;
+            finish(a, o, m, n, scaled_sums(a, o, m, totals[m * planes], more, planes, W));
         }
     }
 }
@@ -248,7 +249,9 @@ void int8_group_rows(const Linear& a, int64_t begin, int64_t end) {
             }
         }
         const Outputs o(a.w, a.bias, n, end - n);
-        for (int m = 0; m * planes < M; m++) finish_groups(a, o, m, n, sums[m * planes], planes, W);
+        for (int m = 0; m * planes < M; m++) {
+            finish(a, o, m, n, scaled_groups(a, m, sums[m * planes], planes, W));
+        }
     }
 }
 

@@ -60,6 +60,11 @@ DQW_INLINE float sum(f32 x) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
+// Fetches a line into the cache to be written; does nothing on the oldest processors with AVX2.
+DQW_INLINE void prefetch_write(const void* p) {
+    asm volatile("prefetchw %0" : : "m"(*(const char*)p));
+}
+
 DQW_INLINE i32 all_int(int32_t x) { return _mm256_set1_epi32(x); }
 DQW_INLINE i32 load_int(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 DQW_INLINE void store_int(void* p, i32 x) { _mm256_storeu_si256((__m256i*)p, x); }
@@ -98,6 +103,11 @@ DQW_INLINE __m128i narrow(i32 x) {  // lanes -32768..32767 as 16-bit
 DQW_INLINE void store_bytes(int8_t* p, i32 x) {  // lanes -128..127
     const __m128i words = narrow(x);
     _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(words, words));
+}
+// Lanes -128..127 of four registers as bytes: lane i has those of columns 4 (i % 4 * (W / 4) + i /
+// 4) and the next three, of the 4 W columns in all.
+DQW_INLINE i32 pack_bytes(i32 a, i32 b, i32 c, i32 d) {
+    return _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
 }
 DQW_INLINE void store_words(int16_t* p, i32 x) { _mm_storeu_si128((__m128i*)p, narrow(x)); }
 

@@ -60,6 +60,11 @@ DQW_INLINE f32 where_not_above(f32 x, f32 limit, f32 then, f32 otherwise) {  // 
 }
 DQW_INLINE float sum(f32 x) { return _mm512_reduce_add_ps(x); }
 
+// Fetches a line into the cache to be written. No intrinsic without a flag that not all have.
+DQW_INLINE void prefetch_write(const void* p) {
+    asm volatile("prefetchw %0" : : "m"(*(const char*)p));
+}
+
 DQW_INLINE i32 all_int(int32_t x) { return _mm512_set1_epi32(x); }
 DQW_INLINE i32 load_int(const void* p) { return _mm512_loadu_si512(p); }
 DQW_INLINE void store_int(void* p, i32 x) { _mm512_storeu_si512(p, x); }
@@ -82,6 +87,11 @@ DQW_INLINE int32_t sum_int(i32 x) { return _mm512_reduce_add_epi32(x); }
 DQW_INLINE int32_t largest_int(i32 x) { return _mm512_reduce_max_epi32(x); }
 DQW_INLINE void store_bytes(int8_t* p, i32 x) {  // lanes -128..127
     _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x));
+}
+// Lanes -128..127 of four registers as bytes: lane i has those of columns 4 (i % 4 * (W / 4) + i /
+// 4) and the next three, of the 4 W columns in all.
+DQW_INLINE i32 pack_bytes(i32 a, i32 b, i32 c, i32 d) {
+    return _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
 }
 DQW_INLINE void store_words(int16_t* p, i32 x) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(x));

@@ -95,11 +95,11 @@ struct Linear {
     void* y;            // (m, w.rows)
     Type type;          // of x and y
     // The activations, by one of the tier's prepare functions. Float: x as float32. Int8: q, its
-    // row scales, and the sums that take back the offset of unsigned weights.
+    // row scales, and what takes back the offset of unsigned weights.
     float* x;             // gemv: (m, padded cols) · gemm: packed by blocks of rows
     int8_t* q;            // the same layouts
     float* row_scale;     // (m)
-    int32_t* row_sum;     // (m * planes, groups or 1): sum of q
+    int32_t* row_start;   // (m * planes, groups or 1): what int8 sums start from, see lane_start
     int32_t* lane_start;  // gemv with groups: (m * planes, padded cols / 4): what sums start from
     int64_t block_rows;   // gemm: rows of q in a register block
 };
@@ -110,9 +110,10 @@ struct LinearKernels {
     int gemv_rows;  // gemv takes at most this many rows of x (of q, if there are planes) at a time
     // Up to so many rows of x the gemv, in turns, is faster than the alternative.
     int int8_gemv_limit, float_gemv_limit;
-    // Convert or quantize rows of x (`source`, cols wide, contiguous) into Linear::x or ::q.
-    void (*prepare_float)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
-    void (*prepare_int8)(const Linear&, const void* source, int64_t begin, int64_t end, bool gemm);
+    // Convert or quantize rows of x (`source`, cols wide, contiguous) into Linear::x or ::q, for
+    // the gemv.
+    void (*prepare_float)(const Linear&, const void* source, int64_t begin, int64_t end);
+    void (*prepare_int8)(const Linear&, const void* source, int64_t begin, int64_t end);
     // Linear::q as (m, padded cols) in the order of the columns, and the row scales.
     void (*quantize_rows)(const Linear&, const void* source, int64_t begin, int64_t end);
     // Whether float activations may run as integers, faster than as floats: a row of x becomes
@@ -133,6 +134,9 @@ struct LinearKernels {
     int float_block_rows;
     int group_block_rows;  // int8 with groups: sums and their scaled totals both take registers
     int tile_rows;         // register block: rows of w
+    // As prepare_*, for the gemm: the rows of one register block.
+    void (*block_float)(const Linear&, const void* source, int64_t begin, int64_t end);
+    void (*block_int8)(const Linear&, const void* source, int64_t begin, int64_t end);
     // y[m_begin:m_end, n:n+tile_rows]; m_begin is a multiple of block_rows.
     void (*gemm_float)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, void* scratch);
     void (*gemm_int8)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, void* scratch);

@@ -136,8 +136,8 @@ inline Linear linear_of(const Weight& w, int64_t m, int bytes, char* p, float* y
     const int64_t rows = m * a.planes, q = round_up(rows * w.w.blocks * 64, 64);
     a.q = reinterpret_cast<int8_t*>(p);
     a.lane_start = reinterpret_cast<int32_t*>(p + q);
-    a.row_sum = reinterpret_cast<int32_t*>(p + 2 * q);
-    a.row_scale = reinterpret_cast<float*>(a.row_sum + rows * group_count(w.w));
+    a.row_start = reinterpret_cast<int32_t*>(p + 2 * q);
+    a.row_scale = reinterpret_cast<float*>(a.row_start + rows * group_count(w.w));
     return a;
 }
 
@@ -155,14 +155,13 @@ void product(Member& me, const Weight& weight, const LinearKernels& k, const Are
         });
         return;
     }
-    const auto prepare = bytes ? k.prepare_int8 : k.prepare_float;
     if (!takes_gemm(weight, m, k)) {
         // Every thread prepares all of the few rows for itself: cheaper than a barrier.
         const int64_t step = gemv_step(weight, m, k);
         for (int64_t done = 0; done < m; done += step) {
             const int64_t some = std::min(m - done, step);
             const Linear a = linear_of(weight, some, bytes, area.own, y + done * rows);
-            prepare(a, x + done * weight.w.cols, 0, some, false);
+            (bytes ? k.prepare_int8 : k.prepare_float)(a, x + done * weight.w.cols, 0, some);
             me.share((rows + 15) / 16, [&](int64_t begin, int64_t end) {
                 (bytes ? k.gemv_int8 : k.gemv_float)(a, begin * 16, std::min(end * 16, rows));
             });
@@ -182,7 +181,8 @@ void product(Member& me, const Weight& weight, const LinearKernels& k, const Are
     a.block_rows = block * planes;
     me.share((m + block - 1) / block, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; b++) {
-            prepare(a, x, b * block, std::min((b + 1) * block, m), true);
+            const int64_t last = std::min((b + 1) * block, m);
+            (bytes ? k.block_int8 : k.block_float)(a, x, b * block, last);
         }
     });
     me.barrier();

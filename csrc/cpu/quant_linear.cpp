@@ -45,13 +45,13 @@ void place_activations(Linear& a, bool int8) {
     char* p = static_cast<char*>(scratch<0>(q + lanes + sums + a.m * 4 + 64));
     a.q = reinterpret_cast<int8_t*>(p);
     a.lane_start = reinterpret_cast<int32_t*>(p + q);
-    a.row_sum = reinterpret_cast<int32_t*>(p + q + lanes);
+    a.row_start = reinterpret_cast<int32_t*>(p + q + lanes);
     a.row_scale = reinterpret_cast<float*>(p + q + lanes + sums);
 }
 
 void gemv(Linear& a, const void* x, bool int8, const LinearKernels& k) {
     place_activations(a, int8);
-    (int8 ? k.prepare_int8 : k.prepare_float)(a, x, 0, a.m, false);
+    (int8 ? k.prepare_int8 : k.prepare_float)(a, x, 0, a.m);
     const int64_t unit = 16, units = ceil_div(a.w.rows, unit);
     const int64_t rows = a.m * std::max(a.planes, 1);
     const int64_t grain = grain_of(int8, rows * a.w.blocks * 64 * unit);
@@ -74,7 +74,7 @@ void gemm(Linear& a, const void* x, bool int8, const LinearKernels& k) {
         [&](int64_t begin, int64_t end) {
             for (int64_t b = begin; b < end; b++) {
                 const int64_t m0 = b * block, m1 = std::min(m0 + block, a.m);
-                (int8 ? k.prepare_int8 : k.prepare_float)(a, x, m0, m1, true);
+                (int8 ? k.block_int8 : k.block_float)(a, x, m0, m1);
             }
         });
     // Tasks: tiles of W, and where those are fewer than twice the threads, parts of x as well

@@ -9,6 +9,8 @@
 //
 #include "gemv_loops.h"
 //
+#include "block_loops.h"
+//
 #include "gemm_loops.h"
 
 namespace dqw {
