@@ -206,8 +206,8 @@ def test_states_are_those_of_the_plain_encoder(tier, positions, heads):
 @pytest.mark.parametrize("tier", BF16_SETS)
 @pytest.mark.parametrize("group", [0, 16])
 def test_where_bfloat16_stands_in_for_int8(tier, group):
-    """In tiles, and with groups; else int8 is faster, and no further from the float model than it
-    is without bfloat16."""
+    """In tiles; else int8 is faster, and no further from the float model than it is without
+    bfloat16."""
     model = packed(make_tiny_whisper(max_source_positions=50), group_size=group)
     batch = torch.randn(2, 80, 100)
     wanted = plainly_encoded(model, batch)
@@ -216,7 +216,7 @@ def test_where_bfloat16_stands_in_for_int8(tier, group):
         set_activations(model.model.encoder, "int8")
         found = fast_encoder(model.model.encoder)(batch, bf16=True)
         int8 = fast_encoder(model.model.encoder)(batch)
-    assert torch.equal(found, rounded) == (tier == "amx" or group > 0)
+    assert torch.equal(found, rounded) == (tier == "amx")
     assert (found - wanted).norm() < 1.5 * (int8 - wanted).norm()
 
 
@@ -229,7 +229,7 @@ def test_keys_and_values_do_too(tier, group):
         rounded = fast_decoder(model).cross(states, CROSS_TYPES.index("float32"), bf16=True)
         set_activations(model, "int8")
         found = fast_decoder(model).cross(states, CROSS_TYPES.index("float32"), bf16=True)
-    assert torch.equal(found, rounded) == (tier == "amx" or group > 0)
+    assert torch.equal(found, rounded) == (tier == "amx")
 
 
 @pytest.mark.parametrize("width", [48, 96])

@@ -234,13 +234,16 @@ DQW_INLINE void write_tile(const Linear& a, const TileOutputs& o, int64_t m, int
     });
 }
 
-void run_gemm_float(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* scratch) {
-    const Packed& w = a.w;
-    const int64_t padded = w.blocks * kUnit;
+void run_fill_float(const Packed& w, int64_t n, void* scratch) {
     float* tile = (float*)scratch;
-    float* scales = tile + padded * kTileRows;
+    float* scales = tile + w.blocks * kUnit * kTileRows;
     fill_scales(w, n, scales);
     with_bits(w.bits, [&](auto bits) { fill_float_tile<bits.value>(w, n, scales, tile); });
+}
+
+void run_gemm_float(const Linear& a, int64_t n, int64_t m0, int64_t m1, const void* scratch) {
+    const int64_t padded = a.w.blocks * kUnit;
+    const float* tile = (const float*)scratch;
     alignas(64) float sums[kFloatBlockRows * kTileRows];
     const TileOutputs outputs(a, n);
     each_block(a, m0, m1, [&](int64_t m, int64_t rows) {
@@ -254,19 +257,33 @@ void run_gemm_float(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* sc
     });
 }
 
-void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* scratch) {
-    const Packed& w = a.w;
-    const int64_t padded = w.blocks * kUnit, tile_size = padded / 4 * kTileRows;
-    int32_t* low = (int32_t*)scratch;
-    int32_t* high = low + tile_size;
-    float* scales = (float*)(low + (w.wide ? 2 : 1) * tile_size);
+// A tile: the lower plane of levels, the upper one if there is one, the scales if there are groups.
+struct Int8Tile {
+    int32_t *low, *high;
+    float* scales;
+    Int8Tile(const Packed& w, void* scratch) {
+        const int64_t size = w.blocks * kUnit / 4 * kTileRows;
+        low = (int32_t*)scratch;
+        high = low + size;
+        scales = (float*)(low + (w.wide ? 2 : 1) * size);
+    }
+};
+
+void run_fill_int8(const Packed& w, int64_t n, void* scratch) {
+    const Int8Tile tile(w, scratch);
     with_bits(w.bits, [&](auto bits) {
-        fill_int8_tile<bits.value>(w, w.low, n, low);
-        if (w.wide) fill_int8_tile<bits.value>(w, w.high, n, high);
+        fill_int8_tile<bits.value>(w, w.low, n, tile.low);
+        if (w.wide) fill_int8_tile<bits.value>(w, w.high, n, tile.high);
     });
+    if (w.group) fill_scales(w, n, tile.scales);
+}
+
+void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, const void* scratch) {
+    const Packed& w = a.w;
+    const Int8Tile tile(w, (void*)scratch);
+    const int64_t padded = w.blocks * kUnit;
     const TileOutputs outputs(a, n);
     const int planes = planes_of(a);
-    if (w.group) fill_scales(w, n, scales);
     const int64_t depth = dot_depth(w);
     alignas(64) int32_t sums[kInt8BlockRows * kTileRows], upper[kInt8BlockRows * kTileRows];
     alignas(64) float group_sums[kGroupBlockRows * kTileRows];
@@ -279,15 +296,16 @@ void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, void* scr
             if (w.group) {
                 for (int i = 0; i < kGroupBlockRows * kTileRows; i++) group_sums[i] = 0;
                 with_rows<kGroupBlockRows>(rows, [&](auto r) {
-                    group_product<r.value, Dot, false>(a, low, scales, q, m, group_sums);
+                    group_product<r.value, Dot, false>(a, tile.low, tile.scales, q, m, group_sums);
                     if (w.wide) {
-                        group_product<r.value, Dot, true>(a, high, scales, q, m, group_sums);
+                        group_product<r.value, Dot, true>(a, tile.high, tile.scales, q, m,
+                                                          group_sums);
                     }
                 });
             } else {
                 with_rows<kInt8BlockRows>(rows, [&](auto r) {
-                    int8_product<r.value, Dot>(low, q, padded / 4, depth, sums);
-                    if (w.wide) int8_product<r.value, Dot>(high, q, padded / 4, depth, upper);
+                    int8_product<r.value, Dot>(tile.low, q, padded / 4, depth, sums);
+                    if (w.wide) int8_product<r.value, Dot>(tile.high, q, padded / 4, depth, upper);
                 });
             }
         });
@@ -332,6 +350,8 @@ constexpr LinearKernels kLinearKernels = {
     .tile_rows = kTileRows,
     .block_float = run_block_float,
     .block_int8 = run_block_int8,
+    .fill_float = run_fill_float,
+    .fill_int8 = run_fill_int8,
     .gemm_float = run_gemm_float,
     .gemm_int8 = run_gemm_int8,
 };

@@ -137,9 +137,12 @@ struct LinearKernels {
     // As prepare_*, for the gemm: the rows of one register block.
     void (*block_float)(const Linear&, const void* source, int64_t begin, int64_t end);
     void (*block_int8)(const Linear&, const void* source, int64_t begin, int64_t end);
-    // y[m_begin:m_end, n:n+tile_rows]; m_begin is a multiple of block_rows.
-    void (*gemm_float)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, void* scratch);
-    void (*gemm_int8)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, void* scratch);
+    // Decodes rows n … n + tile_rows of w.
+    void (*fill_float)(const Packed&, int64_t n, void* tile);
+    void (*fill_int8)(const Packed&, int64_t n, void* tile);
+    // y[m_begin:m_end, n:n+tile_rows] by that tile; m_begin is a multiple of block_rows.
+    void (*gemm_float)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, const void* tile);
+    void (*gemm_int8)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, const void* tile);
     const Bf16Kernels* bf16;  // null where the processor has no products of bfloat16
 };
 

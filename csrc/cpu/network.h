@@ -46,6 +46,8 @@ struct Area {
 size_t product_own_bytes(const Weight& w, int64_t m, const LinearKernels& k);
 size_t product_shared_bytes(const Weight& w, int64_t m, const LinearKernels& k);
 
+constexpr int64_t kFinishBlocks = 4;  // register blocks of many rows, see product()
+
 // y (m, rows) = x (m, cols) W^T + bias, x and y float32; many rows may be multiplied in bfloat16
 // (takes_bf16; see tier(bool)). Every thread of the team calls it with the same arguments; x must
 // be written by all (a barrier) before, y is after the next barrier, except that finish(row begin,
@@ -85,11 +87,11 @@ inline int byte_rows(const Weight& w, int64_t m, const LinearKernels& k) {
     return 3 * m <= k.int8_gemv_limit && k.takes_planes(w.w) ? 3 : 0;
 }
 
-// Many rows. In tiles and with groups whatever the activations are: int8 ones are rounded less
-// here. With a scale a row two cores of a Zen 4 multiply int8 at 500 to 630 GOP/s and bfloat16 at
-// 380: base's encoder takes 199 to 218 and 241 to 269 ms (docs/results.md).
+// Many rows. In tiles whatever the activations are: int8 ones are rounded less so. Two cores of a
+// Zen 4 multiply int8 at 620 to 800 GOP/s, with groups or without, and bfloat16 at 380
+// (docs/results.md).
 inline bool takes_bf16(const Weight& w, int64_t m, const LinearKernels& k) {
-    return k.bf16 && m > k.bf16->few && (k.bf16->tiles || w.w.group || !w.int8);
+    return k.bf16 && m > k.bf16->few && (k.bf16->tiles || !w.int8);
 }
 
 inline bool takes_gemm(const Weight& w, int64_t m, const LinearKernels& k) {
@@ -189,8 +191,14 @@ void product(Member& me, const Weight& weight, const LinearKernels& k, const Are
     me.share((rows + k.tile_rows - 1) / k.tile_rows, [&](int64_t begin, int64_t end) {
         for (int64_t tile = begin; tile < end; tile++) {
             const int64_t n = tile * k.tile_rows;
-            (bytes ? k.gemm_int8 : k.gemm_float)(a, n, 0, m, area.own);
-            finish(0, m, n, std::min(n + k.tile_rows, rows));
+            (bytes ? k.fill_int8 : k.fill_float)(weight.w, n, area.own);
+            // What is finished is still in the first cache. All rows of a tile, an output's stride
+            // apart, fall on so few sets of the second that most would come from the third.
+            for (int64_t m0 = 0; m0 < m; m0 += kFinishBlocks * block) {
+                const int64_t m1 = std::min(m0 + kFinishBlocks * block, m);
+                (bytes ? k.gemm_int8 : k.gemm_float)(a, n, m0, m1, area.own);
+                finish(m0, m1, n, std::min(n + k.tile_rows, rows));
+            }
         }
     });
     me.barrier();  // the activations' memory is free for the next product

@@ -94,7 +94,9 @@ void gemm(Linear& a, const void* x, bool int8, const LinearKernels& k) {
         for (int64_t task = begin; task < end; task++) {
             const int64_t n = task / parts * k.tile_rows, m0 = task % parts * part_rows;
             const int64_t m1 = std::min(m0 + part_rows, a.m);
-            if (m0 < m1) (int8 ? k.gemm_int8 : k.gemm_float)(a, n, m0, m1, tile);
+            if (m0 >= m1) continue;
+            (int8 ? k.fill_int8 : k.fill_float)(a.w, n, tile);
+            (int8 ? k.gemm_int8 : k.gemm_float)(a, n, m0, m1, tile);
         }
     });
 }
