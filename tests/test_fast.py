@@ -217,6 +217,8 @@ def test_where_bfloat16_stands_in_for_int8(tier, group):
         found = fast_encoder(model.model.encoder)(batch, bf16=True)
         int8 = fast_encoder(model.model.encoder)(batch)
     assert torch.equal(found, rounded) == (tier == "amx")
+    # Attention is of bfloat16 in any case: what it changes, int8 may round to the next level.
+    assert tier == "amx" or (found - int8).norm() < 1.5 * (int8 - wanted).norm()
     assert (found - wanted).norm() < 1.5 * (int8 - wanted).norm()
 
 
@@ -229,7 +231,9 @@ def test_keys_and_values_do_too(tier, group):
         rounded = fast_decoder(model).cross(states, CROSS_TYPES.index("float32"), bf16=True)
         set_activations(model, "int8")
         found = fast_decoder(model).cross(states, CROSS_TYPES.index("float32"), bf16=True)
-    assert torch.equal(found, rounded) == (tier == "amx")
+        int8 = fast_decoder(model).cross(states, CROSS_TYPES.index("float32"))
+    assert torch.equal(found, rounded if tier == "amx" else int8)
+    assert not torch.equal(rounded, int8)
 
 
 @pytest.mark.parametrize("width", [48, 96])

@@ -236,7 +236,9 @@ def test_half_precision_rounds_once(isa: str, dtype: torch.dtype) -> None:
         weight, _ = random_weight(50, 70, 4, levels)
         for granularity in ("channel", "16", "32"):
             scale, group = random_scale(50, 70, granularity, 0.1)
-            for m in (1, 4, 13):
+            # Many rows of bfloat16 are multiplied in bfloat16 where the tier does that.
+            many = [] if isa in ("amx", "avx512_bf16") else [40]
+            for m in (1, 4, 13, *many):
                 x, bias = torch.randn(m, 70).to(dtype), torch.randn(50).to(dtype)
                 for int8 in (False, True):
                     args = (weight, scale.half(), levels, bias, 50, 4, group, int8)

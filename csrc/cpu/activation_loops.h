@@ -1,5 +1,5 @@
-// What few rows of x (gemv) and many (gemm) share over the lanes of isa_*.h: x on the way in,
-// results on the way out.
+// What few rows of x (gemv) and many (gemm) share over the lanes of isa_*.h: how x is rounded, and
+// results on the way out; and x on its way into the gemv (into the gemm: block_loops.h).
 //
 // Integer sums are exact in int32 (|sum| <= 65536 * 255 * 128 < 2^31, which is why the operator
 // sends longer rows elsewhere). Tables with |level| > 127 are two planes of bytes, each run as a
@@ -177,6 +177,11 @@ DQW_INLINE RowRange digit_range(const void* x, int64_t begin, int64_t end) {
     return {Bits{(uint32_t)(shift + 127) << 23}.value, Bits{(uint32_t)(127 - shift) << 23}.value};
 }
 
+template <Type T>
+DQW_INLINE RowRange activation_range(const void* x, int64_t begin, int64_t end, int planes) {
+    return planes == 1 ? row_range<T>(x, begin, end) : digit_range<T>(x, begin, end);
+}
+
 // x as integers of three digits to base 256, and the last of them taken away.
 DQW_INLINE i32 scaled_digits(f32 x, float inv) {
     return truncate(round_even(mul(inv == 0.0f ? zero() : x, all(inv))));
@@ -211,23 +216,18 @@ void fill_lane_start(const Linear& a, int64_t row) {
 }
 
 // Rows [begin, end) of x for the gemv as int8 with a scale a row, or as digits (Linear::planes),
-// padded with zeros to whole blocks. Also what undoes the weights' offset.
+// padded with zeros to whole blocks. Also what undoes the weights' offset: lane_start with groups,
+// else row_start.
 template <Type T>
 void prepare_rows(const Linear& a, const void* source, int64_t begin, int64_t end) {
     const int planes = planes_of(a);
     const int64_t cols = a.w.cols, padded = a.w.blocks * kUnit;
-    const GroupOf group_of(a.w.group);
-    const int64_t groups = a.w.group ? (cols + a.w.group - 1) / a.w.group : 1;
     for (int64_t r = begin; r < end; r++) {
         const int64_t start = r * cols;
-        const RowRange range = planes == 1 ? row_range<T>(source, start, start + cols)
-                                           : digit_range<T>(source, start, start + cols);
+        const RowRange range = activation_range<T>(source, start, start + cols, planes);
         a.row_scale[r] = range.scale;
-        int32_t* row_start = a.row_start + r * planes * groups;
-        for (int64_t g = 0; g < planes * groups; g++) row_start[g] = 0;
-        i32 sums[3] = {all_int(0), all_int(0), all_int(0)};  // of a group
-        int64_t group = 0;
-        for (int64_t b = 0; b < padded; b += kQuarter) {  // a group never ends inside a quarter
+        i32 sums[3] = {all_int(0), all_int(0), all_int(0)};
+        for (int64_t b = 0; b < padded; b += kQuarter) {
             alignas(64) int8_t q[3][kQuarter];
             for (int64_t i = b; i < b + kQuarter; i += W) {
                 const int64_t n = cols - i;
@@ -245,21 +245,20 @@ void prepare_rows(const Linear& a, const void* source, int64_t begin, int64_t en
                     store_bytes(q[p] + (i - b), digit);
                 }
             }
-            const bool last = b + kQuarter >= cols;
-            const int64_t next = last ? group : group_of(b + kQuarter);
             for (int p = 0; p < planes; p++) {
-                if (last ? b < cols : next != group) {
-                    row_start[p * groups + group] = -byte_offset(a.w) * sum_int(sums[p]);
-                    sums[p] = all_int(0);
-                }
                 int8_t* to = a.q + (r * planes + p) * padded;
                 to += 32 * place_of(b / 32, padded / 32) + b % 32;
                 __builtin_memcpy(to, q[p], kQuarter);
             }
-            group = next;
         }
-        if (a.w.group == 0 || byte_offset(a.w) == 0) continue;
-        for (int p = 0; p < planes; p++) fill_lane_start(a, r * planes + p);
+        for (int p = 0; p < planes; p++) {
+            const int64_t row = r * planes + p;
+            if (a.w.group == 0) {
+                a.row_start[row] = -byte_offset(a.w) * sum_int(sums[p]);
+            } else if (byte_offset(a.w) != 0) {
+                fill_lane_start(a, row);
+            }
+        }
     }
 }
 

@@ -59,6 +59,7 @@ void block_int8(const Linear& a, const void* source, int64_t begin, int64_t end)
     int8_t* out = a.q + begin * planes * padded;
     int32_t* row_start = a.row_start + begin * planes * groups;
     for (int64_t i = 0; i < rows * groups; i++) row_start[i] = 0;
+    constexpr int64_t kSize = T == Type::f32 ? 4 : 2;
     float inv[W];
     i32 sums[W], bytes[kParts][W];
     for (int r = 0; r < W; r++) {
@@ -67,8 +68,7 @@ void block_int8(const Linear& a, const void* source, int64_t begin, int64_t end)
     }
     for (int64_t r = 0; r < count; r++) {
         const int64_t start = (begin + r) * cols;
-        const RowRange range = planes == 1 ? row_range<T>(source, start, start + cols)
-                                           : digit_range<T>(source, start, start + cols);
+        const RowRange range = activation_range<T>(source, start, start + cols, planes);
         a.row_scale[begin + r] = range.scale;
         inv[r] = range.inv;
     }
@@ -86,6 +86,9 @@ void block_int8(const Linear& a, const void* source, int64_t begin, int64_t end)
             });
         };
         for (int64_t r = 0; r < count; r++) {
+            // The next block's rows, while these are at work: into L2, as this block's are there.
+            const char* next = (const char*)source + ((end + r) * cols + b) * kSize;
+            for (int64_t i = 0; i < kUnit * kSize; i += 64) __builtin_prefetch(next + i, 0, 2);
             i32 q[kVectors];
             unroll<kVectors>([&](auto j) DQW_INLINED {
                 const int64_t i = b + j.value * W, n = cols - i;

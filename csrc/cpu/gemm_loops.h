@@ -5,7 +5,7 @@
 // of block_rows x kTileVectors sums.
 #pragma once
 
-#include "tile_loops.h"
+#include "register_loops.h"
 
 namespace dqw {
 namespace {
@@ -73,121 +73,6 @@ void fill_float_tile(const Packed& w, int64_t n, const float* scales, float* til
     });
 }
 
-// Four columns of M rows of x, broadcast; `q` holds M units of 4 bytes a step.
-DQW_INLINE i32 broadcast_unit(const int8_t* q) {
-    int32_t unit;
-    __builtin_memcpy(&unit, q, 4);
-    return all_int(unit);
-}
-
-// acc += the products of `steps` units of four columns.
-template <int M, class Dot>
-DQW_INLINE void int8_block(const int32_t* tile, const int8_t* q, int64_t steps, int64_t depth,
-                           i32 (&acc)[M][kTileVectors]) {
-    const auto run = [&](int64_t n, i32(&part)[M][kTileVectors]) DQW_INLINED {
-        for (; n > 0; n--) {
-            i32 w[kTileVectors];
-            unroll<kTileVectors>([&](auto t)
-                                     DQW_INLINED { w[t.value] = load_int(tile + t.value * W); });
-            unroll<M>([&](auto m) DQW_INLINED {
-                const i32 x = broadcast_unit(q + 4 * m.value);
-                unroll<kTileVectors>([&](auto t) DQW_INLINED {
-                    i32& sum = part[m.value][t.value];
-                    sum = Dot::dot(sum, w[t.value], x);
-                });
-            });
-            tile += kTileRows;
-            q += 4 * M;
-        }
-    };
-    if constexpr (Dot::direct) {
-        run(steps, acc);
-    } else {
-        for (; steps > 0; steps -= depth) {
-            i32 part[M][kTileVectors];
-            unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
-                part[i.value / kTileVectors][i.value % kTileVectors] = all_int(0);
-            });
-            run(steps < depth ? steps : depth, part);
-            unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
-                constexpr int m = i.value / kTileVectors, t = i.value % kTileVectors;
-                acc[m][t] = add_int(acc[m][t], Dot::widen(part[m][t]));
-            });
-        }
-    }
-}
-
-template <int M, class Dot>
-void int8_product(const int32_t* tile, const int8_t* q, int64_t steps, int64_t depth,
-                  int32_t* sums) {
-    i32 acc[M][kTileVectors];
-    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
-        acc[i.value / kTileVectors][i.value % kTileVectors] = all_int(0);
-    });
-    int8_block<M, Dot>(tile, q, steps, depth, acc);
-    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
-        store_int(sums + i.value * W, acc[i.value / kTileVectors][i.value % kTileVectors]);
-    });
-}
-
-template <int M>
-void float_product(const float* tile, const float* x, int64_t steps, float* sums) {
-    f32 acc[M][kTileVectors];
-    unroll<M * kTileVectors>(
-        [&](auto i) DQW_INLINED { acc[i.value / kTileVectors][i.value % kTileVectors] = zero(); });
-    for (int64_t k = 0; k < steps; k++) {
-        f32 w[kTileVectors];
-        unroll<kTileVectors>([&](auto t) DQW_INLINED { w[t.value] = load(tile + t.value * W); });
-        unroll<M>([&](auto m) DQW_INLINED {
-            const f32 v = all(x[m.value]);
-            unroll<kTileVectors>([&](auto t) DQW_INLINED {
-                acc[m.value][t.value] = fma(w[t.value], v, acc[m.value][t.value]);
-            });
-        });
-        tile += kTileRows;
-        x += M;
-    }
-    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
-        store(sums + i.value * W, acc[i.value / kTileVectors][i.value % kTileVectors]);
-    });
-}
-
-// One plane of a matrix with groups: sums[m][output] += sum_g float(sum_g) * scale_g, of the upper
-// plane 256 times that.
-template <int M, class Dot, bool Upper>
-void group_product(const Linear& a, const int32_t* tile, const float* scales, const int8_t* q,
-                   int64_t m0, float* sums) {
-    const int64_t depth = dot_depth(a.w);
-    const int64_t cols = a.w.cols, group = a.w.group, groups = (cols + group - 1) / group;
-    const int64_t steps = a.w.blocks * kUnit / 4;
-    const int32_t* starts = a.row_start + m0 * groups;
-    f32 total[M][kTileVectors];
-    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
-        total[i.value / kTileVectors][i.value % kTileVectors] = load(sums + i.value * W);
-    });
-    for (int64_t g = 0; g < groups; g++) {
-        i32 acc[M][kTileVectors];
-        unroll<M>([&](auto m) DQW_INLINED {
-            const i32 start = all_int(starts[m.value * groups + g]);
-            unroll<kTileVectors>([&](auto t) DQW_INLINED { acc[m.value][t.value] = start; });
-        });
-        const int64_t begin = g * group / 4;
-        const int64_t end = begin + group / 4 < steps ? begin + group / 4 : steps;
-        int8_block<M, Dot>(tile + begin * kTileRows, q + begin * 4 * M, end - begin, depth, acc);
-        unroll<kTileVectors>([&](auto t) DQW_INLINED {
-            f32 s = load(scales + g * kTileRows + t.value * W);
-            if (Upper) s = mul(s, all(256.0f));
-            unroll<M>([&](auto m) DQW_INLINED {
-                f32& sum = total[m.value][t.value];
-                sum = fma(to_float(acc[m.value][t.value]), s, sum);
-            });
-        });
-    }
-    unroll<M * kTileVectors>([&](auto i) DQW_INLINED {
-        store(sums + i.value * W, total[i.value / kTileVectors][i.value % kTileVectors]);
-    });
-}
-
 // f(first row of a block, its rows) over rows [m0, m1) of x, or of q.
 template <class F>
 DQW_INLINE void each_block(const Linear& a, int64_t m0, int64_t m1, const F& f) {
@@ -201,19 +86,14 @@ DQW_INLINE void each_block(const Linear& a, int64_t m0, int64_t m1, const F& f) 
 DQW_INLINE void prefetch_tile(const Linear& a, int64_t m, int64_t rows, int64_t n) {
     const int64_t size = a.type == Type::f32 ? 4 : 2;
     const int64_t count = a.w.rows - n < kTileRows ? a.w.rows - n : kTileRows;
-    const char* y = (const char*)a.y + (m * a.w.rows + n) * size;
-    for (; rows > 0; rows--, y += a.w.rows * size) {
-        for (int64_t i = 0; i < count * size; i += 64) prefetch_write(y + i);
+    const uintptr_t y = (uintptr_t)a.y;
+    for (int64_t i = 0; i < rows; i++) {
+        const uintptr_t at = y + ((m + i) * a.w.rows + n) * size, end = at + count * size;
+        for (uintptr_t line = at / 64 * 64; line < end; line += 64) {
+            prefetch_write((const void*)line);
+        }
     }
 }
-
-// The factors of kTileRows outputs from n.
-struct TileOutputs {
-    Outputs of[2];
-    TileOutputs(const Linear& a, int64_t n)
-        : of{{a.w, a.bias, n, a.w.rows - n}, {a.w, a.bias, n + W, a.w.rows - n - W}} {}
-};
-static_assert(kTileVectors == 2);
 
 // y = value(i, t) + bias: rows m … m + rows, kTileRows outputs from n.
 template <class F>
@@ -285,6 +165,8 @@ void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, const voi
     const TileOutputs outputs(a, n);
     const int planes = planes_of(a);
     const int64_t depth = dot_depth(w);
+    const bool direct =
+        planes == 1 && !w.group && !w.wide && a.type == Type::f32 && n + kTileRows <= w.rows;
     alignas(64) int32_t sums[kInt8BlockRows * kTileRows], upper[kInt8BlockRows * kTileRows];
     alignas(64) float group_sums[kGroupBlockRows * kTileRows];
     // Rows of q from here on; a block holds whole rows of x.
@@ -293,22 +175,30 @@ void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, const voi
         const int8_t* q = a.q + m * padded;
         with_dot<4>(w, [&](auto kind) {
             using Dot = decltype(kind);
-            if (w.group) {
-                for (int i = 0; i < kGroupBlockRows * kTileRows; i++) group_sums[i] = 0;
+            if (w.group && direct) {
                 with_rows<kGroupBlockRows>(rows, [&](auto r) {
-                    group_product<r.value, Dot, false>(a, tile.low, tile.scales, q, m, group_sums);
+                    groups_to_y<r.value, Dot>(a, outputs, tile.low, tile.scales, q, m, n);
+                });
+            } else if (w.group) {
+                with_rows<kGroupBlockRows>(rows, [&](auto r) {
+                    groups_to_sums<r.value, Dot, false>(a, tile.low, tile.scales, q, m, group_sums);
                     if (w.wide) {
-                        group_product<r.value, Dot, true>(a, tile.high, tile.scales, q, m,
-                                                          group_sums);
+                        groups_to_sums<r.value, Dot, true>(a, tile.high, tile.scales, q, m,
+                                                           group_sums);
                     }
+                });
+            } else if (direct) {
+                with_rows<kInt8BlockRows>(rows, [&](auto r) {
+                    int8_to_y<r.value, Dot>(a, outputs, tile.low, q, padded / 4, depth, m, n);
                 });
             } else {
                 with_rows<kInt8BlockRows>(rows, [&](auto r) {
-                    int8_product<r.value, Dot>(tile.low, q, padded / 4, depth, sums);
-                    if (w.wide) int8_product<r.value, Dot>(tile.high, q, padded / 4, depth, upper);
+                    int8_to_sums<r.value, Dot>(tile.low, q, padded / 4, depth, sums);
+                    if (w.wide) int8_to_sums<r.value, Dot>(tile.high, q, padded / 4, depth, upper);
                 });
             }
         });
+        if (direct) return;
         const int64_t row = m / planes, some = rows / planes, step = planes * kTileRows;
         if (w.group) {
             write_tile(a, outputs, row, some, n, [&](int64_t i, auto t) DQW_INLINED {

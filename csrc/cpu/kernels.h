@@ -94,12 +94,12 @@ struct Linear {
     const float* bias;  // (w.rows), or null
     void* y;            // (m, w.rows)
     Type type;          // of x and y
-    // The activations, by one of the tier's prepare functions. Float: x as float32. Int8: q, its
+    // The activations, by the tier's prepare_* or block_*. Float: x as float32. Int8: q, its
     // row scales, and what takes back the offset of unsigned weights.
     float* x;             // gemv: (m, padded cols) · gemm: packed by blocks of rows
     int8_t* q;            // the same layouts
     float* row_scale;     // (m)
-    int32_t* row_start;   // (m * planes, groups or 1): what int8 sums start from, see lane_start
+    int32_t* row_start;   // (m * planes), gemm: (m * planes, groups or 1): the offset of a sum
     int32_t* lane_start;  // gemv with groups: (m * planes, padded cols / 4): what sums start from
     int64_t block_rows;   // gemm: rows of q in a register block
 };
@@ -118,8 +118,8 @@ struct LinearKernels {
     void (*quantize_rows)(const Linear&, const void* source, int64_t begin, int64_t end);
     // Whether float activations may run as integers, faster than as floats: a row of x becomes
     // three rows of q, the digits to base 256 of x in units of row_scale, a power of two. They hold
-    // 23 bits below the row's largest magnitude, as good as a float32 sum. prepare_int8 sees it by
-    // Linear::planes = 3, and the int8 kernels follow.
+    // 23 bits below the row's largest magnitude, as good as a float32 sum. prepare_int8 and
+    // block_int8 see it by Linear::planes = 3, and the int8 kernels follow.
     bool (*takes_planes)(const Packed&);
     int planes_limit;  // up to so many rows of x
     // y[:, begin:end]; m <= gemv_rows.
@@ -140,7 +140,7 @@ struct LinearKernels {
     // Decodes rows n … n + tile_rows of w.
     void (*fill_float)(const Packed&, int64_t n, void* tile);
     void (*fill_int8)(const Packed&, int64_t n, void* tile);
-    // y[m_begin:m_end, n:n+tile_rows] by that tile; m_begin is a multiple of block_rows.
+    // y[m_begin:m_end, n:n+tile_rows] by that tile; m_begin is the first row of a register block.
     void (*gemm_float)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, const void* tile);
     void (*gemm_int8)(const Linear&, int64_t n, int64_t m_begin, int64_t m_end, const void* tile);
     const Bf16Kernels* bf16;  // null where the processor has no products of bfloat16

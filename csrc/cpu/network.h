@@ -192,8 +192,8 @@ void product(Member& me, const Weight& weight, const LinearKernels& k, const Are
         for (int64_t tile = begin; tile < end; tile++) {
             const int64_t n = tile * k.tile_rows;
             (bytes ? k.fill_int8 : k.fill_float)(weight.w, n, area.own);
-            // What is finished is still in the first cache. All rows of a tile, an output's stride
-            // apart, fall on so few sets of the second that most would come from the third.
+            // What is finished is still in the second cache. All rows of a tile, an output's
+            // stride apart, fall on so few of its sets that most would come from the third.
             for (int64_t m0 = 0; m0 < m; m0 += kFinishBlocks * block) {
                 const int64_t m1 = std::min(m0 + kFinishBlocks * block, m);
                 (bytes ? k.gemm_int8 : k.gemm_float)(a, n, m0, m1, area.own);
