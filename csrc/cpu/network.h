@@ -88,7 +88,7 @@ inline int byte_rows(const Weight& w, int64_t m, const LinearKernels& k) {
 }
 
 // Many rows. In tiles whatever the activations are: int8 ones are rounded less so. Two cores of a
-// Zen 4 multiply int8 at 620 to 800 GOP/s, with groups or without, and bfloat16 at 380
+// Zen 4 multiply int8 at 530 to 760 GOP/s, with groups or without, and bfloat16 at 380
 // (docs/results.md).
 inline bool takes_bf16(const Weight& w, int64_t m, const LinearKernels& k) {
     return k.bf16 && m > k.bf16->few && (k.bf16->tiles || !w.int8);
