@@ -22,6 +22,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from dqw import __version__
 from dqw.bars import err
 from dqw.errors import UserError
 
@@ -70,8 +71,28 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Whisper made small and fast: distillation and quantization to 2 to 8 bits.",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print dqw's version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
 
 Model = Annotated[
     str,

@@ -43,6 +43,12 @@ def audio(tmp_path):
 def test_help_has_an_example(command):
     result = dqw_(command, "--help")
     assert result.exit_code == 0 and f"dqw {command}" in result.stdout.split("Example")[1]
+    assert dqw_(command, "-h").stdout == result.stdout
+
+
+def test_version_is_printed():
+    result = dqw_("--version")
+    assert result.exit_code == 0 and result.stdout == f"{dqw.__version__}\n"
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported():

@@ -209,3 +209,11 @@ def ct2_bytes(
     out += [struct.pack("<I", 1), string("decoder/projection/weight")]
     out += [string("decoder/embeddings/weight")]
     return b"".join(out)
+
+
+def refused(words: str, *arguments: object) -> None:
+    """dqw compress with these says no in a sentence with `words` in it."""
+    code, output = run_dqw("compress", *arguments)
+    assert code == 1 and "Traceback" not in output, output
+    assert output.strip().splitlines()[-1].startswith("Error: "), output
+    assert words in output, output
