@@ -83,7 +83,7 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
-def options(
+def _of_dqw_itself(
     version: Annotated[
         bool,
         typer.Option(
@@ -91,7 +91,8 @@ def options(
         ),
     ] = False,
 ) -> None:
-    pass
+    # Nothing is left to do; no docstring, which the help of a bare `dqw` would show.
+    return
 
 
 Model = Annotated[

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,22 @@ def encoder():  # type: ignore[no-untyped-def]
     from dqw.distill.data import LabelEncoder
 
     return LabelEncoder(tiny_processor().tokenizer, True, 64)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A tiny float Whisper as a Hugging Face folder."""
+    from whisper_helpers import save_tiny
+
+    return save_tiny(tmp_path / "base")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three labelled clips and a manifest."""
+    from whisper_helpers import save_speech
+
+    return save_speech(tmp_path / "clips", ("hello", "hello world", "wow"))
 
 
 @pytest.fixture(autouse=True)

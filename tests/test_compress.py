@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from whisper_helpers import refused, run_dqw, save_speech, save_tiny, write_tone
+from whisper_helpers import refused, run_dqw, write_tone
 
 from dqw.convert import quant_modules
 from dqw.whisper.checkpoint import load_whisper
@@ -23,18 +23,6 @@ from dqw.whisper.report import model_bytes
 from dqw.whisper.student import cut_student, kept_layers
 
 FAST = ["--steps", "2", "--batch-size", "2"]
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """A tiny float Whisper as a Hugging Face folder."""
-    return save_tiny(tmp_path / "base")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Three labelled clips and a manifest."""
-    return save_speech(tmp_path / "clips", ("hello", "hello world", "wow"))
 
 
 def test_ptq_writes_a_folder_that_loads(base: Path, tmp_path: Path) -> None:

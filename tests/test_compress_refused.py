@@ -6,23 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from whisper_helpers import refused, run_dqw, save_speech, save_tiny
+from whisper_helpers import refused, run_dqw
 
 from dqw.whisper.checkpoint import load_whisper
-
-FAST = ["--steps", "2", "--batch-size", "2"]
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """A tiny float Whisper as a Hugging Face folder."""
-    return save_tiny(tmp_path / "base")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """Three labelled clips and a manifest."""
-    return save_speech(tmp_path / "clips", ("hello", "hello world", "wow"))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +85,7 @@ def test_a_resumed_run_with_other_settings_is_refused_at_once(
 ) -> None:
     import dqw.distill.run as run_module
 
-    options = ("--teacher", base, "--data", data, "--out", tmp_path / "out", *FAST)
+    options = ("--teacher", base, "--data", data, "--out", tmp_path / "out", "--steps", "2")
 
     def interrupted(*args: object, **how: object) -> None:
         raise KeyboardInterrupt

@@ -13,7 +13,7 @@ import pytest
 import torch
 from speech_helpers import Noise, one_thread  # noqa: F401  a fixture
 from typer.testing import CliRunner
-from whisper_helpers import run_dqw, save_speech, save_tiny
+from whisper_helpers import run_dqw, save_speech
 
 from dqw.budget import model_size
 from dqw.cli import app
@@ -28,11 +28,6 @@ from dqw.study.plot import Axis, Point, dots, figure, lines
 from dqw.study.sizes import SHAPES, authors_bytes, empty_model, size_table
 from dqw.study.table import Scope
 from dqw.whisper.checkpoint import load_whisper
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return save_tiny(tmp_path / "base")
 
 
 @pytest.fixture

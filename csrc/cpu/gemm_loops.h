@@ -165,8 +165,7 @@ void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, const voi
     const TileOutputs outputs(a, n);
     const int planes = planes_of(a);
     const int64_t depth = dot_depth(w);
-    const bool direct =
-        planes == 1 && !w.group && !w.wide && a.type == Type::f32 && n + kTileRows <= w.rows;
+    const bool direct = planes == 1 && !w.wide && a.type == Type::f32 && n + kTileRows <= w.rows;
     alignas(64) int32_t sums[kInt8BlockRows * kTileRows], upper[kInt8BlockRows * kTileRows];
     alignas(64) float group_sums[kGroupBlockRows * kTileRows];
     // Rows of q from here on; a block holds whole rows of x.
@@ -204,11 +203,6 @@ void run_gemm_int8(const Linear& a, int64_t n, int64_t m0, int64_t m1, const voi
             write_tile(a, outputs, row, some, n, [&](int64_t i, auto t) DQW_INLINED {
                 const float* at = group_sums + i * step + t.value * W;
                 return scaled_groups(a, row + i, at, planes, kTileRows);
-            });
-        } else if (planes == 1 && !w.wide) {
-            write_tile(a, outputs, row, some, n, [&](int64_t i, auto t) DQW_INLINED {
-                const int32_t* at = sums + i * step + t.value * W;
-                return scaled_sums(a, outputs.of[t.value], row + i, at, nullptr, 1, 0);
             });
         } else {
             write_tile(a, outputs, row, some, n, [&](int64_t i, auto t) DQW_INLINED {

@@ -174,13 +174,8 @@ void product(Member& me, const Weight& weight, const LinearKernels& k, const Are
         return;
     }
     Linear a = linear_of(weight, m, bytes, area.shared, y);
-    const int64_t most = !bytes           ? k.float_block_rows
-                         : weight.w.group ? k.group_block_rows
-                                          : k.int8_block_rows;
-    const int64_t planes = std::max(bytes, 1);
-    const int64_t blocks = (m + most / planes - 1) / (most / planes);
-    const int64_t block = (m + blocks - 1) / blocks;
-    a.block_rows = block * planes;
+    const int64_t block = rows_of_block(a, bytes > 0, k);
+    a.block_rows = block * std::max(bytes, 1);
     me.share((m + block - 1) / block, [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; b++) {
             const int64_t last = std::min((b + 1) * block, m);

@@ -61,12 +61,8 @@ void gemv(Linear& a, const void* x, bool int8, const LinearKernels& k) {
 }
 
 void gemm(Linear& a, const void* x, bool int8, const LinearKernels& k) {
-    const int64_t most = !int8       ? k.float_block_rows
-                         : a.w.group ? k.group_block_rows
-                                     : k.int8_block_rows;
     const int64_t planes = std::max(a.planes, 1);
-    const int64_t blocks = ceil_div(a.m, most / planes);
-    const int64_t block = ceil_div(a.m, blocks);  // 16 rows are 8 + 8, not 12 + 4
+    const int64_t block = rows_of_block(a, int8, k);
     a.block_rows = block * planes;
     place_activations(a, int8);
     torch::stable::parallel_for(

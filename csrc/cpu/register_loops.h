@@ -60,6 +60,26 @@ struct TileOutputs {
 };
 static_assert(kTileVectors == 2);
 
+// Straight to float32 y, whole tiles, of one plane: 5 % less time at 512 -> 2048 than by way of
+// sums (Zen 4).
+struct Direct {
+    const TileOutputs& o;
+    const bool biased;
+    const int64_t stride;
+    const float* const scale;  // of the rows of x
+    float* const y;
+    Direct(const Linear& a, const TileOutputs& o, int64_t row, int64_t n)
+        : o(o),
+          biased(a.bias != nullptr),
+          stride(a.w.rows),
+          scale(a.row_scale + row),
+          y((float*)a.y + row * stride + n) {}
+    template <int M, int T>
+    DQW_INLINED void put(Int<M>, Int<T>, f32 v) const {
+        store(y + M * stride + T * W, biased ? add(v, o.of[T].bias) : v);
+    }
+};
+
 // end(Int<row>(), Int<register>(), sums) for the sums of M rows of q.
 template <int M, class Dot, class End>
 DQW_INLINE void int8_product(const int32_t* tile, const int8_t* q, int64_t steps, int64_t depth,
@@ -83,21 +103,14 @@ void int8_to_sums(const int32_t* tile, const int8_t* q, int64_t steps, int64_t d
     });
 }
 
-// Straight to float32 y, a whole tile, of one plane: 5 % less time at 512 -> 2048 than by way of
-// sums (Zen 4).
 template <int M, class Dot>
 void int8_to_y(const Linear& a, const TileOutputs& o, const int32_t* tile, const int8_t* q,
                int64_t steps, int64_t depth, int64_t row, int64_t n) {
-    const int64_t stride = a.w.rows;
+    const Direct to(a, o, row, n);
     const int32_t* start = a.row_start + row;
-    const float* scale = a.row_scale + row;
-    const bool biased = a.bias != nullptr;
-    float* y = (float*)a.y + row * stride + n;
     int8_product<M, Dot>(tile, q, steps, depth, [&](auto m, auto t, i32 sum) DQW_INLINED {
         const f32 v = to_float(add_int(sum, all_int(start[m.value])));
-        const f32 scaled = mul(v, mul(all(scale[m.value]), o.of[t.value].scale));
-        store(y + m.value * stride + t.value * W,
-              biased ? add(scaled, o.of[t.value].bias) : scaled);
+        to.put(m, t, mul(v, mul(all(to.scale[m.value]), o.of[t.value].scale)));
     });
 }
 
@@ -171,19 +184,13 @@ void groups_to_sums(const Linear& a, const int32_t* tile, const float* scales, c
                                  });
 }
 
-// As int8_to_y.
 template <int M, class Dot>
 void groups_to_y(const Linear& a, const TileOutputs& o, const int32_t* tile, const float* scales,
                  const int8_t* q, int64_t row, int64_t n) {
-    const int64_t stride = a.w.rows;
-    const float* scale = a.row_scale + row;
-    const bool biased = a.bias != nullptr;
-    float* y = (float*)a.y + row * stride + n;
+    const Direct to(a, o, row, n);
     group_product<M, Dot, false>(a, tile, scales, q, row, nullptr,
                                  [&](auto m, auto t, f32 sum) DQW_INLINED {
-                                     const f32 scaled = mul(all(scale[m.value]), sum);
-                                     store(y + m.value * stride + t.value * W,
-                                           biased ? add(scaled, o.of[t.value].bias) : scaled);
+                                     to.put(m, t, mul(all(to.scale[m.value]), sum));
                                  });
 }
 

@@ -29,6 +29,15 @@ using torch::stable::Tensor;
 
 #define DQW_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
+// Rows of x in a register block of the gemm, all of one size: 16 rows are 8 + 8, not 12 + 4.
+inline int64_t rows_of_block(const Linear& a, bool int8, const LinearKernels& k) {
+    const int64_t most = !int8       ? k.float_block_rows
+                         : a.w.group ? k.group_block_rows
+                                     : k.int8_block_rows;
+    const int64_t each = most / std::max(a.planes, 1), blocks = (a.m + each - 1) / each;
+    return (a.m + blocks - 1) / blocks;
+}
+
 inline Tensor dense(const Tensor& t) {
     return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
